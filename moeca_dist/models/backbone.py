@@ -1,0 +1,55 @@
+"""The forward pass that all families share: embed, blocks, output layer.
+
+Shape suffixes: B images, C channels, H and W (latent) pixels, T tokens of one image, D hidden size.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from moeca_dist.models.attention import RotaryTable
+from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.layer import MoELayer
+
+
+class DiffusionTransformer(nn.Module):
+    """A class-conditional diffusion transformer with MoE feed-forwards; knows nothing of ranks.
+
+    Families supply the blocks and say how tokens learn their positions.
+    """
+
+    def __init__(self, spec: ModelSpec, blocks: list[AdaLNBlock]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.x_embedder = PatchEmbed(spec.in_channels, spec.hidden_size, spec.patch_size)
+        self.t_embedder = TimestepEmbedder(spec.hidden_size)
+        self.y_embedder = LabelEmbedder(spec.num_classes, spec.hidden_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(spec.hidden_size, spec.patch_size, spec.out_channels)
+
+    def add_positions(self, x_BTD: Tensor, rows: int, columns: int) -> tuple[Tensor, RotaryTable | None]:
+        """Tokens with their absolute positions added, or a rotary table for attention, or both."""
+        raise NotImplementedError
+
+    def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
+        """(block index, layer) of every MoE layer, in order."""
+        for index in self.spec.moe_blocks:
+            layer = self.blocks[index].feed_forward
+            assert isinstance(layer, MoELayer)
+            yield index, layer
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """The raw network output [B, C_out, H, W] in the parameters' dtype.
+
+        ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
+        class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
+        """
+        patch = self.spec.patch_size
+        rows, columns = x_BCHW.shape[-2] // patch, x_BCHW.shape[-1] // patch
+        tokens_BTD = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype))
+        tokens_BTD, rotary = self.add_positions(tokens_BTD, rows, columns)
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        for block in self.blocks:
+            tokens_BTD = block(tokens_BTD, c_BD, rotary)
+        return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)

@@ -1,0 +1,104 @@
+"""The only caller of collectives: rows between ranks, their counts, and small host objects.
+
+Every method is a collective of the group: all its ranks call it, in the same order. A peer that dies or stays silent
+past the timeout raises ``PeerLostError`` here.
+
+Shape suffixes: E experts, P ranks of the group, D hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.module_inject.auto_ep_layer import _AllToAllV
+from torch import Tensor
+
+from moeca_dist.errors import PeerLostError
+
+
+@dataclass
+class Traffic:
+    """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself."""
+
+    bytes_sent: int = 0
+    collectives: int = 0
+    collectives_elided: int = 0
+
+
+class Exchange:
+    """Collectives over one process group. ``device`` is where the group's backend wants its tensors."""
+
+    def __init__(self, group: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+
+    def gather_counts(self, counts_E: Tensor) -> Tensor:
+        """Every rank's int64 counts [E] -> the matrix [P, E] on the host, the same on all ranks."""
+        gathered = torch.empty(self.size, counts_E.shape[0], dtype=counts_E.dtype, device=self.device)
+        with self._watching("agreeing on row counts"):
+            dist.all_gather_into_tensor(gathered.view(-1), counts_E.to(self.device), group=self.group)
+        # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
+        return gathered.cpu()
+
+    def all_to_all_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send ``sent[p]`` consecutive rows to each rank p, return ``received[p]`` rows from each, in rank order.
+
+        ``rows``: [sum(sent), D]. The sizes must agree across ranks: a mismatch aborts gloo processes.
+        """
+        away = rows.shape[0] - sent[self.rank]
+        self.traffic.bytes_sent += away * rows.shape[1] * rows.element_size()
+        self.traffic.collectives += 1
+        with self._watching("exchanging expert rows"):
+            # gloo moves host memory: with several ranks on one GPU the rows are staged there and back.
+            arrived = _AllToAllV.apply(self.group, rows.to(self.device), list(sent), list(received))
+        return arrived.to(rows.device)
+
+    def elide(self) -> None:
+        """Record a payload collective that no rank needs."""
+        self.traffic.collectives_elided += 1
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's small picklable object, in rank order."""
+        gathered: list[Any] = [None] * self.size
+        with self._watching("gathering results"):
+            dist.all_gather_object(gathered, item, group=self.group)
+        return gathered
+
+    def gather_to_first(self, block: Tensor, rows_per_rank: Sequence[int]) -> list[Tensor] | None:
+        """Blocks of different lengths, sent to group rank 0; None elsewhere.
+
+        ``block``: [rows_per_rank[rank], ...]; the trailing shape and dtype are the same on all ranks. Returned on
+        the group's device, one block per rank.
+        """
+        width = block[0].numel() if block.shape[0] else block.new_empty(block.shape[1:]).numel()
+        flat = block.reshape(block.shape[0], width).contiguous().to(self.device)
+        sent = [flat.shape[0] if rank == 0 else 0 for rank in range(self.size)]
+        received = [rows if self.rank == 0 else 0 for rows in rows_per_rank]
+        out = flat.new_empty(sum(received), width)
+        with self._watching("gathering images"):
+            dist.all_to_all_single(out, flat, output_split_sizes=received, input_split_sizes=sent, group=self.group)
+        if self.rank:
+            return None
+        return [part.view(-1, *block.shape[1:]) for part in out.split(list(rows_per_rank))]
+
+    def barrier(self) -> None:
+        with self._watching("waiting for all ranks"):
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def _watching(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"rank {self.rank} of a group of {self.size} lost contact while {doing}: another rank died or did not "
+                f"answer within {self.timeout_s:g} s; see the other ranks' output, or raise parallel.timeout_s "
+                f"({str(error).splitlines()[0]})"
+            ) from error
