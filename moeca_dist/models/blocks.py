@@ -55,7 +55,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t_B).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_features(t_B).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class LabelEmbedder(nn.Module):

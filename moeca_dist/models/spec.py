@@ -1,11 +1,11 @@
 """What a network is: every hyper-parameter, fixed and validated once."""
 
 from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class TimeConvention(str, Enum):
+class TimeConvention(StrEnum):
     """What the time input means and what the network predicts."""
 
     FLOW_NOISE_TO_DATA = "flow_noise_to_data"  # t = 0 is noise, 1 is data; v = data - noise (DSMoE)

@@ -77,16 +77,18 @@ class AllToAllDispatcher:
     travels at all: a zero matrix issues no payload collective.
     """
 
-    def __init__(self, exchange: Exchange, placement: ExpertPlacement, device: torch.device) -> None:
+    def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
         self.exchange = exchange
         self.num_experts = placement.num_experts
         self.experts_per_rank = tuple(len(placement.experts_of(rank)) for rank in range(placement.num_ranks))
         position_of_expert = [0] * placement.num_experts
         for position, expert in enumerate(placement.send_order):
             position_of_expert[expert] = position
-        self.position_of_expert_E = torch.tensor(position_of_expert, device=device)
+        self.position_of_expert_E = torch.tensor(position_of_expert)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedRows:
+        # The table moves once, to wherever routing is computed.
+        self.position_of_expert_E = self.position_of_expert_E.to(routing.expert_ids_TK.device)
         positions_TK = self.position_of_expert_E[routing.expert_ids_TK]
         branch_of_slot_S, slot_of_branch_TK = _sort_branches(positions_TK)
         counts_E = torch.bincount(positions_TK.flatten(), minlength=self.num_experts)

@@ -64,6 +64,10 @@ class Exchange:
         """Record a payload collective that no rank needs."""
         self.traffic.collectives_elided += 1
 
+    def reset_traffic(self) -> None:
+        """Start counting anew: a report covers one run."""
+        self.traffic = Traffic()
+
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's small picklable object, in rank order."""
         gathered: list[Any] = [None] * self.size

@@ -1,4 +1,4 @@
-"""The ranks of a run and their process groups: the only file that creates groups or touches DeepSpeed's group functions.
+"""The ranks of a run and their process groups: only this file creates groups or calls DeepSpeed's group functions.
 
 world = DP x EP: consecutive ranks form an expert-parallel group, each group holding one full set of experts.
 """

@@ -1,0 +1,240 @@
+"""Requests in, images out: batching over ranks, the sampling loop, and the report.
+
+Shape suffixes: B images of this rank in a round, C channels, H and W pixels.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from moeca_dist.config import Config, load_config, validate_world
+from moeca_dist.errors import UserError
+from moeca_dist.models.backbone import DiffusionTransformer
+from moeca_dist.models.flops import forward_flops
+from moeca_dist.models.loading import check_weights, load_weights
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.parallel.agreement import agreed
+from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
+from moeca_dist.sampling.guidance import exact
+from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.sampling.step import StepContext
+from moeca_dist.types import Request
+from moeca_dist.vae import LatentDecoder, to_uint8
+
+Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
+
+
+@dataclass
+class _Clock:
+    """Counters of one run on this rank."""
+
+    started: float = field(default_factory=time.perf_counter)
+    denoise_s: float = 0.0
+
+
+class Engine:
+    """A network on a mesh of ranks, ready to generate.
+
+    Every rank of the world builds one and calls ``generate`` with the same requests; the images arrive on rank 0.
+    Latent models without a decoder produce float32 latents [N, C, H, W] in place of uint8 images [N, H, W, C].
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, model: DiffusionTransformer, decoder: LatentDecoder | None = None
+    ) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.model = model
+        self.decoder = decoder
+        self.sampler: Sampler = sampler_for(model.spec)
+
+    @classmethod
+    def from_config(
+        cls, config: Config | str | os.PathLike[str], overrides: Sequence[str] = (), *, mesh: Mesh | None = None
+    ) -> "Engine":
+        """Join the launcher's ranks (unless ``mesh`` is given) and load this rank's part of the model.
+
+        Raises UserError, on every rank alike, for anything wrong with the configuration, the checkpoint or the world
+        size, and PeerLostError where other ranks do not arrive.
+        """
+        config = config if isinstance(config, Config) else load_config(config, overrides)
+        mesh = mesh or join(config)
+        model = agreed(mesh, lambda: load_weights(config.model, mesh))
+        return cls(config, mesh, model, agreed(mesh, lambda: _decoder(config, model.spec, mesh)))
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.sampling.num_steps or self.sampler.default_num_steps
+
+    @property
+    def produces_pixels(self) -> bool:
+        return self.decoder is not None or not self.model.spec.is_latent
+
+    def generate(self, requests: Sequence[Request], *, progress: bool = False) -> tuple[NDArray[np.generic], Report]:
+        """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
+        batches: list[NDArray[np.generic]] = []
+        report = self.generate_into(lambda _, batch: batches.append(batch), requests, progress=progress)
+        if batches:
+            return np.concatenate(batches), report
+        return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
+
+    def generate_into(self, sink: Sink, requests: Sequence[Request], *, progress: bool = False) -> Report:
+        """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
+
+        A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
+        model does not have, and PeerLostError if a rank dies or hangs.
+        """
+        check_labels(requests, self.model.spec)
+        clock = _Clock()
+        rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
+        self._forget_traffic()
+        with tqdm(
+            total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
+        ) as bar:
+
+            def on_step(_: StepContext) -> None:
+                bar.update()
+
+            for shares in rounds:
+                samples = self._sample(shares[self.mesh.rank], clock, on_step)
+                self._deliver(sink, shares, samples)
+        return self._report(len(requests), clock)
+
+    def close(self) -> None:
+        """Leave the process groups; the engine cannot generate afterwards."""
+        self.mesh.close()
+
+    @property
+    def _is_first(self) -> bool:
+        return self.mesh.rank == 0
+
+    def _sample(self, share: Sequence[Request], clock: _Clock, on_step: Callable[[StepContext], None]) -> Tensor:
+        started = time.perf_counter()
+        samples_BCHW = self.sampler.sample(
+            exact(self.model),
+            share,
+            cfg_scale=self.config.sampling.cfg_scale,
+            num_steps=self.num_steps,
+            device=self.mesh.device,
+            on_step=on_step,
+        )
+        if samples_BCHW.is_cuda:
+            # NOTE: a host synchronisation, once per round, so that the time is that of the work.
+            torch.cuda.synchronize(samples_BCHW.device)
+        clock.denoise_s += time.perf_counter() - started
+        return self._to_samples(samples_BCHW)
+
+    def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
+        if self.decoder is not None:
+            return self.decoder.decode(samples_BCHW)
+        return samples_BCHW.cpu() if self.model.spec.is_latent else to_uint8(samples_BCHW)
+
+    def _deliver(self, sink: Sink, shares: list[Sequence[Request]], samples: Tensor) -> None:
+        if self.mesh.world is None:
+            sink(shares[0], samples.numpy())
+            return
+        parts = self.mesh.world.gather_to_first(samples, [len(share) for share in shares])
+        if parts is not None:
+            sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
+
+    def _forget_traffic(self) -> None:
+        if self.mesh.expert_group is not None:
+            self.mesh.expert_group.reset_traffic()
+
+    def _report(self, num_images: int, clock: _Clock) -> Report:
+        spec, mesh = self.model.spec, self.mesh
+        halves = 1 if self.config.sampling.cfg_scale == 1 else 2
+        evaluations = num_images * halves * self.num_steps
+        flops = evaluations * forward_flops(spec).total
+        routed = evaluations * len(spec.moe_blocks) * spec.num_tokens * spec.num_experts_per_tok
+        group = mesh.expert_group
+        mine = (clock.denoise_s, group.traffic.bytes_sent if group else 0)
+        ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
+        bytes_sent = sum(sent for _, sent in ranks)
+        wall_s = time.perf_counter() - clock.started
+        return Report(
+            num_images=num_images,
+            world_size=mesh.world_size,
+            ep_size=mesh.ep_size,
+            dp_size=mesh.dp_size,
+            num_steps=self.num_steps,
+            wall_s=wall_s,
+            denoise_s=max(seconds for seconds, _ in ranks),
+            images_per_s=num_images / wall_s,
+            flops=FlopsReport(flops, flops, 1.0),
+            branches=BranchReport(routed, routed, 0, 0, 0, 0.0),
+            exchange=ExchangeReport(
+                mode=self.config.parallel.exchange if group else "local",
+                placement=None,
+                bytes_sent=bytes_sent,
+                bytes_full=bytes_sent,
+                collectives=group.traffic.collectives if group else 0,
+                collectives_elided=group.traffic.collectives_elided if group else 0,
+            ),
+            cache=CacheReport(self.config.cache.policy, 0),
+        )
+
+
+def join(config: Config) -> Mesh:
+    """The mesh of the ranks that the launcher started, as ``config`` wants it."""
+    launcher = LauncherEnv.read()
+    validate_world(config, launcher.world_size)
+    return Mesh.create(
+        launcher,
+        ep_size=config.parallel.ep_size,
+        device_type=config.model.device,
+        backend=config.parallel.backend,
+        timeout_s=config.parallel.timeout_s,
+    )
+
+
+def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
+    """Everything about the model and the labels that can be refused without loading weights; cheap.
+
+    Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer and
+    labels that the model does not have.
+    """
+    spec = check_weights(config.model)
+    sampler = sampler_for(spec)
+    sampler.check_num_steps(config.sampling.num_steps or sampler.default_num_steps)
+    check_labels([Request(index, label) for index, label in enumerate(labels)], spec)
+    return spec
+
+
+def check_labels(requests: Sequence[Request], spec: ModelSpec) -> None:
+    """Raise UserError unless every label is one of the model's classes."""
+    for request in requests:
+        if not 0 <= request.label < spec.num_classes:
+            raise UserError(
+                f"label {request.label} is out of range: this model has {spec.num_classes} classes, "
+                f"0-{spec.num_classes - 1}"
+            )
+
+
+def _rounds(requests: Sequence[Request], world_size: int, batch_size: int) -> list[list[Sequence[Request]]]:
+    """Per round the share of every rank: at most ``batch_size`` each, as even as can be, some perhaps empty.
+
+    It follows from the arguments alone, so all ranks make the same number of network evaluations.
+    """
+    rounds = []
+    for start in range(0, len(requests), world_size * batch_size):
+        block = requests[start : start + world_size * batch_size]
+        bounds = [rank * len(block) // world_size for rank in range(world_size + 1)]
+        rounds.append([block[low:high] for low, high in zip(bounds, bounds[1:], strict=False)])
+    return rounds
+
+
+def _decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> LatentDecoder | None:
+    if config.sampling.vae is None:
+        return None
+    if not spec.is_latent:
+        raise UserError("sampling.vae has no effect: this model generates pixels, not latents; remove it")
+    return LatentDecoder(config.sampling.vae, device=mesh.device)

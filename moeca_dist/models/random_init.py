@@ -1,0 +1,43 @@
+"""Random weights for speed measurements, the same for every way of sharding the experts."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from moeca_dist.models.backbone import DiffusionTransformer
+from moeca_dist.models.dit_moe import sincos_positions
+from moeca_dist.models.registry import FAMILIES
+
+
+@torch.no_grad()
+def randomise(model: DiffusionTransformer, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer:
+    """Materialise a model that was built (and sharded) on the meta device with weights drawn from their names.
+
+    Matrices are normal with variance 1 / fan-in, so that activations keep their size; vectors are zero, norms one.
+    """
+    family = FAMILIES[model.spec.family]
+    model.to_empty(device=device)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        _fill(tensor.data, name)
+    for block, layer in model.moe_layers():
+        for weights, projection in ((layer.experts.w1, "gate"), (layer.experts.w3, "up"), (layer.experts.w2, "down")):
+            for slot, expert in enumerate(layer.local_expert_ids):
+                _fill(weights.data[slot], family.expert_key(block, expert, projection))
+    if isinstance(getattr(model, "pos_embed", None), Tensor):
+        rows = model.spec.input_size // model.spec.patch_size
+        model.pos_embed.copy_(sincos_positions(rows, rows, model.spec.hidden_size)[None])
+    model.to(dtype)
+    for _, layer in model.moe_layers():
+        if "e_score_correction_bias" in dict(layer.gate.named_buffers()):
+            layer.gate.float()
+    return model.eval().requires_grad_(False)
+
+
+def _fill(tensor: Tensor, name: str) -> None:
+    if tensor.ndim < 2:
+        tensor.fill_(1.0 if "norm.weight" in name else 0.0)
+        return
+    generator = torch.Generator(device=tensor.device).manual_seed(zlib.crc32(name.encode()))
+    fan_in = tensor[0].numel() if "embedding" not in name else 1
+    tensor.normal_(0.0, fan_in**-0.5, generator=generator)

@@ -1,0 +1,122 @@
+"""The output folder: written beside its final place and renamed when everything is in it.
+
+``OUT/`` holds ``images/000000.png ...``, ``grid.png``, ``samples.npz`` (``arr_0``, uint8 [N, H, W, C], the field's FID
+input), ``config.yaml`` and ``report.json``; for latents without a decoder ``latents.npz`` (``arr_0``, float32
+[N, C, H, W]) takes the place of the pictures.
+"""
+
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moeca_dist.config import Config
+from moeca_dist.errors import UserError
+from moeca_dist.report import Report
+from moeca_dist.types import Request
+
+GRID_LIMIT = 100
+GRID_TILE = 64
+
+
+class OutputFolder:
+    """Collects the samples of a run on rank 0. Nothing appears at ``path`` before ``finish``."""
+
+    def __init__(self, path: str | os.PathLike[str], num_images: int, *, overwrite: bool = False) -> None:
+        """Check the place and open a partial folder beside it.
+
+        Raises UserError for a non-empty folder without ``overwrite``, and for a place that cannot be written.
+        """
+        self.path = Path(os.path.abspath(path))
+        self._num_images = num_images
+        self._samples: NDArray[np.generic] | None = None
+        self._written = 0
+        _refuse_occupied(self.path, overwrite)
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            # A run that was killed leaves its partial folder; the next run into the same place replaces it.
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path.parent}: {error.strerror}; choose another output folder with --out"
+            ) from None
+
+    def add(self, requests: Sequence[Request], samples: NDArray[np.generic]) -> None:
+        """Append samples: uint8 pictures [n, H, W, C], or float32 latents [n, C, H, W]."""
+        if self._samples is None:
+            # A file-backed array: 50,000 pictures would not fit in memory beside the model.
+            self._samples = np.lib.format.open_memmap(
+                self._partial / "arr_0.npy", mode="w+", dtype=samples.dtype, shape=(self._num_images, *samples.shape[1:])
+            )
+        self._samples[self._written : self._written + len(samples)] = samples
+        self._written += len(samples)
+        if samples.dtype == np.uint8:
+            folder = self._partial / "images"
+            folder.mkdir(exist_ok=True)
+            for request, picture in zip(requests, samples, strict=True):
+                _picture(picture).save(folder / f"{request.index:06d}.png")
+
+    def finish(self, config: Config, report: Report) -> None:
+        """Write the rest and move the folder into place, replacing an older one as a whole."""
+        assert self._samples is not None and self._written == self._num_images
+        pixels = self._samples.dtype == np.uint8
+        if pixels:
+            _grid(self._samples[:GRID_LIMIT]).save(self._partial / "grid.png")
+        del self._samples  # flushes the mapped file
+        mapped = self._partial / "arr_0.npy"
+        with zipfile.ZipFile(self._partial / ("samples.npz" if pixels else "latents.npz"), "w") as archive:
+            archive.write(mapped, "arr_0.npy")
+        mapped.unlink()
+        (self._partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (self._partial / "report.json").write_text(report.to_json(), encoding="utf-8")
+        self._swap()
+
+    def abandon(self) -> None:
+        """Remove the partial folder; what stood at ``path`` stays as it was."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _swap(self) -> None:
+        if not self.path.exists():
+            self._partial.rename(self.path)
+            return
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        self.path.rename(replaced)
+        self._partial.rename(self.path)
+        shutil.rmtree(replaced)
+
+
+def _refuse_occupied(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the output folder {path} is a file: choose another place with --out")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"the output folder {path} is not empty: choose another one, or pass --overwrite to replace it")
+    if not (path / "report.json").is_file():
+        # Replacing removes the whole folder: a mistyped --out must not cost somebody's home.
+        raise UserError(f"the output folder {path} holds something else than an earlier run: choose another with --out")
+
+
+def _picture(pixels_HWC: NDArray[np.generic]) -> Image.Image:
+    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+
+
+def _grid(pictures_NHWC: NDArray[np.generic]) -> Image.Image:
+    """Pictures in rows of ten (fewer where there are fewer), small ones enlarged by whole factors."""
+    count, height, width, channels = pictures_NHWC.shape
+    columns = min(10, count)
+    rows = math.ceil(count / columns)
+    canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
+    canvas[:count] = pictures_NHWC
+    sheet = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    image = _picture(sheet.reshape(rows * height, columns * width, channels))
+    zoom = max(1, GRID_TILE // height)
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)

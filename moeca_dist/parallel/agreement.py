@@ -1,0 +1,28 @@
+"""One outcome for all ranks: what fails for one of them is reported by all, and nobody waits for the rest."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from moeca_dist.errors import UserError
+from moeca_dist.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; where it raises UserError on any, raise it on all, naming the rank if not rank 0."""
+    result: T | None = None
+    problem: UserError | None = None
+    try:
+        result = work()
+    except UserError as error:
+        problem = error
+    if mesh.world is None:
+        if problem is not None:
+            raise problem
+        return result  # type: ignore[return-value]  # None only if work() returned None
+    problems = mesh.world.gather_objects(str(problem) if problem is not None else None)
+    for rank, message in enumerate(problems):
+        if message is not None:
+            raise UserError(message if rank == 0 else f"rank {rank}: {message}") from problem
+    return result  # type: ignore[return-value]

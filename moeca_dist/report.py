@@ -1,0 +1,99 @@
+"""What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """Counted work of the denoising network, all ranks together; ``full`` is that of the exact path."""
+
+    computed: int
+    full: int
+    speedup: float
+
+
+@dataclass(frozen=True)
+class BranchReport:
+    """Branches (token x routed expert) of all ranks and steps."""
+
+    routed: int
+    refreshed: int
+    unmatched: int
+    reused: int
+    forecast: int
+    reuse_ratio: float
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """Payload of the expert all-to-all that left its rank, all ranks together.
+
+    ``mode`` is ``local`` where every rank holds all experts. ``bytes_full``: what the exact path sends. ``placement``:
+    which side keeps branch values, None without a cache. Collectives are counted per rank.
+    """
+
+    mode: str
+    placement: str | None
+    bytes_sent: int
+    bytes_full: int
+    collectives: int
+    collectives_elided: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    policy: str
+    bytes_peak: int
+    per_layer: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's."""
+
+    num_images: int
+    world_size: int
+    ep_size: int
+    dp_size: int
+    num_steps: int
+    wall_s: float
+    denoise_s: float
+    images_per_s: float
+    flops: FlopsReport
+    branches: BranchReport
+    exchange: ExchangeReport
+    cache: CacheReport
+    quality: dict[str, float] | None = None
+    telemetry: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def summary(self) -> str:
+        """A table for people."""
+        share = f"DP {self.dp_size} x EP {self.ep_size}"
+        rows = [
+            ("images", f"{self.num_images} in {self.num_steps} steps"),
+            ("ranks", f"{self.world_size} ({share})"),
+            ("wall clock", f"{self.wall_s:.1f} s ({self.images_per_s:.2f} images/s)"),
+            ("denoising", f"{self.denoise_s:.1f} s"),
+            ("compute", f"{_scaled(self.flops.computed, 1000)}FLOP"),
+            ("branches routed", f"{self.branches.routed:,}"),
+            ("exchange", f"{_scaled(self.exchange.bytes_sent, 1024)}iB in {self.exchange.collectives:,} collectives"),
+            ("cache", self.cache.policy),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _scaled(value: float, base: int) -> str:
+    """``1.23 G``: value with a metric prefix; the caller adds the unit (``iB`` for base 1024)."""
+    for prefix in ("", "K" if base == 1024 else "k", "M", "G", "T"):
+        if value < base:
+            break
+        value /= base
+    else:
+        value, prefix = value, "P"
+    return f"{value:.2f} {prefix}"

@@ -1,0 +1,141 @@
+"""Dispatch and combine against a loop over branches, on one rank and on several.
+
+Shape suffixes: T tokens, K routed experts per token, D hidden size.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moeca_dist.errors import UserError
+from moeca_dist.moe.experts import RoutedExperts
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
+from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.types import Routing
+
+HIDDEN, WIDTH, EXPERTS = 8, 12, 6
+
+
+def make_weights() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    shapes = {"w1": (EXPERTS, WIDTH, HIDDEN), "w3": (EXPERTS, WIDTH, HIDDEN), "w2": (EXPERTS, HIDDEN, WIDTH)}
+    return {name: torch.randn(*shape, generator=draw) * 0.3 for name, shape in shapes.items()}
+
+
+def make_experts(owned: Sequence[int]) -> RoutedExperts:
+    experts = RoutedExperts(HIDDEN, WIDTH, len(owned))
+    experts.load_state_dict({name: weight[list(owned)] for name, weight in make_weights().items()})
+    return experts.requires_grad_(False)
+
+
+def make_input(num_tokens: int, routing: Sequence[Sequence[int]], seed: int) -> tuple[Tensor, Routing]:
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.tensor(routing, dtype=torch.int64).reshape(num_tokens, 2)
+    return torch.randn(num_tokens, HIDDEN, generator=draw), Routing(ids, torch.rand(ids.shape, generator=draw))
+
+
+def naive(x_TD: Tensor, routing: Routing) -> Tensor:
+    weights = make_weights()
+    out = torch.zeros_like(x_TD)
+    for token in range(x_TD.shape[0]):
+        for expert, gate in zip(routing.expert_ids_TK[token].tolist(), routing.gates_TK[token].tolist(), strict=True):
+            x = x_TD[token]
+            gate_up = torch.nn.functional.silu(weights["w1"][expert] @ x) * (weights["w3"][expert] @ x)
+            out[token] += gate * (weights["w2"][expert] @ gate_up)
+    return out
+
+
+def tokens_routing(max_tokens: int = 9, k: int = 2) -> st.SearchStrategy[list[list[int]]]:
+    token = st.lists(st.integers(0, EXPERTS - 1), min_size=k, max_size=k, unique=True)
+    return st.lists(token, min_size=0, max_size=max_tokens)
+
+
+@given(tokens_routing())
+@settings(max_examples=60, deadline=None)
+def test_local_matches_the_loop(routing: list[list[int]]) -> None:
+    x_TD, decided = make_input(len(routing), routing, 3)
+    dispatcher = LocalDispatcher(EXPERTS)
+    sent = dispatcher.dispatch(x_TD, decided)
+    assert int(sent.rows_per_expert_L.sum()) == decided.expert_ids_TK.numel() == sent.rows_RD.shape[0]
+    y_TD = dispatcher.combine(make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L), sent)
+    torch.testing.assert_close(y_TD, naive(x_TD, decided), atol=1e-5, rtol=1e-5)
+
+
+def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> dict[str, object]:
+    """Runs on every rank: its own tokens through the all-to-all; returns output, reference and traffic."""
+    env = LauncherEnv.read()
+    mesh = Mesh.create(env, device_type="cpu", timeout_s=60)
+    assert mesh.expert_group is not None
+    mesh.expert_group.reset_traffic()
+    placement = ExpertPlacement(owners, env.world_size)
+    dispatcher = AllToAllDispatcher(mesh.expert_group, placement)
+    mine = routings[env.rank]
+    x_TD, decided = make_input(len(mine), mine, 10 + env.rank)
+    sent = dispatcher.dispatch(x_TD, decided)
+    experts = make_experts(placement.experts_of(env.rank))
+    y_TD = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent)
+    away = sum(owners[expert] != env.rank for token in mine for expert in token)
+    arrived = sum(owners[expert] == env.rank for tokens in routings for token in tokens for expert in token)
+    back = sum(
+        owners[expert] == env.rank
+        for rank, tokens in enumerate(routings)
+        for token in tokens
+        for expert in token
+        if rank != env.rank
+    )
+    assert sent.rows_RD.shape[0] == arrived
+    return {
+        "error": (y_TD - naive(x_TD, decided)).abs().max().item() if len(mine) else 0.0,
+        "bytes": mesh.expert_group.traffic.bytes_sent,
+        "expected_bytes": (away + back) * HIDDEN * 4,
+        "collectives": mesh.expert_group.traffic.collectives,
+        "elided": mesh.expert_group.traffic.collectives_elided,
+    }
+
+
+def check_exchange(pool, owners: tuple[int, ...], routings: list[list[list[int]]]) -> None:
+    nothing = not any(routings)
+    for outcome in pool.run(exchange_once, owners, routings):
+        assert outcome["error"] < 1e-5
+        assert outcome["bytes"] == outcome["expected_bytes"]
+        assert outcome["collectives"] == (0 if nothing else 2)
+        assert outcome["elided"] == (2 if nothing else 0)
+
+
+@given(st.lists(tokens_routing(), min_size=4, max_size=4), st.lists(st.integers(0, 3), min_size=6, max_size=6))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_all_to_all_matches_the_loop(four_ranks, routings: list[list[list[int]]], owners: list[int]) -> None:
+    """Any routing, any placement: ranks without tokens, ranks without experts."""
+    check_exchange(four_ranks, tuple(owners), routings)
+
+
+@pytest.mark.parametrize(
+    ("owners", "routings"),
+    [
+        ((0, 0, 1, 1, 2, 3), [[], [], [], []]),
+        ((0, 0, 1, 1, 2, 3), [[[0, 1]] * 9, [], [[0, 1]] * 3, []]),
+        ((3, 3, 3, 3, 3, 3), [[[0, 5]], [[1, 2]], [], [[4, 3]]]),
+        ((0, 0, 0, 2, 2, 2), [[], [[0, 3]] * 20, [], [[5, 1]]]),
+    ],
+    ids=["nobody", "one owner takes all", "one rank holds all", "ranks without experts"],
+)
+def test_all_to_all_extremes(four_ranks, owners: tuple[int, ...], routings: list[list[list[int]]]) -> None:
+    check_exchange(four_ranks, owners, routings)
+
+
+@given(st.integers(1, 64), st.integers(1, 16))
+def test_contiguous_placement_is_even(num_experts: int, num_ranks: int) -> None:
+    placement = ExpertPlacement.contiguous(num_experts, num_ranks)
+    held = [placement.experts_of(rank) for rank in range(num_ranks)]
+    assert [expert for experts in held for expert in experts] == list(range(num_experts)) == list(placement.send_order)
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+def test_placement_refuses_unknown_ranks() -> None:
+    with pytest.raises(UserError, match=r"names ranks \[4\]"):
+        ExpertPlacement((0, 4), 2)
