@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.sampling.guidance import exact
+from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.sampling.step import StepContext
 from moeca_dist.types import Request
@@ -92,7 +94,7 @@ class Engine:
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
         model does not have, and PeerLostError if a rank dies or hangs.
         """
-        check_labels(requests, self.model.spec)
+        check_requests(requests, self.model.spec)
         clock = _Clock()
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
         self._forget_traffic()
@@ -205,13 +207,14 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     sampler.check_num_steps(config.sampling.num_steps or sampler.default_num_steps)
-    check_labels([Request(index, label) for index, label in enumerate(labels)], spec)
+    check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     return spec
 
 
-def check_labels(requests: Sequence[Request], spec: ModelSpec) -> None:
-    """Raise UserError unless every label is one of the model's classes."""
+def check_requests(requests: Sequence[Request], spec: ModelSpec) -> None:
+    """Raise UserError unless every label is one of the model's classes and every noise stream exists."""
     for request in requests:
+        check_stream(request.seed, request.index)
         if not 0 <= request.label < spec.num_classes:
             raise UserError(
                 f"label {request.label} is out of range: this model has {spec.num_classes} classes, "
@@ -228,7 +231,7 @@ def _rounds(requests: Sequence[Request], world_size: int, batch_size: int) -> li
     for start in range(0, len(requests), world_size * batch_size):
         block = requests[start : start + world_size * batch_size]
         bounds = [rank * len(block) // world_size for rank in range(world_size + 1)]
-        rounds.append([block[low:high] for low, high in zip(bounds, bounds[1:], strict=False)])
+        rounds.append([block[low:high] for low, high in pairwise(bounds)])
     return rounds
 
 

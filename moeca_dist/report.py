@@ -90,10 +90,8 @@ class Report:
 
 def _scaled(value: float, base: int) -> str:
     """``1.23 G``: value with a metric prefix; the caller adds the unit (``iB`` for base 1024)."""
-    for prefix in ("", "K" if base == 1024 else "k", "M", "G", "T"):
-        if value < base:
-            break
+    prefixes = ["", "K" if base == 1024 else "k", "M", "G", "T", "P"]
+    while value >= base and len(prefixes) > 1:
         value /= base
-    else:
-        value, prefix = value, "P"
-    return f"{value:.2f} {prefix}"
+        prefixes.pop(0)
+    return f"{value:.2f} {prefixes[0]}"

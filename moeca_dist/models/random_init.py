@@ -8,6 +8,7 @@ from torch import Tensor
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.dit_moe import sincos_positions
 from moeca_dist.models.registry import FAMILIES
+from moeca_dist.moe.router import SigmoidRouter
 
 
 @torch.no_grad()
@@ -17,20 +18,22 @@ def randomise(model: DiffusionTransformer, device: torch.device, dtype: torch.dt
     Matrices are normal with variance 1 / fan-in, so that activations keep their size; vectors are zero, norms one.
     """
     family = FAMILIES[model.spec.family]
+    model.to(dtype)  # while on meta: the wide copy never exists
+    for module in model.modules():
+        if isinstance(module, SigmoidRouter):
+            module.float()
     model.to_empty(device=device)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        _fill(tensor.data, name)
+    for name, tensor in model.state_dict().items():
+        if ".experts.w" not in name:
+            _fill(tensor, name)
     for block, layer in model.moe_layers():
         for weights, projection in ((layer.experts.w1, "gate"), (layer.experts.w3, "up"), (layer.experts.w2, "down")):
             for slot, expert in enumerate(layer.local_expert_ids):
-                _fill(weights.data[slot], family.expert_key(block, expert, projection))
-    if isinstance(getattr(model, "pos_embed", None), Tensor):
+                _fill(weights[slot], family.expert_key(block, expert, projection))
+    positions = getattr(model, "pos_embed", None)
+    if isinstance(positions, Tensor):
         rows = model.spec.input_size // model.spec.patch_size
-        model.pos_embed.copy_(sincos_positions(rows, rows, model.spec.hidden_size)[None])
-    model.to(dtype)
-    for _, layer in model.moe_layers():
-        if "e_score_correction_bias" in dict(layer.gate.named_buffers()):
-            layer.gate.float()
+        positions.copy_(sincos_positions(rows, rows, model.spec.hidden_size)[None])
     return model.eval().requires_grad_(False)
 
 
