@@ -53,7 +53,10 @@ class OutputFolder:
         if self._samples is None:
             # A file-backed array: 50,000 pictures would not fit in memory beside the model.
             self._samples = np.lib.format.open_memmap(
-                self._partial / "arr_0.npy", mode="w+", dtype=samples.dtype, shape=(self._num_images, *samples.shape[1:])
+                self._partial / "arr_0.npy",
+                mode="w+",
+                dtype=samples.dtype,
+                shape=(self._num_images, *samples.shape[1:]),
             )
         self._samples[self._written : self._written + len(samples)] = samples
         self._written += len(samples)
