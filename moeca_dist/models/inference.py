@@ -1,5 +1,6 @@
 """What a checkpoint's keys and shapes say about the network, and what has to be stated."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from moeca_dist.errors import UserError
 from moeca_dist.models import dit_moe, dsmoe
 from moeca_dist.models.spec import ModelSpec, TimeConvention
+
+logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,6 +34,8 @@ def dsmoe_spec(shapes: Shapes, options: Mapping[str, Any]) -> ModelSpec:
     known = _published_like(dsmoe.PUBLISHED, found)
     if known is not None:
         found |= _pick(known, ("num_heads", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor"))
+    elif "n_group" not in options:
+        logger.warning("n_group and topk_group are not stated for this unpublished size: routing without groups")
     return _finish(found, options, needed=("num_heads", "num_experts_per_tok", "routed_scaling_factor"))
 
 
@@ -102,7 +107,8 @@ def _finish(found: dict[str, Any], options: Mapping[str, Any], needed: tuple[str
     if missing:
         raise UserError(
             f"this checkpoint is of family {found['family']} but of no published size, and its shapes do not tell "
-            f"{', '.join(missing)}: state them as options (model.{missing[0]}=...)"
+            f"{', '.join(missing)}: state them (load_model(..., {missing[0]}=N), model.{missing[0]} in a configuration, "
+            f"or --{missing[0].replace('_', '-')} of moeca convert)"
         )
     try:
         return ModelSpec(**stated)

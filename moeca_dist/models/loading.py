@@ -8,7 +8,7 @@ from moeca_dist.config import ModelConfig
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.checkpoint import check_fits, infer_spec, load_model, shard_for
-from moeca_dist.models.options import parse_dtype
+from moeca_dist.models.options import MODEL_OPTIONS, parse_dtype
 from moeca_dist.models.random_init import randomise
 from moeca_dist.models.registry import build_model, override, published_spec
 from moeca_dist.models.spec import ModelSpec
@@ -16,15 +16,6 @@ from moeca_dist.models.tensor_source import open_source
 from moeca_dist.parallel.mesh import Mesh
 
 _IDENTITY = ("family", "depth", "hidden_size", "num_experts", "expert_width")
-_OPTIONS = (
-    "family",
-    "num_heads",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-    "routed_scaling_factor",
-    "input_size",
-)
 
 
 def check_weights(config: ModelConfig) -> ModelSpec:
@@ -73,4 +64,4 @@ def _random_spec(config: ModelConfig) -> ModelSpec:
 
 
 def _stated(config: ModelConfig) -> dict[str, Any]:
-    return {name: value for name in _OPTIONS if (value := getattr(config, name)) is not None}
+    return {name: value for name in MODEL_OPTIONS if (value := getattr(config, name)) is not None}
