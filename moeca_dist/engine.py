@@ -29,7 +29,7 @@ from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.sampling.step import StepContext
 from moeca_dist.types import Request
-from moeca_dist.vae import LatentDecoder, to_uint8
+from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 
 Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 
@@ -75,6 +75,13 @@ class Engine:
     @property
     def num_steps(self) -> int:
         return self.config.sampling.num_steps or self.sampler.default_num_steps
+
+    @property
+    def resolved_config(self) -> Config:
+        """The configuration with the values that the model and the world decided: running it again is the same run."""
+        sampling = self.config.sampling.model_copy(update={"num_steps": self.num_steps})
+        parallel = self.config.parallel.model_copy(update={"ep_size": self.mesh.ep_size})
+        return self.config.model_copy(update={"sampling": sampling, "parallel": parallel})
 
     @property
     def produces_pixels(self) -> bool:
@@ -201,13 +208,14 @@ def join(config: Config) -> Mesh:
 def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
-    Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer and
-    labels that the model does not have.
+    Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
+    that the model does not have, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     sampler.check_num_steps(config.sampling.num_steps or sampler.default_num_steps)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
+    _check_decoder(config, spec)
     return spec
 
 
@@ -235,9 +243,14 @@ def _rounds(requests: Sequence[Request], world_size: int, batch_size: int) -> li
     return rounds
 
 
-def _decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> LatentDecoder | None:
+def _check_decoder(config: Config, spec: ModelSpec) -> None:
     if config.sampling.vae is None:
-        return None
+        return
     if not spec.is_latent:
         raise UserError("sampling.vae has no effect: this model generates pixels, not latents; remove it")
-    return LatentDecoder(config.sampling.vae, device=mesh.device)
+    check_autoencoder(config.sampling.vae)
+
+
+def _decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> LatentDecoder | None:
+    _check_decoder(config, spec)
+    return None if config.sampling.vae is None else LatentDecoder(config.sampling.vae, device=mesh.device)

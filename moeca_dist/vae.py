@@ -61,17 +61,26 @@ class LatentDecoder:
         return torch.cat([to_uint8(self._autoencoder.decode(chunk / LATENT_SCALE).sample) for chunk in chunks])
 
 
-def _load_autoencoder(folder: Path) -> Any:
-    """The ``AutoencoderKL`` in ``folder``, float32; ``Any`` because diffusers is optional."""
+def check_autoencoder(folder: Path) -> type[Any]:
+    """The class that loads ``folder``, after what can be told without reading weights; ``Any``: diffusers is optional.
+
+    Raises UserError where diffusers is not installed or the folder holds no autoencoder.
+    """
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise UserError(f"decoding latents needs diffusers, which is not installed; {HOW_TO_GET_PIXELS}") from error
     if not (folder / "config.json").is_file():
         raise UserError(f"no autoencoder in {str(folder)!r} (it has no config.json); {HOW_TO_GET_PIXELS}")
+    return AutoencoderKL
+
+
+def _load_autoencoder(folder: Path) -> Any:
+    """The ``AutoencoderKL`` in ``folder``, float32."""
+    autoencoder_class = check_autoencoder(folder)
     try:
         # Safetensors alone: the .bin beside it is a pickle, and loading one runs code.
-        autoencoder, loading = AutoencoderKL.from_pretrained(
+        autoencoder, loading = autoencoder_class.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:

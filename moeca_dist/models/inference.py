@@ -107,8 +107,8 @@ def _finish(found: dict[str, Any], options: Mapping[str, Any], needed: tuple[str
     if missing:
         raise UserError(
             f"this checkpoint is of family {found['family']} but of no published size, and its shapes do not tell "
-            f"{', '.join(missing)}: state them (load_model(..., {missing[0]}=N), model.{missing[0]} in a configuration, "
-            f"or --{missing[0].replace('_', '-')} of moeca convert)"
+            f"{', '.join(missing)}: state them, e.g. load_model(..., {missing[0]}=N), model.{missing[0]}=N in a "
+            f"configuration or --{missing[0].replace('_', '-')} N of moeca convert"
         )
     try:
         return ModelSpec(**stated)

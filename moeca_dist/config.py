@@ -1,0 +1,224 @@
+"""The configuration: typed, frozen, validated once, with no live objects inside.
+
+Values come from the defaults below, then the YAML file, then ``--set a.b=c``; the last one wins. Whatever is unknown,
+mistyped or out of range is a `UserError` that names the key, where it was written and what is allowed.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from moeca_dist.config_file import parse_yaml, read_sections
+from moeca_dist.errors import UserError
+
+# Strict everywhere else: with coercion `num_steps: true` would run one step.
+_PathField = Annotated[Path, Strict(False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """Which network. Options left at None are inferred from the checkpoint, or refused where shapes cannot tell."""
+
+    name: str | None = None
+    """A published size, e.g. DSMoE-S-E16; a checkpoint given as well must agree with it."""
+    checkpoint: _PathField | None = None
+    """A published file (.pt, .safetensors) or a folder in our sharded format."""
+    random_init: bool = False
+    """Random weights for the size ``name``: speed benchmarks without weights."""
+    family: str | None = None
+    num_heads: int | None = Field(None, ge=1)
+    num_experts_per_tok: int | None = Field(None, ge=1)
+    n_group: int | None = Field(None, ge=1)
+    topk_group: int | None = Field(None, ge=1)
+    routed_scaling_factor: float | None = Field(None, gt=0)
+    input_size: int | None = Field(None, ge=1)
+    """Side of the (latent) image in pixels."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ParallelConfig(_Section):
+    """How the world splits: ``ep_size`` ranks share one set of experts, what is left is data-parallel."""
+
+    ep_size: int | None = Field(None, ge=1)
+    """None: the whole world."""
+    exchange: Literal["exact"] = "exact"
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    timeout_s: float = Field(120.0, gt=0, le=86_400)
+    """A peer that stays silent for longer ends the run."""
+
+
+class CacheConfig(_Section):
+    """What is reused between denoising steps: ``none`` is the exact path."""
+
+    policy: Literal["none"] = "none"
+
+
+class SamplingConfig(_Section):
+    """How images are drawn; ``batch_size`` counts images per rank and round."""
+
+    num_steps: int | None = Field(None, ge=1)
+    """None: the default of the model's family."""
+    cfg_scale: float = Field(1.5, ge=1)
+    """Classifier-free guidance; 1 switches it off."""
+    batch_size: int = Field(32, ge=1)
+    vae: _PathField | None = None
+    """Folder of a local sd-vae-ft-mse; without it latent models save latents."""
+
+
+class Config(_Section):
+    """Everything one run depends on, except the requests themselves."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    cache: CacheConfig = CacheConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "Config":
+        model = self.model
+        if model.random_init and model.checkpoint is not None:
+            raise ValueError("model.random_init and model.checkpoint exclude each other: keep one of them")
+        if model.random_init and model.name is None:
+            raise ValueError("model.random_init needs model.name, the published size to build")
+        if model.random_init and model.family is not None:
+            raise ValueError("model.family has no effect with model.random_init, where model.name decides: remove it")
+        if self.parallel.backend == "nccl" and model.device == "cpu":
+            raise ValueError("parallel.backend nccl needs model.device cuda; use gloo (or auto) on cpu")
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that `load_config` reads back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Defaults < the YAML file at ``path`` < ``overrides`` such as ``"sampling.num_steps=50"``.
+
+    Relative paths in the file resolve against the file's folder, those in an override against the current folder.
+    Raises `UserError` (one line, every problem in it) for anything that is missing, unknown or not allowed.
+    """
+    path = Path(path)
+    tree = _anchored(read_sections(path), path.parent)
+    overridden: set[str] = set()
+    for override in overrides:
+        change = _anchored(_parse_override(override), Path())
+        tree = _merged(tree, change)
+        overridden |= set(_leaf_keys(change))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for details in error.errors():
+            key = ".".join(str(part) for part in details["loc"])
+            stated = any(f"{leaf}.".startswith(f"{key}.") for leaf in overridden)
+            problems.setdefault("--set" if key and stated else str(path), []).append(_explain(details))
+        raise UserError("; ".join(f"{place}: {'; '.join(found)}" for place, found in problems.items())) from None
+
+
+def validate_world(config: Config, world_size: int) -> None:
+    """Raise `UserError` unless ``parallel.ep_size`` divides ``world_size``."""
+    ep_size = config.parallel.ep_size
+    if ep_size is not None and world_size % ep_size:
+        divisors = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+        raise UserError(
+            f"parallel.ep_size {ep_size} does not divide the world size {world_size}; choose one of {divisors}, "
+            "or start another number of ranks"
+        )
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise UserError(f"--set {override}: expected key=value, e.g. --set sampling.num_steps=50")
+    tree = parse_yaml(text, f"--set {override}")
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _anchored(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """``tree`` with its relative paths made absolute from ``folder`` (symbolic links are left as they are)."""
+    result = dict(tree)
+    for key, info in _FIELDS.items():
+        section, _, field = key.partition(".")
+        values = result.get(section)
+        if info.annotation == (_PathField | None) and isinstance(values, dict) and isinstance(values.get(field), str):
+            absolute = os.path.abspath(folder / Path(values[field]).expanduser())
+            result[section] = values | {field: absolute}
+    return result
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in change.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+# ---- explaining ------------------------------------------------------------------------------------------------------
+
+
+def _explain(details: ErrorDetails) -> str:
+    """One problem that pydantic found, in the words of the file it stands in."""
+    key = ".".join(str(part) for part in details["loc"])
+    match details["type"]:
+        case "value_error":  # from _check_combinations, which names its keys
+            return details["msg"].removeprefix("Value error, ")
+        case "extra_forbidden":
+            return f"unknown key {key}; {_nearest(key)}"
+        case "model_type":
+            allowed = f"must be a section of keys ({', '.join(_SECTIONS[key].model_fields)})"
+        case "path_type":
+            allowed = "must be a path"
+        case "int_type":
+            allowed = "must be an integer"
+        case _:
+            allowed = details["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
+    return f"{key} {allowed}, not {details['input']!r}"
+
+
+def _nearest(key: str) -> str:
+    """The valid key that ``key`` most likely stands for: mistyped, or put into the wrong section."""
+    leaf = key.rpartition(".")[2]
+    moved = [candidate for candidate in _FIELDS if candidate.endswith(f".{leaf}")]
+    sections = list(_SECTIONS) if "." not in key else []
+    close = moved or difflib.get_close_matches(key, [*_FIELDS, *sections], n=1)
+    if not close:
+        by_leaf = {candidate.partition(".")[2]: candidate for candidate in _FIELDS}
+        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    if close:
+        return f"did you mean {close[0]}?"
+    section = _SECTIONS.get(key.partition(".")[0], Config)
+    return f"known there are {', '.join(section.model_fields)}"
+
+
+_SECTIONS: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {name: type(field.get_default()) for name, field in Config.model_fields.items()}
+)
+_FIELDS: Mapping[str, FieldInfo] = MappingProxyType(
+    {f"{name}.{key}": field for name, section in _SECTIONS.items() for key, field in section.model_fields.items()}
+)
