@@ -234,8 +234,7 @@ def _integer(text: str, low: int, high: int | None) -> int:
 
 def _exit_code(run: Callable[[], None]) -> int:
     try:
-        with _sigterm_as_exit():
-            _keep_quiet()
+        with _sigterm_as_exit(), _quiet():
             run()
     except UserError as error:
         # Every rank found the same mistake; one of them says so.
@@ -266,12 +265,19 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _keep_quiet() -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Logs and warnings on rank 0 alone, and there without the one that only DeepSpeed's authors can act on."""
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    if not _is_first():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+        if not _is_first():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 def _tell_deepspeed_the_device() -> None:

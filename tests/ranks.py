@@ -30,7 +30,7 @@ class RankFailedError(AssertionError):
 class RankPool:
     """``size`` processes with the environment a launcher gives; ``run`` calls a function on all of them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device_type: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.size = size
@@ -38,7 +38,7 @@ class RankPool:
         self._pipes: list[Connection] = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, size, port, device_type), daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
@@ -70,7 +70,7 @@ class RankPool:
             process.join()
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, device_type: str) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -79,7 +79,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=device_type,
     )
     import torch
 
