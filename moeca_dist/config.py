@@ -59,10 +59,28 @@ class ParallelConfig(_Section):
     """A peer that stays silent for longer ends the run."""
 
 
-class CacheConfig(_Section):
-    """What is reused between denoising steps: ``none`` is the exact path."""
+class HalvesConfig(_Section):
+    """One list of full steps for each guidance half."""
 
-    policy: Literal["none"] = "none"
+    conditional: list[int]
+    unconditional: list[int]
+
+
+class CacheConfig(_Section):
+    """What is reused between denoising steps. Each policy reads some of the options and refuses the others."""
+
+    policy: Literal["none", "fora", "taylorseer", "moeca_forecast", "random"] = "none"
+    """``none`` is the exact path."""
+    interval: int | None = Field(None, ge=1)
+    """A full step every so many steps."""
+    full_steps: list[int] | HalvesConfig | None = None
+    """Indices of the full steps, for both guidance halves or for each."""
+    order: int | None = Field(None, ge=0, le=3)
+    """Order of the forecast; 0 reuses the stored value."""
+    ratio: float | None = Field(None, ge=0, le=1)
+    """Share of the branches that policy ``random`` computes in a cache step."""
+    extra_entries: int | None = Field(None, ge=0)
+    """Stored branches per token beyond its routed experts: those of experts that just left."""
 
 
 class SamplingConfig(_Section):

@@ -15,31 +15,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.session import CacheSession
+from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.flops import forward_flops
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
-from moeca_dist.sampling.guidance import exact
+from moeca_dist.report import CacheReport, ExchangeReport, Report
+from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.sampling.step import StepContext
-from moeca_dist.types import Request
+from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
+from moeca_dist.work import Work
 
 Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 
 
 @dataclass
-class _Clock:
-    """Counters of one run on this rank."""
+class _Counters:
+    """What one run did on this rank."""
 
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
+    cache: CacheStatistics = field(default_factory=CacheStatistics)
 
 
 class Engine:
@@ -57,6 +60,7 @@ class Engine:
         self.model = model
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
+        self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
 
     @classmethod
     def from_config(
@@ -102,7 +106,7 @@ class Engine:
         model does not have, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
-        clock = _Clock()
+        counters = _Counters()
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
         self._forget_traffic()
         with tqdm(
@@ -113,9 +117,9 @@ class Engine:
                 bar.update()
 
             for shares in rounds:
-                samples = self._sample(shares[self.mesh.rank], clock, on_step)
+                samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
-        return self._report(len(requests), clock)
+        return self._report(len(requests), counters)
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
@@ -125,10 +129,29 @@ class Engine:
     def _is_first(self) -> bool:
         return self.mesh.rank == 0
 
-    def _sample(self, share: Sequence[Request], clock: _Clock, on_step: Callable[[StepContext], None]) -> Tensor:
+    @property
+    def _guided(self) -> bool:
+        return self.config.sampling.cfg_scale != 1
+
+    def _open_session(self, share: Sequence[Request], counters: _Counters) -> CacheSession | None:
+        """The caches of one round, or None for the exact path."""
+        if self.policy is None:
+            return None
+        return CacheSession(
+            self.policy,
+            share,
+            guided=self._guided,
+            num_blocks=self.model.spec.depth,
+            num_experts_per_tok=self.model.spec.num_experts_per_tok,
+            statistics=counters.cache,
+            device=self.mesh.device,
+        )
+
+    def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
+        session = self._open_session(share, counters)
         started = time.perf_counter()
         samples_BCHW = self.sampler.sample(
-            exact(self.model),
+            exact(self.model) if session is None else cached(self.model, session),
             share,
             cfg_scale=self.config.sampling.cfg_scale,
             num_steps=self.num_steps,
@@ -138,7 +161,9 @@ class Engine:
         if samples_BCHW.is_cuda:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
-        clock.denoise_s += time.perf_counter() - started
+        counters.denoise_s += time.perf_counter() - started
+        if session is not None:
+            session.note_peak()
         return self._to_samples(samples_BCHW)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
@@ -158,17 +183,17 @@ class Engine:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic()
 
-    def _report(self, num_images: int, clock: _Clock) -> Report:
-        spec, mesh = self.model.spec, self.mesh
-        halves = 1 if self.config.sampling.cfg_scale == 1 else 2
-        evaluations = num_images * halves * self.num_steps
-        flops = evaluations * forward_flops(spec).total
-        routed = evaluations * len(spec.moe_blocks) * spec.num_tokens * spec.num_experts_per_tok
-        group = mesh.expert_group
-        mine = (clock.denoise_s, group.traffic.bytes_sent if group else 0)
+    def _report(self, num_images: int, counters: _Counters) -> Report:
+        spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
+        mine = (counters, group.traffic.bytes_sent if group else 0)
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
+        statistics = CacheStatistics()
+        for theirs, _ in ranks:
+            statistics.merge(theirs.cache)
+        work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
         bytes_sent = sum(sent for _, sent in ranks)
-        wall_s = time.perf_counter() - clock.started
+        branches = work.branches()
+        wall_s = time.perf_counter() - counters.started
         return Report(
             num_images=num_images,
             world_size=mesh.world_size,
@@ -176,19 +201,19 @@ class Engine:
             dp_size=mesh.dp_size,
             num_steps=self.num_steps,
             wall_s=wall_s,
-            denoise_s=max(seconds for seconds, _ in ranks),
+            denoise_s=max(theirs.denoise_s for theirs, _ in ranks),
             images_per_s=num_images / wall_s,
-            flops=FlopsReport(flops, flops, 1.0),
-            branches=BranchReport(routed, routed, 0, 0, 0, 0.0),
+            flops=work.flops(),
+            branches=branches,
             exchange=ExchangeReport(
                 mode=self.config.parallel.exchange if group else "local",
-                placement=None,
+                placement="home" if group and self.policy else None,
                 bytes_sent=bytes_sent,
-                bytes_full=bytes_sent,
+                bytes_full=round(bytes_sent * branches.routed / branches.refreshed) if branches.refreshed else 0,
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
             ),
-            cache=CacheReport(self.config.cache.policy, 0),
+            cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
         )
 
 
@@ -213,7 +238,9 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
-    sampler.check_num_steps(config.sampling.num_steps or sampler.default_num_steps)
+    num_steps = config.sampling.num_steps or sampler.default_num_steps
+    sampler.check_num_steps(num_steps)
+    build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

@@ -1,10 +1,11 @@
 """Value types shared by all layers of the package.
 
-Shape suffixes: B images, T tokens (of all images of a rank), D hidden size, K routed experts per token.
+Shape suffixes: B images, T tokens (of all images of a rank), D hidden size, K routed experts per token, N branches.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,29 @@ class Routing:
     @property
     def num_experts_per_tok(self) -> int:
         return self.expert_ids_TK.shape[1]
+
+    def all_branches(self) -> "Branches":
+        """Every branch, token by token, in the order of the slots."""
+        tokens = torch.arange(self.num_tokens, device=self.expert_ids_TK.device)
+        return Branches(tokens.repeat_interleave(self.num_experts_per_tok), self.expert_ids_TK.flatten())
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Some branches of a rank: int64 ``token_N`` and global ``expert_ids_N``."""
+
+    token_N: Tensor
+    expert_ids_N: Tensor
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in the denoising loop a network evaluation stands.
+
+    It is passed down as an argument, so nothing below a solver counts steps by itself: two samples can interleave, and
+    a retried step is the same step.
+    """
+
+    index: int  # 0 for the first (noisiest) step, num_steps - 1 for the last, whatever the time convention
+    num_steps: int
+    time: float  # the value the network gets for every image: in [0, 1] (flow) or an integer in 0..999 (DDPM)

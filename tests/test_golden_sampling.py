@@ -8,7 +8,7 @@ from moeca_dist.models.checkpoint import load_model
 from moeca_dist.sampling import ddpm, flow
 from moeca_dist.sampling.guidance import exact, guided
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.sampling.step import StepContext
+from moeca_dist.types import StepContext
 from tests.golden_files import DIT_MOE_NAMES, DSMOE_NAMES, EULER_TOLERANCE, load_golden
 
 CHANNELS = 4

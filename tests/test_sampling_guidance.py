@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeca_dist.sampling.guidance import exact, guided
-from moeca_dist.sampling.step import StepContext
+from moeca_dist.types import StepContext
 
 STEP = StepContext(index=3, num_steps=9, time=0.25)
 NULL = 10

@@ -8,7 +8,7 @@ import torch
 from moeca_dist.errors import UserError
 from moeca_dist.sampling import ddpm, flow
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.sampling.step import StepContext
+from moeca_dist.types import StepContext
 from moeca_dist.types import Request
 
 SHAPE = (2, 4, 4)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from moeca_dist.cache.session import StepCache
 from moeca_dist.models.attention import RotaryTable
 from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from moeca_dist.models.spec import ModelSpec
@@ -39,8 +40,8 @@ class DiffusionTransformer(nn.Module):
             assert isinstance(layer, MoELayer)
             yield index, layer
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """The raw network output [B, C_out, H, W] in the parameters' dtype.
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, cache: StepCache | None = None) -> Tensor:
+        """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=None``.
 
         ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
         class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
@@ -50,6 +51,6 @@ class DiffusionTransformer(nn.Module):
         tokens_BTD = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype))
         tokens_BTD, rotary = self.add_positions(tokens_BTD, rows, columns)
         c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
-        for block in self.blocks:
-            tokens_BTD = block(tokens_BTD, c_BD, rotary)
+        for index, block in enumerate(self.blocks):
+            tokens_BTD = block(tokens_BTD, c_BD, rotary, None if cache is None else cache.block(index))
         return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)

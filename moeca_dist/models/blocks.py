@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeca_dist.cache.session import BlockStep
 from moeca_dist.models.attention import RotaryTable
+from moeca_dist.moe.layer import MoELayer
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256
 TIME_MAX_PERIOD = 10_000
+EVERYTHING = slice(None)
 
 
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -99,11 +102,28 @@ class AdaLNBlock(nn.Module):
         """A MoE layer or a dense MLP."""
         return self.get_submodule(self._feed_forward_name)
 
-    def forward(self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: BlockStep | None = None
+    ) -> Tensor:
+        """``cache=None`` computes everything: the exact path."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
-        attended = self.attn(modulate(normalise(x_BTD), shift_attn, scale_attn), rotary)
+
+        def attend(images: slice) -> Tensor:
+            return self.attn(modulate(normalise(x_BTD[images]), shift_attn[images], scale_attn[images]), rotary)
+
+        attended = attend(EVERYTHING) if cache is None else cache.serve("attention", x_BTD, attend)
         x_BTD = x_BTD + gate_attn[:, None] * attended
-        fed = self.feed_forward(modulate(normalise(x_BTD), shift_ff, scale_ff))
+
+        def modulated(images: slice) -> Tensor:
+            return modulate(normalise(x_BTD[images]), shift_ff[images], scale_ff[images])
+
+        if cache is None:
+            fed = self.feed_forward(modulated(EVERYTHING))
+        elif cache.per_branch and isinstance(self.feed_forward, MoELayer):
+            fed = self.feed_forward(modulated(EVERYTHING), cache)
+        else:
+            name = "moe" if isinstance(self.feed_forward, MoELayer) else "dense"
+            fed = cache.serve(name, x_BTD, lambda images: self.feed_forward(modulated(images)))
         return x_BTD + gate_ff[:, None] * fed
 
 

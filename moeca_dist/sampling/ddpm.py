@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moeca_dist.errors import UserError
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.sampling.step import Denoiser, OnStep, StepContext
+from moeca_dist.sampling.step import Denoiser, OnStep
+from moeca_dist.types import StepContext
 
 NUM_TRAIN_TIMESTEPS = 1000
 _BETA_FIRST, _BETA_LAST = 1e-4, 0.02

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moeca_dist.errors import UserError
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.sampling.step import Denoiser, OnStep, StepContext
+from moeca_dist.sampling.step import Denoiser, OnStep
+from moeca_dist.types import StepContext
 
 
 def sample_noise_to_data(

@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moeca_dist.sampling.step import Denoiser, StepContext
+from moeca_dist.cache.session import CacheSession, StepCache
+from moeca_dist.sampling.step import Denoiser
+from moeca_dist.types import StepContext
 
 
 class Network(Protocol):
@@ -23,11 +25,26 @@ class Model(Protocol):
     def __call__(self, x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, /) -> Tensor: ...
 
 
+class CachedModel(Protocol):
+    """A model that also takes the caches of one step."""
+
+    def __call__(self, x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, cache: StepCache, /) -> Tensor: ...
+
+
 def exact(model: Model) -> Network:
     """The network that computes everything in every step: ``model`` needs no step, because nothing is cached."""
 
     def network(x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, step: StepContext, /) -> Tensor:
         return model(x_NCHW, t_N, y_N)
+
+    return network
+
+
+def cached(model: CachedModel, session: CacheSession) -> Network:
+    """The network that serves from the caches of ``session`` what its policy does not compute."""
+
+    def network(x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, step: StepContext, /) -> Tensor:
+        return model(x_NCHW, t_N, y_N, session.at(step))
 
     return network
 

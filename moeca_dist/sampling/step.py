@@ -4,23 +4,11 @@ Shape suffixes: B images, C channels, H height, W width (latent or image pixels)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class StepContext:
-    """Where in the denoising loop a network evaluation stands.
-
-    It is passed down as an argument, so nothing below a solver counts steps by itself: two samples can interleave, and
-    a retried step is the same step.
-    """
-
-    index: int  # 0 for the first (noisiest) step, num_steps - 1 for the last, whatever the time convention
-    num_steps: int
-    time: float  # the value the network gets for every image: in [0, 1] (flow) or an integer in 0..999 (DDPM)
+from moeca_dist.types import StepContext
 
 
 class Denoiser(Protocol):

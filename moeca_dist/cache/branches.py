@@ -1,0 +1,124 @@
+"""The branch cache: what each routed expert gave for each token, found again by expert id.
+
+Shape suffixes: T tokens of one segment, K routed experts per token, J entries per token, D hidden size, N branches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMPTY = -1
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where the branches of a routing are stored.
+
+    ``entry_TK``: the entry that holds, or will hold, each branch; distinct within a token. ``found_TK``: whether the
+    entry already holds a value of that expert; the others are unmatched.
+    """
+
+    entry_TK: Tensor
+    found_TK: Tensor
+
+
+class BranchCache:
+    """Unweighted expert outputs of one layer and segment, keyed by (token, expert id), with their slopes.
+
+    A slope is the difference of the last two computed values of the *same* branch per step; zero until there are two.
+    More entries than routed experts keep the branches of experts that just left the top-k: routes near a tie flip
+    back. The entries used longest ago give way first.
+    """
+
+    def __init__(self, num_entries: int, *, forecast: bool) -> None:
+        self.num_entries = num_entries
+        self.forecast = forecast
+        self._last_step = 0
+        self._ids_TJ: Tensor | None = None
+        # Allocated with the first full step, when shapes and dtype are known.
+        self._values_TJD: Tensor
+        self._slopes_TJD: Tensor
+        self._steps_TJ: Tensor
+        self._used_TJ: Tensor
+
+    def match(self, expert_ids_TK: Tensor) -> Match:
+        """Find each branch by its expert id; unmatched ones get the entries that were used longest ago."""
+        if self._ids_TJ is None:
+            entries = torch.arange(expert_ids_TK.shape[1], device=expert_ids_TK.device)
+            return Match(entries.expand_as(expert_ids_TK), torch.zeros_like(expert_ids_TK, dtype=torch.bool))
+        same_TKJ = expert_ids_TK[:, :, None] == self._ids_TJ[:, None, :]
+        found_TK = same_TKJ.any(-1)
+        # Entries in use are sorted behind all others; the stable sort makes the choice independent of the device.
+        age_TJ = self._used_TJ + same_TKJ.any(1) * (int(self._last_step) + 2)
+        free_TJ = age_TJ.argsort(dim=-1, stable=True)
+        nth_TK = ((~found_TK).cumsum(-1) - 1).clamp(min=0)
+        entry_TK = torch.where(found_TK, same_TKJ.int().argmax(-1), free_TJ.gather(1, nth_TK))
+        return Match(entry_TK, found_TK)
+
+    def store_all(self, expert_ids_TK: Tensor, values_TKD: Tensor, match: Match, step: int) -> None:
+        """Keep every branch of a full step."""
+        tokens, k, hidden = values_TKD.shape
+        if self._ids_TJ is None:
+            self._allocate(tokens, values_TKD)
+        token_N = torch.arange(tokens, device=values_TKD.device).repeat_interleave(k)
+        self.store(
+            token_N, match.entry_TK.flatten(), match.found_TK.flatten(), expert_ids_TK.flatten(),
+            values_TKD.view(-1, hidden), step,
+        )  # fmt: skip
+        self.touch(match, step)
+
+    def store(
+        self, token_N: Tensor, entry_N: Tensor, found_N: Tensor, expert_ids_N: Tensor, values_ND: Tensor, step: int
+    ) -> None:
+        """Keep some freshly computed branches, at the entries that ``match`` gave them."""
+        assert self._ids_TJ is not None, "the first step of a request is a full step"
+        at_N = token_N * self.num_entries + entry_N
+        values = self._values_TJD.view(-1, values_ND.shape[1])
+        if self.forecast:
+            gap_N = (step - self._steps_TJ.view(-1)[at_N]).to(values_ND.dtype)
+            # An entry that held another expert, or nothing, has no slope yet.
+            inverse_N = torch.where(found_N, gap_N.reciprocal(), 0.0)
+            slopes_ND = (values_ND - values.index_select(0, at_N)) * inverse_N[:, None]
+            self._slopes_TJD.view_as(values).index_copy_(0, at_N, slopes_ND)
+        values.index_copy_(0, at_N, values_ND)
+        self._ids_TJ.view(-1)[at_N] = expert_ids_N
+        self._steps_TJ.view(-1)[at_N] = step
+        self._last_step = max(self._last_step, step)
+
+    def touch(self, match: Match, step: int) -> None:
+        """Note which entries the routing of ``step`` used."""
+        self._used_TJ.scatter_(1, match.entry_TK, step)
+        self._last_step = max(self._last_step, step)
+
+    def weighted_sum(self, gates_TK: Tensor, served_TK: Tensor, match: Match, step: int) -> Tensor:
+        """[T, D]: sum of the *current* gate x stored (or forecast) value over the branches in ``served_TK``."""
+        weights_TK = (gates_TK * served_TK).to(self._values_TJD.dtype)
+        weights_TJ = self._values_TJD.new_zeros(self._values_TJD.shape[:2]).scatter_(1, match.entry_TK, weights_TK)
+        total_TD = torch.bmm(weights_TJ[:, None], self._values_TJD).squeeze(1)
+        if self.forecast:
+            ahead_TJ = weights_TJ * (step - self._steps_TJ)
+            total_TD += torch.bmm(ahead_TJ[:, None], self._slopes_TJD).squeeze(1)
+        return total_TD
+
+    def nothing(self, num_tokens: int) -> Tensor:
+        """[T, D] zeros: what a full step serves from the cache."""
+        return self._values_TJD.new_zeros(num_tokens, self._values_TJD.shape[2])
+
+    @property
+    def num_bytes(self) -> int:
+        if self._ids_TJ is None:
+            return 0
+        tensors = [self._ids_TJ, self._values_TJD, self._steps_TJ, self._used_TJ]
+        if self.forecast:
+            tensors.append(self._slopes_TJD)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _allocate(self, tokens: int, like_TKD: Tensor) -> None:
+        shape = (tokens, self.num_entries)
+        self._ids_TJ = torch.full(shape, EMPTY, dtype=torch.int64, device=like_TKD.device)
+        self._steps_TJ = torch.zeros(shape, dtype=torch.int32, device=like_TKD.device)
+        self._used_TJ = torch.full(shape, EMPTY, dtype=torch.int32, device=like_TKD.device)
+        self._values_TJD = like_TKD.new_zeros(*shape, like_TKD.shape[2])
+        if self.forecast:
+            self._slopes_TJD = torch.zeros_like(self._values_TJD)

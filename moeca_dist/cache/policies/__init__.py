@@ -1,0 +1,40 @@
+"""The caching policies by name. A new one is one file here, one entry in ``POLICIES`` and one test."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from moeca_dist.cache.policies import fora, moeca_forecast, random_branches, taylorseer
+from moeca_dist.cache.policy import Policy
+from moeca_dist.config import CacheConfig
+from moeca_dist.errors import UserError
+
+Builder = Callable[[CacheConfig, int, bool], Policy]
+
+# Name -> (how to build it from the configuration, the number of steps and whether there is guidance; options it reads)
+POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
+    {
+        "fora": (fora.build, fora.OPTIONS),
+        "taylorseer": (taylorseer.build, taylorseer.OPTIONS),
+        "moeca_forecast": (moeca_forecast.build, moeca_forecast.OPTIONS),
+        "random": (random_branches.build, random_branches.OPTIONS),
+    }
+)
+
+
+def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
+    """The policy that ``config`` names; None for ``none``, the exact path.
+
+    Raises UserError for an option that the policy does not read, and for schedules that do not fit ``num_steps``.
+    """
+    given = {name for name in config.model_fields_set if name != "policy" and getattr(config, name) is not None}
+    if config.policy == "none":
+        if given:
+            raise UserError(f"cache.{min(given)} has no effect with cache.policy none: remove it or choose a policy")
+        return None
+    build, reads = POLICIES[config.policy]
+    if stray := given - reads:
+        known = ", ".join(sorted(reads))
+        raise UserError(f"cache.{min(stray)} has no effect with cache.policy {config.policy}, which reads {known}")
+    if config.interval is not None and config.full_steps is not None:
+        raise UserError("cache.interval and cache.full_steps both place the full steps: keep one of them")
+    return build(config, num_steps, guided)

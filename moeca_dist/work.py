@@ -1,0 +1,65 @@
+"""From what the cache counted to what the report says: FLOP computed, branches served, per layer."""
+
+from typing import Any
+
+from moeca_dist.cache.policy import Policy
+from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.models.flops import forward_flops
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.report import BranchReport, FlopsReport
+
+
+class Work:
+    """Totals over all ranks of a run of ``evaluations`` image evaluations; without a policy everything was computed."""
+
+    def __init__(self, spec: ModelSpec, evaluations: int, policy: Policy | None, statistics: CacheStatistics) -> None:
+        self._spec = spec
+        self._evaluations = evaluations
+        self._policy = policy
+        self._statistics = statistics
+
+    def flops(self) -> FlopsReport:
+        """``computed`` from the images for which each module ran and the branches that were refreshed."""
+        per_image = forward_flops(self._spec)
+        full = self._evaluations * per_image.total
+        if self._policy is None:
+            return FlopsReport(full, full, 1.0)
+        ran = self._statistics.modules
+        moe_layers = max(1, len(self._spec.moe_blocks))
+        dense_layers = max(1, self._spec.depth - len(self._spec.moe_blocks))
+        computed = self._evaluations * per_image.embedding
+        computed += ran["attention"] * per_image.attention // self._spec.depth
+        computed += ran["dense"] * per_image.dense // dense_layers
+        computed += (ran["shared"] + ran["moe"]) * per_image.shared // moe_layers
+        computed += (ran["router"] + ran["moe"]) * per_image.router // moe_layers
+        computed += self.branches().refreshed * 6 * self._spec.hidden_size * self._spec.expert_width
+        return FlopsReport(computed, full, full / computed if computed else 1.0)
+
+    def branches(self) -> BranchReport:
+        """Branches of all evaluations, by how they were served."""
+        spec, counted = self._spec, self._statistics
+        per_image = spec.num_tokens * spec.num_experts_per_tok
+        routed = self._evaluations * len(spec.moe_blocks) * per_image
+        if self._policy is None:
+            return BranchReport(routed, routed, 0, 0, 0, 0.0)
+        unmatched = counted.unmatched.total()
+        refreshed = counted.full.total() + unmatched + counted.chosen.total() + counted.modules["moe"] * per_image
+        served = routed - refreshed
+        forecast = served if self._policy.order else 0
+        ratio = served / routed if routed else 0.0
+        return BranchReport(routed, refreshed, unmatched, served - forecast, forecast, ratio)
+
+    def per_layer(self) -> tuple[dict[str, Any], ...]:
+        """One entry per MoE block: branches by how they were served; empty without a branch cache."""
+        if self._policy is None or self._policy.unit == "module":
+            return ()
+        kinds = ("full", "unmatched", "chosen", "served")
+        rows = []
+        for block in self._spec.moe_blocks:
+            counts = {kind: _of_block(getattr(self._statistics, kind), block) for kind in kinds}
+            rows.append({"block": block} | counts)
+        return tuple(rows)
+
+
+def _of_block(counter: dict[tuple[int, int], int], block: int) -> int:
+    return sum(count for (_, counted), count in counter.items() if counted == block)
