@@ -65,7 +65,9 @@ def test_matches_the_dictionary(data: st.DataObject, tokens: int, forecast: bool
         gates_TK = torch.rand(tokens, K, generator=draw)
         fresh_TKD = torch.randn(tokens, K, HIDDEN, generator=draw)
         match = cache.match(ids_TK)
-        expected_found = [[expert in naive.history[token] for expert in ids] for token, ids in enumerate(ids_TK.tolist())]
+        expected_found = [
+            [expert in naive.history[token] for expert in ids] for token, ids in enumerate(ids_TK.tolist())
+        ]
         assert match.found_TK.tolist() == expected_found
         if first or data.draw(st.booleans()):
             refresh_TK = torch.ones(tokens, K, dtype=torch.bool)

@@ -276,5 +276,5 @@ def test_contradicting_knobs_are_refused(options: dict[str, Any], message: str) 
 
 def test_two_schedules_need_guidance() -> None:
     halves = HalvesConfig(conditional=[0], unconditional=[0])
-    with pytest.raises(UserError, match="has no effect at sampling.cfg_scale 1"):
+    with pytest.raises(UserError, match=r"has no effect at sampling.cfg_scale 1"):
         build_policy(CacheConfig(policy="fora", full_steps=halves), NUM_STEPS, guided=False)

@@ -120,7 +120,7 @@ def test_the_saved_config_reads_back_equal(tmp_path_factory: pytest.TempPathFact
         ("cache: {qqqq: 1}", "unknown key cache.qqqq; known there are policy"),
         ("7: 1", "unknown key 7; known"),
         ("model: {dtype: fp32}", "model.dtype must be 'float32', 'bfloat16' or 'float16', not 'fp32'"),
-        ("cache: {policy: moeca}", "cache.policy must be 'none', not 'moeca'"),
+        ("cache: {policy: mocea}", "or 'random', not 'mocea'"),
         ("sampling: {num_steps: true}", "sampling.num_steps must be an integer, not True"),
         ("sampling: {num_steps: '5'}", "sampling.num_steps must be an integer, not '5'"),
         ("sampling: {num_steps: 0}", "sampling.num_steps must be greater than or equal to 1, not 0"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeca_dist.errors import UserError
 from moeca_dist.moe.experts import RoutedExperts
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher, weighted_sum
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing
@@ -60,9 +60,10 @@ def tokens_routing(max_tokens: int = 9, k: int = 2) -> st.SearchStrategy[list[li
 def test_local_matches_the_loop(routing: list[list[int]]) -> None:
     x_TD, decided = make_input(len(routing), routing, 3)
     dispatcher = LocalDispatcher(EXPERTS)
-    sent = dispatcher.dispatch(x_TD, decided)
+    sent = dispatcher.dispatch(x_TD, decided.all_branches())
     assert int(sent.rows_per_expert_L.sum()) == decided.expert_ids_TK.numel() == sent.rows_RD.shape[0]
-    y_TD = dispatcher.combine(make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L), sent)
+    rows_ND = dispatcher.combine(make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L), sent)
+    y_TD = weighted_sum(rows_ND, sent.slot_of_branch_N.view_as(decided.expert_ids_TK), decided.gates_TK)
     torch.testing.assert_close(y_TD, naive(x_TD, decided), atol=1e-5, rtol=1e-5)
 
 
@@ -76,9 +77,10 @@ def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> d
     dispatcher = AllToAllDispatcher(mesh.expert_group, placement)
     mine = routings[env.rank]
     x_TD, decided = make_input(len(mine), mine, 10 + env.rank)
-    sent = dispatcher.dispatch(x_TD, decided)
+    sent = dispatcher.dispatch(x_TD, decided.all_branches())
     experts = make_experts(placement.experts_of(env.rank))
-    y_TD = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent)
+    rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent)
+    y_TD = weighted_sum(rows_ND, sent.slot_of_branch_N.view_as(decided.expert_ids_TK), decided.gates_TK)
     away = sum(owners[expert] != env.rank for token in mine for expert in token)
     arrived = sum(owners[expert] == env.rank for tokens in routings for token in tokens for expert in token)
     back = sum(

@@ -8,8 +8,7 @@ import torch
 from moeca_dist.errors import UserError
 from moeca_dist.sampling import ddpm, flow
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.types import StepContext
-from moeca_dist.types import Request
+from moeca_dist.types import Request, StepContext
 
 SHAPE = (2, 4, 4)
 FLOWS = {"noise_to_data": flow.sample_noise_to_data, "data_to_noise": flow.sample_data_to_noise}

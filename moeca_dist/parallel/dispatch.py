@@ -5,8 +5,6 @@ expert outputs home. What combine needs travels in the frozen ``DispatchedRows``
 
 Rows are gathered with ``index_select``: on CPU it takes a quarter of the time of advanced indexing.
 
-Rows are gathered with ``index_select``: on CPU it takes a quarter of the time of advanced indexing.
-
 Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, E experts, L experts held here,
 N branches of this rank, P ranks of the group, R rows received and computed here.
 """
