@@ -26,9 +26,13 @@ from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import PeerLostError, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moeca_dist.models.convert import Format
     from moeca_dist.outputs import OutputFolder
     from moeca_dist.parallel.mesh import Mesh
+    from moeca_dist.types import Request
 
 DEFAULT_NUM_IMAGES = 100
 FIRST_RANK_LEAD_S = 5.0
@@ -82,6 +86,9 @@ def _add_generate_arguments(parser: "_Parser") -> None:
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    parser.add_argument(
+        "--compare-uncached", action="store_true", help="generate the same images without the cache too, and compare"
+    )
     # The deepspeed launcher adds it to every command line; the environment it sets too says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_generate, parser=parser)
@@ -90,6 +97,8 @@ def _add_generate_arguments(parser: "_Parser") -> None:
 def _generate(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     validate_world(config, _launcher_number("WORLD_SIZE", 1))
+    if args.compare_uncached and config.cache.policy == "none":
+        raise UserError("--compare-uncached has no effect with cache.policy none: name a policy, or leave it away")
     run_generate(config, args)
 
 
@@ -101,7 +110,6 @@ def run_generate(config: Config, args: argparse.Namespace) -> None:
     """
     _tell_deepspeed_the_device()
     from moeca_dist.engine import check_config, join
-    from moeca_dist.outputs import OutputFolder
     from moeca_dist.parallel.agreement import agreed
 
     mesh = join(config)
@@ -110,7 +118,7 @@ def run_generate(config: Config, args: argparse.Namespace) -> None:
         spec = agreed(mesh, lambda: check_config(config, highest))
         folder = agreed(
             mesh,
-            lambda: OutputFolder(args.out, args.num_images, overwrite=args.overwrite) if mesh.rank == 0 else None,
+            lambda: _open_folder(args) if mesh.rank == 0 else None,
         )
         try:
             _generate_into(folder, config, mesh, args, args.labels or [range(spec.num_classes)])
@@ -135,15 +143,31 @@ def _generate_into(
     classes = [label for part in labels for label in part]
     requests = [Request(index, classes[index % len(classes)], args.seed) for index in range(args.num_images)]
     engine = Engine.from_config(config, mesh=mesh)
-    report = engine.generate_into(folder.add if folder else lambda *_: None, requests, progress=True)
+    uncached = None
+    if args.compare_uncached:
+        add = folder.add_uncached if folder else _drop
+        uncached = engine.without_cache().generate_into(add, requests, progress=True)
+    report = engine.generate_into(folder.add if folder else _drop, requests, progress=True)
     if folder is None:
         return
+    if uncached is not None:
+        report = report.compared_with(uncached, folder.quality())
     folder.finish(engine.resolved_config, report)
     print(report.summary())
     if engine.produces_pixels:
-        print(f"\npictures: {folder.path / 'grid.png'}")
+        print(f"\npictures: {folder.path / ('grid.png' if uncached is None else 'comparison.png')}")
     else:
         print(f"\nlatents: {folder.path / 'latents.npz'}; for pictures, {HOW_TO_GET_PIXELS}")
+
+
+def _open_folder(args: argparse.Namespace) -> "OutputFolder":
+    from moeca_dist.outputs import OutputFolder
+
+    return OutputFolder(args.out, args.num_images, overwrite=args.overwrite, compare=args.compare_uncached)
+
+
+def _drop(requests: Sequence["Request"], samples: "NDArray[np.generic]") -> None:
+    """Where samples go on ranks that write nothing."""
 
 
 def _add_convert_arguments(parser: "_Parser") -> None:

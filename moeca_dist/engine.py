@@ -18,7 +18,7 @@ from tqdm import tqdm
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.config import Config, load_config, validate_world
+from moeca_dist.config import CacheConfig, Config, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
@@ -120,6 +120,10 @@ class Engine:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
         return self._report(len(requests), counters)
+
+    def without_cache(self) -> "Engine":
+        """The exact path over the same network and ranks: the reference for this engine's images."""
+        return Engine(self.config.model_copy(update={"cache": CacheConfig()}), self.mesh, self.model, self.decoder)
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""

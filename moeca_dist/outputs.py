@@ -2,7 +2,8 @@
 
 ``OUT/`` holds ``images/000000.png ...``, ``grid.png``, ``samples.npz`` (``arr_0``, uint8 [N, H, W, C], the field's FID
 input), ``config.yaml`` and ``report.json``; for latents without a decoder ``latents.npz`` (``arr_0``, float32
-[N, C, H, W]) takes the place of the pictures.
+[N, C, H, W]) takes the place of the pictures. A compared run adds ``uncached/`` with the exact samples, and
+``comparison.png`` with both grids.
 """
 
 import math
@@ -18,65 +19,115 @@ from PIL import Image
 
 from moeca_dist.config import Config
 from moeca_dist.errors import UserError
+from moeca_dist.quality import PairedQuality, unit_images
 from moeca_dist.report import Report
 from moeca_dist.types import Request
 
 GRID_LIMIT = 100
 GRID_TILE = 64
+COMPARE_CHUNK = 64  # images held in memory at a time
+
+
+class SampleWriter:
+    """Writes the samples of one generation into a folder: pictures one by one, the array at the end."""
+
+    def __init__(self, folder: Path, num_images: int) -> None:
+        self._folder = folder
+        self._num_images = num_images
+        self._written = 0
+        self.samples: NDArray[np.generic] | None = None
+        folder.mkdir(parents=True)
+
+    def add(self, requests: Sequence[Request], samples: NDArray[np.generic]) -> None:
+        """Append samples: uint8 pictures [n, H, W, C], or float32 latents [n, C, H, W]."""
+        if self.samples is None:
+            # A file-backed array: 50,000 pictures would not fit in memory beside the model.
+            self.samples = np.lib.format.open_memmap(
+                self._mapped, mode="w+", dtype=samples.dtype, shape=(self._num_images, *samples.shape[1:])
+            )
+        self.samples[self._written : self._written + len(samples)] = samples
+        self._written += len(samples)
+        if samples.dtype == np.uint8:
+            folder = self._folder / "images"
+            folder.mkdir(exist_ok=True)
+            for request, picture in zip(requests, samples, strict=True):
+                _picture(picture).save(folder / f"{request.index:06d}.png")
+
+    def grid(self) -> Image.Image | None:
+        """The first pictures at a glance; None for latents."""
+        assert self.samples is not None
+        return _grid(self.samples[:GRID_LIMIT]) if self.samples.dtype == np.uint8 else None
+
+    def finish(self) -> None:
+        assert self.samples is not None and self._written == self._num_images
+        grid = self.grid()
+        if grid is not None:
+            grid.save(self._folder / "grid.png")
+        self.samples = None  # flushes the mapped file
+        with zipfile.ZipFile(self._folder / ("samples.npz" if grid is not None else "latents.npz"), "w") as archive:
+            archive.write(self._mapped, "arr_0.npy")
+        self._mapped.unlink()
+
+    @property
+    def _mapped(self) -> Path:
+        return self._folder / "arr_0.npy"
 
 
 class OutputFolder:
     """Collects the samples of a run on rank 0. Nothing appears at ``path`` before ``finish``."""
 
-    def __init__(self, path: str | os.PathLike[str], num_images: int, *, overwrite: bool = False) -> None:
-        """Check the place and open a partial folder beside it.
+    def __init__(
+        self, path: str | os.PathLike[str], num_images: int, *, overwrite: bool = False, compare: bool = False
+    ) -> None:
+        """Check the place and open a partial folder beside it; with ``compare`` it also takes uncached samples.
 
         Raises UserError for a non-empty folder without ``overwrite``, and for a place that cannot be written.
         """
         self.path = Path(os.path.abspath(path))
-        self._num_images = num_images
-        self._samples: NDArray[np.generic] | None = None
-        self._written = 0
         _refuse_occupied(self.path, overwrite)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             # A run that was killed leaves its partial folder; the next run into the same place replaces it.
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+            self._samples = SampleWriter(self._partial, num_images)
+            self._uncached = SampleWriter(self._partial / "uncached", num_images) if compare else None
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path.parent}: {error.strerror}; choose another output folder with --out"
             ) from None
 
     def add(self, requests: Sequence[Request], samples: NDArray[np.generic]) -> None:
-        """Append samples: uint8 pictures [n, H, W, C], or float32 latents [n, C, H, W]."""
-        if self._samples is None:
-            # A file-backed array: 50,000 pictures would not fit in memory beside the model.
-            self._samples = np.lib.format.open_memmap(
-                self._partial / "arr_0.npy",
-                mode="w+",
-                dtype=samples.dtype,
-                shape=(self._num_images, *samples.shape[1:]),
-            )
-        self._samples[self._written : self._written + len(samples)] = samples
-        self._written += len(samples)
-        if samples.dtype == np.uint8:
-            folder = self._partial / "images"
-            folder.mkdir(exist_ok=True)
-            for request, picture in zip(requests, samples, strict=True):
-                _picture(picture).save(folder / f"{request.index:06d}.png")
+        """Append samples of the run."""
+        self._samples.add(requests, samples)
+
+    def add_uncached(self, requests: Sequence[Request], samples: NDArray[np.generic]) -> None:
+        """Append samples of the exact run with the same requests."""
+        assert self._uncached is not None
+        self._uncached.add(requests, samples)
+
+    def quality(self) -> dict[str, float] | None:
+        """How near the samples are to the uncached ones; None without any, and for latents."""
+        if self._uncached is None:
+            return None
+        found, exact = self._samples.samples, self._uncached.samples
+        assert found is not None and exact is not None
+        if found.dtype != np.uint8:
+            return None
+        paired = PairedQuality()
+        for start in range(0, len(found), COMPARE_CHUNK):
+            chunk = slice(start, start + COMPARE_CHUNK)
+            paired.add(unit_images(np.array(found[chunk])), unit_images(np.array(exact[chunk])))
+        result = paired.result()
+        return {"psnr_db": result.psnr_db, "rel_l2": result.rel_l2, "ssim": result.ssim}
 
     def finish(self, config: Config, report: Report) -> None:
         """Write the rest and move the folder into place, replacing an older one as a whole."""
-        assert self._samples is not None and self._written == self._num_images
-        pixels = self._samples.dtype == np.uint8
-        if pixels:
-            _grid(self._samples[:GRID_LIMIT]).save(self._partial / "grid.png")
-        del self._samples  # flushes the mapped file
-        mapped = self._partial / "arr_0.npy"
-        with zipfile.ZipFile(self._partial / ("samples.npz" if pixels else "latents.npz"), "w") as archive:
-            archive.write(mapped, "arr_0.npy")
-        mapped.unlink()
+        if self._uncached is not None:
+            sheets = self._uncached.grid(), self._samples.grid()
+            if sheets[0] is not None and sheets[1] is not None:
+                _side_by_side(sheets[0], sheets[1]).save(self._partial / "comparison.png")
+            self._uncached.finish()
+        self._samples.finish()
         (self._partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (self._partial / "report.json").write_text(report.to_json(), encoding="utf-8")
         self._swap()
@@ -123,3 +174,12 @@ def _grid(pictures_NHWC: NDArray[np.generic]) -> Image.Image:
     image = _picture(sheet.reshape(rows * height, columns * width, channels))
     zoom = max(1, GRID_TILE // height)
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Uncached left, cached right, a grey bar between."""
+    bar = 8
+    sheet = Image.new(left.mode, (left.width + bar + right.width, left.height), 128 if left.mode == "L" else "grey")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width + bar, 0))
+    return sheet

@@ -1,7 +1,7 @@
 """What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -51,7 +51,11 @@ class CacheReport:
 
 @dataclass(frozen=True)
 class Report:
-    """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's."""
+    """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's.
+
+    ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality`` (against the uncached images) are there where the
+    uncached run was made as well.
+    """
 
     num_images: int
     world_size: int
@@ -65,8 +69,15 @@ class Report:
     branches: BranchReport
     exchange: ExchangeReport
     cache: CacheReport
+    wall_speedup: float | None = None
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None
+
+    def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
+        """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
+        ratio = uncached.denoise_s / self.denoise_s if self.denoise_s else 1.0
+        exchange = replace(self.exchange, bytes_full=uncached.exchange.bytes_sent)
+        return replace(self, exchange=exchange, wall_speedup=ratio, quality=quality)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -84,8 +95,25 @@ class Report:
             ("exchange", f"{_scaled(self.exchange.bytes_sent, 1024)}iB in {self.exchange.collectives:,} collectives"),
             ("cache", self.cache.policy),
         ]
+        rows += self._cache_rows() if self.cache.policy != "none" else []
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+    def _cache_rows(self) -> list[tuple[str, str]]:
+        """What the cache saved, and what it cost."""
+        branches = self.branches
+        rows = [
+            ("  FLOP", f"{self.flops.speedup:.2f}x fewer"),
+            ("  branches", f"{100 * branches.refreshed / max(1, branches.routed):.1f}% computed"),
+            ("  memory", f"{_scaled(self.cache.bytes_peak, 1024)}iB"),
+        ]
+        if self.exchange.bytes_full:
+            rows.append(("  bytes", f"{100 * self.exchange.bytes_sent / self.exchange.bytes_full:.1f}% sent"))
+        if self.wall_speedup is not None:
+            rows.append(("  denoising", f"{self.wall_speedup:.2f}x faster than uncached"))
+        if self.quality is not None:
+            rows.append(("  quality", f"{self.quality['psnr_db']:.1f} dB PSNR, SSIM {self.quality['ssim']:.4f}"))
+        return rows
 
 
 def _scaled(value: float, base: int) -> str:
