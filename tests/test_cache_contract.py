@@ -71,7 +71,7 @@ def sample(
 
 
 def scheduled(policy: str, **options: Any) -> CacheConfig:
-    placed = {"delta": 0.3} if policy == "teacache" else {"full_steps": FULL_STEPS}
+    placed = {"delta": 0.008} if policy == "teacache" else {"full_steps": FULL_STEPS}
     return CacheConfig(policy=policy, **placed, **options)
 
 
@@ -222,12 +222,21 @@ def test_module_policies_issue_no_collective_in_cache_steps(two_ranks, tmp_path:
         assert result["traffic"].collectives_elided == 0
 
 
-SYNCHRONISED = [
-    scheduled(policy, attention_sync=sync) for policy in ("moeca", "moeca_forecast", "random") for sync in (False, True)
+APART = HalvesConfig(conditional=[0, 1, 3, 5], unconditional=[0, 4])
+COUNTED = [
+    *(scheduled(policy) for policy in POLICIES),
+    *(
+        scheduled(policy, attention_sync=sync)
+        for policy in ("moeca", "moeca_forecast", "random")
+        for sync in (False, True)
+    ),
+    *(CacheConfig(policy=policy, full_steps=APART) for policy in ("moeca", "toca", "fora")),
 ]
 
 
-@pytest.mark.parametrize("config", [*map(scheduled, POLICIES), *SYNCHRONISED], ids=str)
+@pytest.mark.parametrize(
+    "config", COUNTED, ids=lambda c: f"{c.policy}-{c.attention_sync}-{type(c.full_steps).__name__}"
+)
 @pytest.mark.parametrize("network", ["dsmoe_e8", "dit_moe_flash"])
 def test_counted_flops_are_those_of_the_matrix_products(
     config: CacheConfig, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

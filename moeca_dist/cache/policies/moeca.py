@@ -94,7 +94,7 @@ class Moeca(Scheduled):
             usage_BTE = usage_BTE.mean(0, keepdim=True).expand_as(usage_BTE)
         factor_BE = 1 + self.alpha * (2 * spread(usage_BTE) - 1)
         ids_TK = view.routing.expert_ids_TK
-        ids_BX = ids_TK.view(view.num_images, ids_TK.numel() // max(1, view.num_images))
+        ids_BX = ids_TK.reshape(view.num_images, ids_TK.numel() // max(1, view.num_images))
         return factor_BE.gather(1, ids_BX).view_as(ids_TK)
 
     def remark(self, statistics: CacheStatistics) -> str | None:
