@@ -3,6 +3,7 @@
 Shape suffixes: B images of this rank in a round, C channels, H and W pixels.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 
@@ -146,6 +149,7 @@ class Engine:
             share,
             guided=self._guided,
             num_blocks=self.model.spec.depth,
+            num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
             device=self.mesh.device,
@@ -198,6 +202,9 @@ class Engine:
         bytes_sent = sum(sent for _, sent in ranks)
         branches = work.branches()
         wall_s = time.perf_counter() - counters.started
+        remark = None if self.policy is None else self.policy.remark(statistics)
+        if remark is not None and self._is_first:
+            logger.warning(remark)
         return Report(
             num_images=num_images,
             world_size=mesh.world_size,

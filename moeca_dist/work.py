@@ -4,7 +4,7 @@ from typing import Any
 
 from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.models.flops import forward_flops
+from moeca_dist.models.flops import forward_flops, signal_flops
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.report import BranchReport, FlopsReport
 
@@ -19,19 +19,24 @@ class Work:
         self._statistics = statistics
 
     def flops(self) -> FlopsReport:
-        """``computed`` from the images for which each module ran and the branches that were refreshed."""
+        """``computed`` from the tokens for which each module ran and the branches that were refreshed."""
         per_image = forward_flops(self._spec)
         full = self._evaluations * per_image.total
         if self._policy is None:
             return FlopsReport(full, full, 1.0)
-        ran = self._statistics.modules
-        moe_layers = max(1, len(self._spec.moe_blocks))
-        dense_layers = max(1, self._spec.depth - len(self._spec.moe_blocks))
+        spec, ran = self._spec, self._statistics.modules
+        if self._policy.unit == "network":
+            computed = self._evaluations * per_image.total - self._statistics.skipped * per_image.blocks
+            computed += self._statistics.signals * signal_flops(spec)
+            return FlopsReport(computed, full, full / computed if computed else 1.0)
+        # The tokens that all layers of a kind have in one image evaluation; a row costs as much as any other.
+        moe_tokens = max(1, len(spec.moe_blocks) * spec.num_tokens)
+        dense_tokens = max(1, (spec.depth - len(spec.moe_blocks)) * spec.num_tokens)
         computed = self._evaluations * per_image.embedding
-        computed += ran["attention"] * per_image.attention // self._spec.depth
-        computed += ran["dense"] * per_image.dense // dense_layers
-        computed += (ran["shared"] + ran["moe"]) * per_image.shared // moe_layers
-        computed += (ran["router"] + ran["moe"]) * per_image.router // moe_layers
+        computed += ran["attention"] * per_image.attention // (spec.depth * spec.num_tokens)
+        computed += ran["dense"] * per_image.dense // dense_tokens
+        computed += (ran["shared"] + ran["moe"]) * per_image.shared // moe_tokens
+        computed += (ran["router"] + ran["moe"]) * per_image.router // moe_tokens
         computed += self.branches().refreshed * 6 * self._spec.hidden_size * self._spec.expert_width
         return FlopsReport(computed, full, full / computed if computed else 1.0)
 
@@ -43,7 +48,11 @@ class Work:
         if self._policy is None:
             return BranchReport(routed, routed, 0, 0, 0, 0.0)
         unmatched = counted.unmatched.total()
-        refreshed = counted.full.total() + unmatched + counted.chosen.total() + counted.modules["moe"] * per_image
+        if self._policy.unit == "network":
+            refreshed = routed - counted.skipped * len(spec.moe_blocks) * per_image
+        else:
+            whole = counted.modules["moe"] * spec.num_experts_per_tok
+            refreshed = counted.full.total() + unmatched + counted.chosen.total() + whole
         served = routed - refreshed
         forecast = served if self._policy.order else 0
         ratio = served / routed if routed else 0.0
@@ -51,7 +60,7 @@ class Work:
 
     def per_layer(self) -> tuple[dict[str, Any], ...]:
         """One entry per MoE block: branches by how they were served; empty without a branch cache."""
-        if self._policy is None or self._policy.unit == "module":
+        if self._policy is None or self._policy.unit != "branch":
             return ()
         kinds = ("full", "unmatched", "chosen", "served")
         rows = []

@@ -55,6 +55,7 @@ def open_session(
         wanted,
         guided=cfg != 1,
         num_blocks=model.spec.depth,
+        num_experts=model.spec.num_experts,
         num_experts_per_tok=model.spec.num_experts_per_tok,
         statistics=CacheStatistics(),
     )
@@ -70,7 +71,13 @@ def sample(
 
 
 def scheduled(policy: str, **options: Any) -> CacheConfig:
-    return CacheConfig(policy=policy, full_steps=FULL_STEPS, **options)
+    placed = {"delta": 0.008} if policy == "teacache" else {"full_steps": FULL_STEPS}
+    return CacheConfig(policy=policy, **placed, **options)
+
+
+def never_reusing(policy: str) -> CacheConfig:
+    placed = {"delta": 0.0} if policy == "teacache" else {"full_steps": list(range(NUM_STEPS))}
+    return CacheConfig(policy=policy, **placed)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 1.5])
@@ -78,7 +85,7 @@ def scheduled(policy: str, **options: Any) -> CacheConfig:
 def test_a_cache_that_never_reuses_is_bit_identical(policy: str, cfg: float, name: str, tmp_path: Path) -> None:
     model = load(name, tmp_path)
     expected, _ = sample(model, None, requests(3), cfg)
-    images, _ = sample(model, CacheConfig(policy=policy, interval=1), requests(3), cfg)
+    images, _ = sample(model, never_reusing(policy), requests(3), cfg)
     assert torch.equal(images, expected)
 
 
@@ -215,27 +222,45 @@ def test_module_policies_issue_no_collective_in_cache_steps(two_ranks, tmp_path:
         assert result["traffic"].collectives_elided == 0
 
 
-def test_counted_flops_are_those_of_the_matrix_products(tmp_path: Path) -> None:
-    """Independent count: hooks on every linear layer, on attention and on the experts."""
-    for policy in POLICIES:
-        model = load("dsmoe_e8", tmp_path)
-        counted = count_products(model)
-        _, session = sample(model, scheduled(policy), requests(3))
-        work = Work(model.spec, 3 * 2 * NUM_STEPS, session.policy, session.statistics)
-        assert work.flops().computed == sum(counted), policy
-        assert work.flops().speedup > 1.5
+APART = HalvesConfig(conditional=[0, 1, 3, 5], unconditional=[0, 4])
+COUNTED = [
+    *(scheduled(policy) for policy in POLICIES),
+    *(
+        scheduled(policy, attention_sync=sync)
+        for policy in ("moeca", "moeca_forecast", "random")
+        for sync in (False, True)
+    ),
+    *(CacheConfig(policy=policy, full_steps=APART) for policy in ("moeca", "toca", "fora")),
+]
 
 
-def count_products(model: DiffusionTransformer) -> list[int]:
+@pytest.mark.parametrize(
+    "config", COUNTED, ids=lambda c: f"{c.policy}-{c.attention_sync}-{type(c.full_steps).__name__}"
+)
+@pytest.mark.parametrize("network", ["dsmoe_e8", "dit_moe_flash"])
+def test_counted_flops_are_those_of_the_matrix_products(
+    config: CacheConfig, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Independent count: hooks on every linear layer, on the experts and on attention."""
+    model = load(network, tmp_path)
+    counted = count_products(model, monkeypatch)
+    _, session = sample(model, config, requests(3))
+    work = Work(model.spec, 3 * 2 * NUM_STEPS, session.policy, session.statistics)
+    assert work.flops().computed == sum(counted)
+    assert work.flops().speedup > (1.0 if config.policy == "dice_skip" else 1.3)
+
+
+def count_products(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
     spec = model.spec
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def linear(module: torch.nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         counted.append(2 * inputs[0].numel() // module.in_features * module.in_features * module.out_features)
 
-    def attention(_: torch.nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
-        images, tokens, hidden = inputs[0].shape
-        counted.append(2 * 2 * images * tokens * tokens * hidden)
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        counted.append(2 * 2 * q.numel() * k.shape[-2])
+        return attend(q, k, v)
 
     def experts(module: torch.nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         counted.append(6 * inputs[0].shape[0] * spec.hidden_size * spec.expert_width)
@@ -249,8 +274,7 @@ def count_products(model: DiffusionTransformer) -> list[int]:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(linear)
-    for block in model.blocks:
-        block.attn.register_forward_hook(attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     for _, layer in model.moe_layers():
         layer.experts.register_forward_hook(experts)
         layer.gate.register_forward_hook(router)

@@ -23,12 +23,25 @@ class Match:
     found_TK: Tensor
 
 
+@dataclass(frozen=True)
+class Reference:
+    """How matched branches stood when they were last computed.
+
+    ``gates_TK``: the reference gates; ``shares_TK``: the norm of each stored output in the sum over the token's
+    entries. Both fp32.
+    """
+
+    gates_TK: Tensor
+    shares_TK: Tensor
+
+
 class BranchCache:
     """Unweighted expert outputs of one layer and segment, keyed by (token, expert id), with their slopes.
 
     A slope is the difference of the last two computed values of the *same* branch per step; zero until there are two.
     More entries than routed experts keep the branches of experts that just left the top-k: routes near a tie flip
-    back. The entries used longest ago give way first.
+    back. The entries used longest ago give way first. A policy that compares with the step in which a branch was
+    computed hands over reference gates; then the norms of the values are kept as well.
     """
 
     def __init__(self, num_entries: int, *, forecast: bool) -> None:
@@ -41,6 +54,8 @@ class BranchCache:
         self._slopes_TJD: Tensor
         self._steps_TJ: Tensor
         self._used_TJ: Tensor
+        self._gates_TJ: Tensor | None = None
+        self._norms_TJ: Tensor | None = None
 
     def match(self, expert_ids_TK: Tensor) -> Match:
         """Find each branch by its expert id; unmatched ones get the entries that were used longest ago."""
@@ -56,20 +71,29 @@ class BranchCache:
         entry_TK = torch.where(found_TK, same_TKJ.int().argmax(-1), free_TJ.gather(1, nth_TK))
         return Match(entry_TK, found_TK)
 
-    def store_all(self, expert_ids_TK: Tensor, values_TKD: Tensor, match: Match, step: int) -> None:
-        """Keep every branch of a full step."""
+    def store_all(
+        self, expert_ids_TK: Tensor, values_TKD: Tensor, match: Match, step: int, gates_TK: Tensor | None = None
+    ) -> None:
+        """Keep every branch of a full step; ``gates_TK`` are reference gates, given always or never."""
         tokens, k, hidden = values_TKD.shape
         if self._ids_TJ is None:
-            self._allocate(tokens, values_TKD)
+            self._allocate(tokens, values_TKD, with_reference=gates_TK is not None)
         token_N = torch.arange(tokens, device=values_TKD.device).repeat_interleave(k)
         self.store(
             token_N, match.entry_TK.flatten(), match.found_TK.flatten(), expert_ids_TK.flatten(),
-            values_TKD.view(-1, hidden), step,
+            values_TKD.view(-1, hidden), step, None if gates_TK is None else gates_TK.flatten(),
         )  # fmt: skip
         self.touch(match, step)
 
     def store(
-        self, token_N: Tensor, entry_N: Tensor, found_N: Tensor, expert_ids_N: Tensor, values_ND: Tensor, step: int
+        self,
+        token_N: Tensor,
+        entry_N: Tensor,
+        found_N: Tensor,
+        expert_ids_N: Tensor,
+        values_ND: Tensor,
+        step: int,
+        gates_N: Tensor | None = None,
     ) -> None:
         """Keep some freshly computed branches, at the entries that ``match`` gave them."""
         assert self._ids_TJ is not None, "the first step of a request is a full step"
@@ -84,6 +108,9 @@ class BranchCache:
         values.index_copy_(0, at_N, values_ND)
         self._ids_TJ.view(-1)[at_N] = expert_ids_N
         self._steps_TJ.view(-1)[at_N] = step
+        if self._gates_TJ is not None and self._norms_TJ is not None and gates_N is not None:
+            self._gates_TJ.view(-1)[at_N] = gates_N.float()
+            self._norms_TJ.view(-1)[at_N] = values_ND.float().norm(dim=-1)
         self._last_step = max(self._last_step, step)
 
     def touch(self, match: Match, step: int) -> None:
@@ -101,6 +128,13 @@ class BranchCache:
             total_TD += torch.bmm(ahead_TJ[:, None], self._slopes_TJD).squeeze(1)
         return total_TD
 
+    def reference(self, match: Match) -> Reference | None:
+        """What was kept of the branches of a routing; arbitrary where they are unmatched. None without gates."""
+        if self._gates_TJ is None or self._norms_TJ is None:
+            return None
+        shares_TJ = self._norms_TJ / self._norms_TJ.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return Reference(self._gates_TJ.gather(1, match.entry_TK), shares_TJ.gather(1, match.entry_TK))
+
     def nothing(self, num_tokens: int) -> Tensor:
         """[T, D] zeros: what a full step serves from the cache."""
         return self._values_TJD.new_zeros(num_tokens, self._values_TJD.shape[2])
@@ -112,9 +146,10 @@ class BranchCache:
         tensors = [self._ids_TJ, self._values_TJD, self._steps_TJ, self._used_TJ]
         if self.forecast:
             tensors.append(self._slopes_TJD)
+        tensors += [tensor for tensor in (self._gates_TJ, self._norms_TJ) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _allocate(self, tokens: int, like_TKD: Tensor) -> None:
+    def _allocate(self, tokens: int, like_TKD: Tensor, *, with_reference: bool) -> None:
         shape = (tokens, self.num_entries)
         self._ids_TJ = torch.full(shape, EMPTY, dtype=torch.int64, device=like_TKD.device)
         self._steps_TJ = torch.zeros(shape, dtype=torch.int32, device=like_TKD.device)
@@ -122,3 +157,6 @@ class BranchCache:
         self._values_TJD = like_TKD.new_zeros(*shape, like_TKD.shape[2])
         if self.forecast:
             self._slopes_TJD = torch.zeros_like(self._values_TJD)
+        if with_reference:
+            self._gates_TJ = torch.zeros(shape, device=like_TKD.device)
+            self._norms_TJ = torch.zeros(shape, device=like_TKD.device)

@@ -3,7 +3,8 @@
 A policy is a frozen value without state: its decisions follow from the step, the layer, the routing and what the cache
 holds. ``is_full`` follows from the step alone, so all ranks agree on it without talking.
 
-Shape suffixes: T tokens of one segment, K routed experts per token.
+Shape suffixes: B images of one segment, T tokens of one segment (of one image with B), K routed experts per token,
+E experts, D hidden size.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from moeca_dist.cache.branches import Match
+from moeca_dist.cache.branches import Match, Reference
+from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.types import Routing, StepContext
 
 Half = Literal["conditional", "unconditional"]
+Unit = Literal["network", "module", "branch"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class LayerView:
     """What a policy sees of one layer and segment in a cache step.
 
     ``image_ids_T``: the request's seed and index mixed into one int64 per token, and ``positions_T`` the token's place
-    in its image: whatever is drawn at random depends on them, never on the batch.
+    in its image: whatever is drawn at random depends on them, never on the batch. ``reference`` and ``usage_BTE`` are
+    there for policies that asked for them with ``reference_gates`` and ``usage_decay``.
     """
 
     layer: int
@@ -31,6 +35,17 @@ class LayerView:
     match: Match
     image_ids_T: Tensor
     positions_T: Tensor
+    num_images: int
+    reference: Reference | None = None
+    usage_BTE: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModuleView:
+    """What a policy sees of one module and segment: the newest output of every token and its age in steps."""
+
+    value_BTD: Tensor
+    age_BT: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,13 +56,20 @@ class RefreshPlan:
 
 
 class Policy(Protocol):
-    """``unit``: whether branches or whole modules are served. ``order`` of the forecast: 0 reuses stored values."""
+    """``unit``: whether branches, whole modules or the whole network is served from the cache.
+
+    ``order`` of the forecast: 0 reuses stored values. ``attention_sync``: a token with a refreshed branch refreshes its
+    rows of attention and of the shared expert with it, and of the dense blocks that follow. ``computes_modules``:
+    attention, shared expert and dense blocks are computed in cache steps too. ``refreshes_rows``: ``rows`` chooses
+    tokens of the feed-forward. ``delta``: threshold of a policy that skips the network. ``usage_decay``: of the moving
+    average of expert usage, None without one.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def unit(self) -> Literal["module", "branch"]: ...
+    def unit(self) -> Unit: ...
 
     @property
     def order(self) -> int: ...
@@ -55,10 +77,37 @@ class Policy(Protocol):
     @property
     def extra_entries(self) -> int: ...
 
+    @property
+    def attention_sync(self) -> bool: ...
+
+    @property
+    def computes_modules(self) -> bool: ...
+
+    @property
+    def refreshes_rows(self) -> bool: ...
+
+    @property
+    def delta(self) -> float: ...
+
+    @property
+    def usage_decay(self) -> float | None: ...
+
     def is_full(self, step: StepContext, half: Half) -> bool:
         """Whether ``step`` computes and stores everything for this guidance half."""
         ...
 
     def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
         """Which branches of a cache step are computed; asked only where ``unit`` is branch."""
+        ...
+
+    def rows(self, step: StepContext, view: ModuleView) -> Tensor:
+        """bool [B, T]: tokens whose feed-forward is computed in a cache step; asked only with ``refreshes_rows``."""
+        ...
+
+    def reference_gates(self, routing: Routing) -> Tensor | None:
+        """[T, K]: what to remember of the gates of branches that are computed now; None for nothing."""
+        ...
+
+    def remark(self, statistics: CacheStatistics) -> str | None:
+        """What the user should know about a finished run, such as a threshold that never fired."""
         ...

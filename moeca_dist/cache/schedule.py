@@ -23,6 +23,21 @@ class FullSteps:
         return cls(steps, steps)
 
     @classmethod
+    def toca(cls, interval: int, num_steps: int) -> "FullSteps":
+        """ToCa's schedule (arXiv 2410.05317): ``round(N / (1.4 - 0.8 * s / T))`` apart, 2 for s in [0.2 T, 0.4 T).
+
+        s counts the steps that are left, so full steps grow denser towards the image; T is their number.
+        """
+        steps, last = {0}, 0
+        for index in range(1, num_steps):
+            part = (num_steps - 1 - index) / num_steps
+            gap = 2 if 0.2 <= part < 0.4 else round(interval / (1.4 - 0.8 * part))
+            if index - last >= gap:
+                steps.add(index)
+                last = index
+        return cls(frozenset(steps), frozenset(steps))
+
+    @classmethod
     def listed(cls, steps: Sequence[int] | HalvesConfig, num_steps: int, *, guided: bool) -> "FullSteps":
         """One list for both halves, or one for each.
 

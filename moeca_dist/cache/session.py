@@ -3,19 +3,22 @@
 A session holds one set of caches for each block and segment; a segment is a guidance half, whose images lie next to
 each other in the network's batch. The halves never share anything.
 
-Shape suffixes: B images of the network's batch, T tokens (of one image with B, else of a segment), D hidden size.
+Shape suffixes: B images of the network's batch, T tokens (of one image with B, else of a segment), D hidden size, N
+rows: chosen tokens, H heads, C channels of a head, S signal.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
-from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.cache.rows import RowCache
+from moeca_dist.cache.network import NetworkCache
+from moeca_dist.cache.policy import Half, ModuleView, Policy
+from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.usage import UsageHistory
 from moeca_dist.types import Request, StepContext
 
 HALVES: tuple[Half, Half] = ("conditional", "unconditional")
@@ -33,9 +36,12 @@ class Segment:
 class SegmentCache:
     """What one block keeps for one segment."""
 
-    def __init__(self, policy: Policy, num_experts_per_tok: int) -> None:
+    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int) -> None:
         self._order = policy.order
         self.modules: dict[str, RowCache] = {}
+        self.keys_values = KeyValueCache()
+        decay = policy.usage_decay
+        self.usage = None if decay is None else UsageHistory(decay, num_experts)
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0)
 
@@ -46,7 +52,16 @@ class SegmentCache:
 
     @property
     def num_bytes(self) -> int:
-        return self.branches.num_bytes + sum(rows.num_bytes for rows in self.modules.values())
+        usage = 0 if self.usage is None else self.usage.num_bytes
+        modules = sum(rows.num_bytes for rows in self.modules.values())
+        return self.branches.num_bytes + modules + self.keys_values.num_bytes + usage
+
+
+@dataclass
+class Followed:
+    """The tokens that the last MoE block of a step refreshed, which the dense blocks after it refresh as well."""
+
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ class BlockStep:
     caches: tuple[SegmentCache, ...]
     image_ids_B: Tensor
     statistics: CacheStatistics
+    followed: Followed
 
     @property
     def key(self) -> tuple[int, int]:
@@ -80,9 +96,13 @@ class BlockStep:
         ``compute(images)`` gives the output for a slice of the batch; where all segments are full it is asked once, for
         the whole batch, as the exact path does. It is asked on all ranks or on none.
         """
+        if self.policy.computes_modules:
+            out_BTD = compute(slice(None))
+            self.count(name, out_BTD)
+            return out_BTD
         if self.all_full:
             out_BTD = compute(slice(None))
-            self._computed(name, out_BTD.shape[0])
+            self.count(name, out_BTD)
             for segment, cache in zip(self.segments, self.caches, strict=True):
                 cache.module(name).store(out_BTD[segment.images], self.step.index)
             return out_BTD
@@ -90,15 +110,76 @@ class BlockStep:
         for segment, cache in zip(self.segments, self.caches, strict=True):
             if segment.full:
                 fresh_BTD = compute(segment.images)
-                self._computed(name, fresh_BTD.shape[0])
+                self.count(name, fresh_BTD)
                 cache.module(name).store(fresh_BTD, self.step.index)
                 out_BTD[segment.images] = fresh_BTD
             else:
                 cache.module(name).forecast_into(out_BTD[segment.images], self.step.index)
         return out_BTD
 
-    def _computed(self, name: str, num_images: int) -> None:
-        self.statistics.modules[name] += num_images
+    def serve_chosen(self, name: str, like_BTD: Tensor, compute: Callable[[Rows], Tensor]) -> Tensor:
+        """As ``serve``, but a cache step computes the tokens that the policy chooses.
+
+        ``compute(rows)`` gives outputs [N, D]; it is asked once, on all ranks, for the chosen tokens and for all tokens
+        of full segments together.
+        """
+        rows = self._chosen(name, like_BTD)
+        fresh_ND = compute(rows)
+        out_BTD = torch.empty_like(like_BTD)
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            if segment.full:
+                window, _ = rows.within(segment.images)
+                cache.module(name).store(fresh_ND[window].view_as(out_BTD[segment.images]), self.step.index)
+            else:
+                cache.module(name).forecast_into(out_BTD[segment.images], self.step.index)
+        self.refresh_rows(name, out_BTD, rows, fresh_ND)
+        return out_BTD
+
+    def refresh_rows(self, name: str, out_BTD: Tensor, rows: Rows, fresh_ND: Tensor) -> None:
+        """Put freshly computed rows of a module into its output and into the caches of the segments that are served."""
+        out_BTD[rows.image_N, rows.position_N] = fresh_ND
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            if not segment.full:
+                window, mine = rows.within(segment.images)
+                cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
+        self.count(name, fresh_ND)
+
+    def store_keys_values(self, images: slice, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
+        """Keep the keys and values of ``images``, as ``serve`` asks for them, where attention is refreshed by rows."""
+        if not self.policy.attention_sync:
+            return
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            if segment.full:
+                # Asked for the whole batch, or for this segment alone.
+                part = segment.images if images == slice(None) else slice(None)
+                if images in (slice(None), segment.images):
+                    cache.keys_values.store(keys_BHTC[part], values_BHTC[part])
+
+    def refresh_keys_values(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            if not segment.full:
+                window, mine = rows.within(segment.images)
+                cache.keys_values.store_rows(mine, keys_HNC[:, window], values_HNC[:, window])
+
+    def keys_values(self, segment: int) -> tuple[Tensor, Tensor]:
+        """[B, H, T, C] of one segment."""
+        kept = self.caches[segment].keys_values
+        assert kept.keys_BHTC is not None and kept.values_BHTC is not None, "the first step is a full step"
+        return kept.keys_BHTC, kept.values_BHTC
+
+    def count(self, name: str, computed: Tensor) -> None:
+        """Count the tokens of a module's output [..., D]."""
+        self.statistics.modules[name] += computed.shape[:-1].numel()
+
+    def _chosen(self, name: str, like_BTD: Tensor) -> Rows:
+        chosen = torch.ones(like_BTD.shape[:2], dtype=torch.bool, device=like_BTD.device)
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            if not segment.full:
+                kept = cache.module(name)
+                view = ModuleView(kept.value_BTD, kept.age_BT(self.step.index))
+                chosen[segment.images] = self.policy.rows(self.step, view)
+        # NOTE: a host synchronisation on CUDA: the number of rows decides the shapes.
+        return Rows(chosen.flatten().nonzero().squeeze(1), like_BTD.shape[1])
 
 
 class CacheSession:
@@ -111,6 +192,7 @@ class CacheSession:
         *,
         guided: bool,
         num_blocks: int,
+        num_experts: int,
         num_experts_per_tok: int,
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
@@ -123,8 +205,10 @@ class CacheSession:
             [request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64, device=device
         )
         self._blocks = [
-            tuple(SegmentCache(policy, num_experts_per_tok) for _ in self._halves) for _ in range(num_blocks)
+            tuple(SegmentCache(policy, num_experts, num_experts_per_tok) for _ in self._halves)
+            for _ in range(num_blocks)
         ]
+        self.network = NetworkCache()
 
     def at(self, step: StepContext) -> "StepCache":
         segments = tuple(
@@ -142,7 +226,7 @@ class CacheSession:
 
     def note_peak(self) -> None:
         """Record how much the session holds; asked at its end, when everything is allocated."""
-        held = sum(cache.num_bytes for caches in self._blocks for cache in caches)
+        held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -154,9 +238,34 @@ class StepCache:
     session: CacheSession
     segments: tuple[Segment, ...]
     image_ids_B: Tensor
+    followed: Followed = field(default_factory=Followed)
 
     def block(self, index: int) -> BlockStep:
         session = self.session
         return BlockStep(
-            index, self.step, session.policy, self.segments, session.block(index), self.image_ids_B, session.statistics
+            index,
+            self.step,
+            session.policy,
+            self.segments,
+            session.block(index),
+            self.image_ids_B,
+            session.statistics,
+            self.followed,
         )
+
+    @property
+    def per_network(self) -> bool:
+        """Whether the blocks are computed or skipped all together."""
+        return self.session.policy.unit == "network"
+
+    def serve_network(self, x_BTD: Tensor, signal_S: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the last change."""
+        session, network = self.session, self.session.network
+        session.statistics.signals += 1
+        if not network.is_due(signal_S, session.policy.delta):
+            session.statistics.skipped += x_BTD.shape[0]
+            return network.apply(x_BTD)
+        session.statistics.reached += self.step.index > 0
+        out_BTD = compute()
+        network.store(out_BTD - x_BTD)
+        return out_BTD

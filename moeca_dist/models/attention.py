@@ -19,6 +19,10 @@ class RotaryTable:
     cos_TH: Tensor
     sin_TH: Tensor
 
+    def at(self, position_N: Tensor) -> "RotaryTable":
+        """The table of some tokens, as rows of their own."""
+        return RotaryTable(self.cos_TH.index_select(0, position_N), self.sin_TH.index_select(0, position_N))
+
 
 def rotary_table(rows: int, columns: int, head_dim: int, device: torch.device) -> RotaryTable:
     """2-D RoPE: the first half of each head rotates with the row, the second with the column.
@@ -44,7 +48,28 @@ def rotate(x_BNTH: Tensor, table: RotaryTable) -> Tensor:
     return (x * table.cos_TH + rotated * table.sin_TH).to(x_BNTH.dtype)
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """Attention in three parts, so that single rows can be computed: project, mix, output."""
+
+    num_heads: int
+
+    def project(self, x_BTD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, N, T, H] as they meet in attention: normed and rotated."""
+        raise NotImplementedError
+
+    def output(self, mixed_BTD: Tensor) -> Tensor:
+        """The output projection."""
+        raise NotImplementedError
+
+    def forward(self, x_BTD: Tensor, rotary: RotaryTable | None) -> Tensor:
+        return self.attend(*self.project(x_BTD, rotary))
+
+    def attend(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+        """[B, T, D] from what ``project`` gave."""
+        return self.output(merge_heads(mix(q_BNTH, k_BNTH, v_BNTH)))
+
+
+class SelfAttention(Attention):
     """Fused ``qkv`` and ``proj`` with biases (DSMoE; DiT-MoE S and B)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -53,14 +78,17 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def project(self, x_BTD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BNTH, k_BNTH, v_BNTH = split_heads(self.qkv(x_BTD), self.num_heads)
         if rotary is not None:
             q_BNTH, k_BNTH = rotate(q_BNTH, rotary), rotate(k_BNTH, rotary)
-        return self.proj(merge_heads(F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH)))
+        return q_BNTH, k_BNTH, v_BNTH
+
+    def output(self, mixed_BTD: Tensor) -> Tensor:
+        return self.proj(mixed_BTD)
 
 
-class NormedSelfAttention(nn.Module):
+class NormedSelfAttention(Attention):
     """``Wqkv`` and ``out_proj``, with affine LayerNorms on q and k (DiT-MoE XL and G)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -72,14 +100,22 @@ class NormedSelfAttention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim)
         self.k_norm = nn.LayerNorm(head_dim)
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def project(self, x_BTD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BNTH, k_BNTH, v_BNTH = split_heads(self.Wqkv(x_BTD), self.num_heads)
         # The published networks round q and k to fp16; in fp32 the rounding is part of the function.
         q_BNTH = self.q_norm(q_BNTH).to(torch.float16).to(v_BNTH.dtype)
         k_BNTH = self.k_norm(k_BNTH).to(torch.float16).to(v_BNTH.dtype)
         if rotary is not None:
             q_BNTH, k_BNTH = rotate(q_BNTH, rotary), rotate(k_BNTH, rotary)
-        return self.out_proj(merge_heads(F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH)))
+        return q_BNTH, k_BNTH, v_BNTH
+
+    def output(self, mixed_BTD: Tensor) -> Tensor:
+        return self.out_proj(mixed_BTD)
+
+
+def mix(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+    """Softmax attention; there may be fewer queries than keys."""
+    return F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH)
 
 
 def split_heads(qkv_BTX: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

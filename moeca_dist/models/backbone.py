@@ -5,6 +5,7 @@ Shape suffixes: B images, C channels, H and W (latent) pixels, T tokens of one i
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from moeca_dist.cache.session import StepCache
@@ -51,6 +52,29 @@ class DiffusionTransformer(nn.Module):
         tokens_BTD = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype))
         tokens_BTD, rotary = self.add_positions(tokens_BTD, rows, columns)
         c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        if cache is not None and cache.per_network:
+            signal_S = self._time_signal(cache.step.time, t_B.device)
+            tokens_BTD = cache.serve_network(
+                tokens_BTD, signal_S, lambda: self._through_blocks(tokens_BTD, c_BD, rotary, None)
+            )
+        else:
+            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache)
+        return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
+
+    def _through_blocks(
+        self, tokens_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: StepCache | None
+    ) -> Tensor:
         for index, block in enumerate(self.blocks):
             tokens_BTD = block(tokens_BTD, c_BD, rotary, None if cache is None else cache.block(index))
-        return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
+        return tokens_BTD
+
+    def _time_signal(self, time: float, device: torch.device) -> Tensor:
+        """Shift and scale [2 * D] of the first block's attention input for a time alone, without image and label.
+
+        The same numbers on all ranks, whatever images they have.
+        """
+        c_1D = self.t_embedder(torch.tensor([time], dtype=torch.float32, device=device))
+        first = self.blocks[0]
+        assert isinstance(first, AdaLNBlock)
+        shift_1D, scale_1D = first.adaLN_modulation(c_1D).chunk(6, dim=-1)[:2]
+        return torch.cat([shift_1D, 1 + scale_1D], dim=-1)[0].float()

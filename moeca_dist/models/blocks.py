@@ -12,23 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.models.attention import RotaryTable
-from moeca_dist.moe.layer import MoELayer
+from moeca_dist.models.attention import Attention, RotaryTable
+from moeca_dist.models.cached_block import CachedBlock
+from moeca_dist.models.modulation import Modulation, modulate, normalise
 
-NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256
 TIME_MAX_PERIOD = 10_000
-EVERYTHING = slice(None)
-
-
-def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """adaLN modulation (DiT, Peebles and Xie 2023, section 3.2)."""
-    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
-
-
-def normalise(x_BTD: Tensor) -> Tensor:
-    """LayerNorm without affine parameters."""
-    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=NORM_EPS)
 
 
 class PatchEmbed(nn.Module):
@@ -90,7 +79,7 @@ class AdaLNBlock(nn.Module):
     ``feed_forward_name`` is the attribute name under which published files keep the feed-forward.
     """
 
-    def __init__(self, hidden_size: int, attention: nn.Module, feed_forward: nn.Module, feed_forward_name: str) -> None:
+    def __init__(self, hidden_size: int, attention: Attention, feed_forward: nn.Module, feed_forward_name: str) -> None:
         super().__init__()
         self.attn = attention
         self.add_module(feed_forward_name, feed_forward)
@@ -106,25 +95,11 @@ class AdaLNBlock(nn.Module):
         self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: BlockStep | None = None
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path."""
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
-
-        def attend(images: slice) -> Tensor:
-            return self.attn(modulate(normalise(x_BTD[images]), shift_attn[images], scale_attn[images]), rotary)
-
-        attended = attend(EVERYTHING) if cache is None else cache.serve("attention", x_BTD, attend)
-        x_BTD = x_BTD + gate_attn[:, None] * attended
-
-        def modulated(images: slice) -> Tensor:
-            return modulate(normalise(x_BTD[images]), shift_ff[images], scale_ff[images])
-
-        if cache is None:
-            fed = self.feed_forward(modulated(EVERYTHING))
-        elif cache.per_branch and isinstance(self.feed_forward, MoELayer):
-            fed = self.feed_forward(modulated(EVERYTHING), cache)
-        else:
-            name = "moe" if isinstance(self.feed_forward, MoELayer) else "dense"
-            fed = cache.serve(name, x_BTD, lambda images: self.feed_forward(modulated(images)))
-        return x_BTD + gate_ff[:, None] * fed
+        modulation = Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
+        if cache is not None:
+            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache).forward(x_BTD)
+        x_BTD = modulation.after_attention(x_BTD, self.attn(modulation.to_attention(x_BTD), rotary))
+        return modulation.after_feed_forward(x_BTD, self.feed_forward(modulation.to_feed_forward(x_BTD)))
 
 
 class FinalLayer(nn.Module):

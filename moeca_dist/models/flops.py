@@ -15,6 +15,13 @@ class ForwardFlops:
     shared: int
     router: int
     embedding: int
+    modulation: int
+    """Of the blocks; a part of ``embedding``."""
+
+    @property
+    def blocks(self) -> int:
+        """What is saved where no block is computed."""
+        return self.attention + self.dense + self.routed + self.shared + self.router + self.modulation
 
     @property
     def total(self) -> int:
@@ -36,4 +43,10 @@ def forward_flops(spec: ModelSpec) -> ForwardFlops:
         shared=2 * moe_layers * tokens * 3 * hidden * spec.shared_width,
         router=2 * moe_layers * tokens * hidden * spec.num_experts,
         embedding=2 * (conditioning + patches),
+        modulation=2 * 6 * hidden * hidden * spec.depth,
     )
+
+
+def signal_flops(spec: ModelSpec) -> int:
+    """FLOP of the first block's modulation for a time alone."""
+    return 2 * ((256 + spec.hidden_size) * spec.hidden_size + 6 * spec.hidden_size**2)

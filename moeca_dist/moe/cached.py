@@ -10,20 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.branches import BranchCache, Match
+from moeca_dist.cache.branches import Match
 from moeca_dist.cache.policy import LayerView
-from moeca_dist.cache.session import BlockStep, Segment
+from moeca_dist.cache.rows import Rows
+from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
 from moeca_dist.types import Branches, Routing
 
 
 @dataclass(frozen=True)
 class Part:
-    """One segment's tokens among all of the rank's, and its branch cache."""
+    """One segment's tokens among all of the rank's, and what the block keeps for it."""
 
     segment: Segment
     tokens: slice
     tokens_per_image: int
-    branches: BranchCache
+    kept: SegmentCache
+
+    @property
+    def num_images(self) -> int:
+        return self.segment.images.stop - self.segment.images.start
+
+    def routing(self, routing: Routing) -> Routing:
+        """The segment's part of the routing of all tokens."""
+        return Routing(routing.expert_ids_TK[self.tokens], routing.gates_TK[self.tokens])
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,30 @@ class Decision:
     served_TD: Tensor
 
 
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer does in one step; decided before anything is computed. No decisions where all segments are full."""
+
+    routing: Routing
+    parts: Sequence[Part]
+    decisions: Sequence[Decision]
+
+    def refreshed_rows(self) -> Rows:
+        """Tokens of the segments that are served from the cache with at least one refreshed branch."""
+        touched = [
+            decision.refresh_TK.any(-1) & (not part.segment.full)
+            for part, decision in zip(self.parts, self.decisions, strict=True)
+        ]
+        # NOTE: a host synchronisation on CUDA: the number of rows decides the shapes.
+        return Rows(torch.cat(touched).nonzero().squeeze(1), self.parts[0].tokens_per_image)
+
+
+def observe(part: Part, routing: Routing) -> None:
+    """Remember which experts the segment's positions used, where the policy wants to know."""
+    if part.kept.usage is not None:
+        part.kept.usage.observe(routing.expert_ids_TK, part.num_images)
+
+
 def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
     """The segments of the step as token ranges; every image has the same number of tokens."""
     num_images = cache.segments[-1].images.stop
@@ -44,7 +77,7 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
             segment,
             slice(segment.images.start * per_image, segment.images.stop * per_image),
             per_image,
-            kept.branches,
+            kept,
         )
         for segment, kept in zip(cache.segments, cache.caches, strict=True)
     ]
@@ -52,16 +85,17 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
 
 def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
     """Ask the policy about a segment's branches and sum up those that the cache serves."""
-    mine = Routing(routing.expert_ids_TK[part.tokens], routing.gates_TK[part.tokens])
-    match = part.branches.match(mine.expert_ids_TK)
+    mine, branches = part.routing(routing), part.kept.branches
+    observe(part, mine)
+    match = branches.match(mine.expert_ids_TK)
     statistics = cache.statistics
     if part.segment.full:
         statistics.full[cache.key] += mine.expert_ids_TK.numel()
         everything = torch.ones_like(match.found_TK)
-        return Decision(match, everything, part.branches.nothing(mine.num_tokens))
+        return Decision(match, everything, branches.nothing(mine.num_tokens))
     plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == match.found_TK.shape
-    served_TD = part.branches.weighted_sum(mine.gates_TK, ~plan.refresh_TK, match, cache.step.index)
+    served_TD = branches.weighted_sum(mine.gates_TK, ~plan.refresh_TK, match, cache.step.index)
     unmatched, refreshed = int((~match.found_TK).sum()), int(plan.refresh_TK.sum())
     statistics.unmatched[cache.key] += unmatched
     statistics.chosen[cache.key] += refreshed - unmatched
@@ -69,29 +103,24 @@ def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
     return Decision(match, plan.refresh_TK, served_TD)
 
 
-def store_fresh(
-    parts: Sequence[Part],
-    decisions: Sequence[Decision],
-    branches: Branches,
-    branch_N: Tensor,
-    fresh_ND: Tensor,
-    cache: BlockStep,
-) -> None:
+def store_fresh(plan: LayerPlan, branches: Branches, fresh_ND: Tensor, cache: BlockStep) -> None:
     """Write what was refreshed back to the segments' caches; branches are ordered by token, so by segment."""
     start = 0
-    for part, decision in zip(parts, decisions, strict=True):
-        kept_TK = decision.refresh_TK
-        count = int(kept_TK.sum())
+    for part, decision in zip(plan.parts, plan.decisions, strict=True):
+        fresh_TK = decision.refresh_TK
+        gates_TK = cache.policy.reference_gates(part.routing(plan.routing))
+        count = int(fresh_TK.sum())
         window = slice(start, start + count)
-        part.branches.store(
+        part.kept.branches.store(
             branches.token_N[window] - part.tokens.start,
-            decision.match.entry_TK[kept_TK],
-            decision.match.found_TK[kept_TK],
+            decision.match.entry_TK[fresh_TK],
+            decision.match.found_TK[fresh_TK],
             branches.expert_ids_N[window],
             fresh_ND[window],
             cache.step.index,
+            None if gates_TK is None else gates_TK[fresh_TK],
         )
-        part.branches.touch(decision.match, cache.step.index)
+        part.kept.branches.touch(decision.match, cache.step.index)
         start += count
 
 
@@ -99,4 +128,15 @@ def _view(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Layer
     tokens = part.tokens_per_image
     positions_T = torch.arange(tokens, device=match.found_TK.device).repeat(cache.image_ids_B.shape[0])
     image_ids_T = cache.image_ids_B.repeat_interleave(tokens)
-    return LayerView(cache.block, part.segment.half, routing, match, image_ids_T, positions_T)
+    usage = part.kept.usage
+    return LayerView(
+        cache.block,
+        part.segment.half,
+        routing,
+        match,
+        image_ids_T,
+        positions_T,
+        part.num_images,
+        part.kept.branches.reference(match),
+        None if usage is None else usage.usage_BTE,
+    )

@@ -7,8 +7,9 @@ branches, R rows computed here.
 import torch
 from torch import Tensor, nn
 
+from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.moe.cached import decide, segment_parts, store_fresh
+from moeca_dist.moe.cached import LayerPlan, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.dispatch import Dispatcher, LocalDispatcher, weighted_sum
 from moeca_dist.types import Branches, Routing
@@ -33,16 +34,29 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, cache: BlockStep | None = None) -> Tensor:
         """``cache=None`` computes every branch: the exact path."""
+        if cache is not None:
+            return self.compute(x_BTD, self.decide(x_BTD, cache), cache)
+        x_TD = x_BTD.flatten(0, 1)
+        routed_TD = self._all_branches(x_TD, self.gate(x_TD))[0]
+        return (routed_TD + self._shared(x_TD)).view_as(x_BTD)
+
+    def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
+        """Route, and ask the policy which branches are computed now."""
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
-        if cache is None:
-            routed_TD = self._all_branches(x_TD, routing)[0]
-            shared_TD = self._shared(x_TD)
-        else:
-            cache.statistics.modules["router"] += x_BTD.shape[0]
-            routed_TD = self._full_step(x_TD, routing, cache) if cache.all_full else self._step(x_TD, routing, cache)
-            shared_TD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images])).flatten(0, 1)
-        return (routed_TD + shared_TD).view_as(x_BTD)
+        cache.count("router", x_TD)
+        parts = segment_parts(x_TD, cache)
+        decisions = [] if cache.all_full else [decide(part, routing, cache) for part in parts]
+        return LayerPlan(routing, parts, decisions)
+
+    def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
+        """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
+        x_TD = x_BTD.flatten(0, 1)
+        routed_TD = self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
+        shared_BTD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images]))
+        if rows is not None:
+            cache.refresh_rows("shared", shared_BTD, rows, self._shared(x_TD.index_select(0, rows.flat_N)))
+        return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
@@ -58,27 +72,30 @@ class MoELayer(nn.Module):
         rows_ND, slot_N = self._compute(x_TD, routing.all_branches())
         return weighted_sum(rows_ND, slot_N.view_as(routing.expert_ids_TK), routing.gates_TK), rows_ND, slot_N
 
-    def _full_step(self, x_TD: Tensor, routing: Routing, cache: BlockStep) -> Tensor:
+    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
+        routing = plan.routing
         routed_TD, rows_ND, slot_N = self._all_branches(x_TD, routing)
         values_TKD = rows_ND.index_select(0, slot_N).view(*routing.expert_ids_TK.shape, x_TD.shape[1])
-        for part in segment_parts(x_TD, cache):
-            ids_TK = routing.expert_ids_TK[part.tokens]
-            part.branches.store_all(ids_TK, values_TKD[part.tokens], part.branches.match(ids_TK), cache.step.index)
-            cache.statistics.full[cache.key] += ids_TK.numel()
+        for part in plan.parts:
+            mine, branches = part.routing(routing), part.kept.branches
+            observe(part, mine)
+            match = branches.match(mine.expert_ids_TK)
+            gates_TK = cache.policy.reference_gates(mine)
+            branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
+            cache.statistics.full[cache.key] += mine.expert_ids_TK.numel()
         return routed_TD
 
-    def _step(self, x_TD: Tensor, routing: Routing, cache: BlockStep) -> Tensor:
+    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
-        parts = segment_parts(x_TD, cache)
-        decisions = [decide(part, routing, cache) for part in parts]
-        refresh_TK = torch.cat([decision.refresh_TK for decision in decisions])
+        routing = plan.routing
+        refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
         branch_N = refresh_TK.flatten().nonzero().squeeze(1)
         branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         rows_ND, slot_N = self._compute(x_TD, branches)
         fresh_ND = rows_ND.index_select(0, slot_N)
-        routed_TD = torch.cat([decision.served_TD for decision in decisions])
+        routed_TD = torch.cat([decision.served_TD for decision in plan.decisions])
         gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
         routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-        store_fresh(parts, decisions, branches, branch_N, fresh_ND, cache)
+        store_fresh(plan, branches, fresh_ND, cache)
         return routed_TD

@@ -3,7 +3,16 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from moeca_dist.cache.policies import fora, moeca_forecast, random_branches, taylorseer
+from moeca_dist.cache.policies import (
+    dice_skip,
+    fora,
+    moeca,
+    moeca_forecast,
+    random_branches,
+    taylorseer,
+    teacache,
+    toca,
+)
 from moeca_dist.cache.policy import Policy
 from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
@@ -15,7 +24,11 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
     {
         "fora": (fora.build, fora.OPTIONS),
         "taylorseer": (taylorseer.build, taylorseer.OPTIONS),
+        "moeca": (moeca.build, moeca.OPTIONS),
         "moeca_forecast": (moeca_forecast.build, moeca_forecast.OPTIONS),
+        "toca": (toca.build, toca.OPTIONS),
+        "teacache": (teacache.build, teacache.OPTIONS),
+        "dice_skip": (dice_skip.build, dice_skip.OPTIONS),
         "random": (random_branches.build, random_branches.OPTIONS),
     }
 )

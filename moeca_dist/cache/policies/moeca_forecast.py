@@ -1,30 +1,29 @@
 """Branch forecast: each routed branch is extrapolated on its own and weighted with the current gate.
 
 In a cache step the router runs, branches that are in the cache are extrapolated from their last two computed values,
-and unmatched ones are computed, on the forecast attention and shared outputs. Only they travel. The full steps are
+and unmatched ones are computed, on the forecast attention and shared outputs unless ``attention_sync`` refreshes these
+rows too. Only unmatched branches travel. The full steps are
 placed freely, for each guidance half on its own.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled, branch_order
+from moeca_dist.cache.policy import Unit
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.config import CacheConfig
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "extra_entries"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "extra_entries", "attention_sync"}
 DEFAULT_ORDER = 1  # a second order was worse
 # Eleven of fifty steps, found by coordinate search on one small network and kept on another (docs/caching.md).
 DEFAULT_FRACTIONS = tuple(step / 50 for step in (0, 1, 4, 11, 17, 23, 28, 33, 39, 43, 48))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoecaForecast(Scheduled):
-    order: int
-    extra_entries: int
-
     name: ClassVar[str] = "moeca_forecast"
-    unit: ClassVar[Literal["module", "branch"]] = "branch"
+    unit: ClassVar[Unit] = "branch"
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> MoecaForecast:
@@ -34,4 +33,9 @@ def build(config: CacheConfig, num_steps: int, guided: bool) -> MoecaForecast:
         schedule = FullSteps.every(config.interval, num_steps)
     else:
         schedule = FullSteps.listed([int(part * num_steps) for part in DEFAULT_FRACTIONS], num_steps, guided=guided)
-    return MoecaForecast(schedule, branch_order(config, DEFAULT_ORDER), config.extra_entries or 0)
+    return MoecaForecast(
+        schedule=schedule,
+        order=branch_order(config, DEFAULT_ORDER),
+        extra_entries=config.extra_entries or 0,
+        attention_sync=bool(config.attention_sync),
+    )

@@ -1,30 +1,28 @@
 """The control: besides unmatched branches, a random share of all branches is computed in a cache step."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled, branch_order, schedule_of
-from moeca_dist.cache.policy import LayerView, RefreshPlan
+from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "extra_entries"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "extra_entries", "attention_sync"}
 DEFAULT_INTERVAL = 4
 DEFAULT_RATIO = 0.05
 _BITS = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RandomBranches(Scheduled):
-    order: int
     ratio: float
-    extra_entries: int
 
     name: ClassVar[str] = "random"
-    unit: ClassVar[Literal["module", "branch"]] = "branch"
+    unit: ClassVar[Unit] = "branch"
 
     def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
         drawn_TK = uniform(step, view) < self.ratio
@@ -52,6 +50,10 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> RandomBranches:
-    schedule = schedule_of(config, num_steps, guided, DEFAULT_INTERVAL)
-    ratio = DEFAULT_RATIO if config.ratio is None else config.ratio
-    return RandomBranches(schedule, branch_order(config, 0), ratio, config.extra_entries or 0)
+    return RandomBranches(
+        schedule=schedule_of(config, num_steps, guided, DEFAULT_INTERVAL),
+        ratio=DEFAULT_RATIO if config.ratio is None else config.ratio,
+        order=branch_order(config, 0),
+        extra_entries=config.extra_entries or 0,
+        attention_sync=bool(config.attention_sync),
+    )

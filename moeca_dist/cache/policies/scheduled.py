@@ -1,27 +1,54 @@
-"""What the policies with a schedule of full steps share."""
+"""What the policies share: a schedule of full steps, and the defaults of what most of them do not do."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from moeca_dist.cache.policy import Half, LayerView, RefreshPlan
+from torch import Tensor
+
+from moeca_dist.cache.policy import Half, LayerView, ModuleView, RefreshPlan
 from moeca_dist.cache.schedule import FullSteps
+from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
-from moeca_dist.types import StepContext
+from moeca_dist.types import Routing, StepContext
 
 SCHEDULE_OPTIONS = frozenset({"interval", "full_steps"})
 
 
-@dataclass(frozen=True)
-class Scheduled:
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """A policy with whole modules or branches that are served as they are stored."""
+
+    order: int = 0
+    extra_entries: int = 0
+    attention_sync: bool = False
+    delta: float = 0.0
+    usage_decay: float | None = None
+
+    computes_modules: ClassVar[bool] = False
+    refreshes_rows: ClassVar[bool] = False
+
+    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
+        return RefreshPlan(~view.match.found_TK)
+
+    def rows(self, step: StepContext, view: ModuleView) -> Tensor:
+        raise NotImplementedError
+
+    def reference_gates(self, routing: Routing) -> Tensor | None:
+        return None
+
+    def remark(self, statistics: CacheStatistics) -> str | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled(Defaults):
     """Full steps by a schedule; in between only what is nowhere in the cache is computed."""
 
     schedule: FullSteps
 
     def is_full(self, step: StepContext, half: Half) -> bool:
         return self.schedule.contains(step, half)
-
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        return RefreshPlan(~view.match.found_TK)
 
 
 def schedule_of(config: CacheConfig, num_steps: int, guided: bool, default_interval: int) -> FullSteps:

@@ -1,0 +1,43 @@
+"""TeaCache (arXiv 2411.19108): the whole network is skipped while its input has changed little.
+
+The relative L1 change of the timestep-modulated input of the first block is accumulated from step to step; until it
+reaches ``delta`` the blocks are skipped and their last total change is added to the current input.
+
+Adaptation. The ranks of an expert-parallel group must skip together, and no image may depend on its batch, so the
+change is that of the modulation (shift and scale of the first block) made from the timestep alone, without image and
+label: the same in both guidance halves and on all ranks. The published polynomial that rescales the change is fitted
+for each model and left out; ``delta`` is in units of the raw change.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moeca_dist.cache.policies.scheduled import Defaults
+from moeca_dist.cache.policy import Half, Unit
+from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.config import CacheConfig
+from moeca_dist.types import StepContext
+
+OPTIONS = frozenset({"delta"})
+DEFAULT_DELTA = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeaCache(Defaults):
+    name: ClassVar[str] = "teacache"
+    unit: ClassVar[Unit] = "network"
+
+    def is_full(self, step: StepContext, half: Half) -> bool:
+        """A step that is not skipped computes everything."""
+        return True
+
+    def remark(self, statistics: CacheStatistics) -> str | None:
+        if statistics.signals and not statistics.skipped and self.delta > 0:
+            return f"cache.delta {self.delta} never skipped a step: every step changes the modulation by more"
+        if statistics.skipped and not statistics.reached:
+            return f"cache.delta {self.delta} skipped every step but the first: the modulation never changed so much"
+        return None
+
+
+def build(config: CacheConfig, num_steps: int, guided: bool) -> TeaCache:
+    return TeaCache(delta=DEFAULT_DELTA if config.delta is None else config.delta)

@@ -1,0 +1,47 @@
+"""How experts spread over the token positions, remembered over the steps (MoECa, arXiv 2606.15615).
+
+Shape suffixes: B images of one segment, T tokens of one image, E experts, X tokens of all images, K routed experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+class UsageHistory:
+    """C[e, i]: an exponential moving average of "expert e is among the routed experts of position i", image by image.
+
+    ``C <- decay * C + (1 - decay) * 1[...]``, once per step, full steps included.
+    """
+
+    def __init__(self, decay: float, num_experts: int) -> None:
+        self.decay = decay
+        self.num_experts = num_experts
+        self.usage_BTE: Tensor | None = None
+
+    def observe(self, expert_ids_XK: Tensor, num_images: int) -> None:
+        used_XE = torch.zeros(expert_ids_XK.shape[0], self.num_experts, device=expert_ids_XK.device)
+        used_XE.scatter_(1, expert_ids_XK, 1 - self.decay)
+        tokens = expert_ids_XK.shape[0] // max(1, num_images)
+        used_BTE = used_XE.view(num_images, tokens, self.num_experts)
+        self.usage_BTE = used_BTE if self.usage_BTE is None else used_BTE.add_(self.usage_BTE, alpha=self.decay)
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.usage_BTE is None else self.usage_BTE.numel() * self.usage_BTE.element_size()
+
+
+def spread(usage_BTE: Tensor) -> Tensor:
+    """[B, E] in [0, 1]: entropy of each expert's positions, 0 for the layer's most local expert and 1 for its broadest.
+
+    P_e(i) = C[e, i] / sum_j C[e, j]. "Normalised within the layer" is read as min-max over the experts that were used
+    at all; where they do not differ, or where an expert was never used, 0.5, which changes no threshold.
+    """
+    total_BE = usage_BTE.sum(1)
+    shares_BTE = usage_BTE / total_BE.clamp(min=torch.finfo(usage_BTE.dtype).tiny)[:, None]
+    entropy_BE = -torch.special.xlogy(shares_BTE, shares_BTE).sum(1)
+    used_BE = total_BE > 0
+    low_B1 = entropy_BE.masked_fill(~used_BE, torch.inf).amin(-1, keepdim=True)
+    range_B1 = entropy_BE.masked_fill(~used_BE, -torch.inf).amax(-1, keepdim=True) - low_B1
+    # Equal experts differ by rounding, which must not decide anything.
+    comparable_BE = used_BE & (range_B1 > 1e-5)
+    return torch.where(comparable_BE, (entropy_BE - low_B1) / range_B1, 0.5)
