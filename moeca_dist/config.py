@@ -81,6 +81,8 @@ class CacheConfig(_Section):
     """Share of the branches that policy ``random`` computes in a cache step."""
     extra_entries: int | None = Field(None, ge=0)
     """Stored branches per token beyond its routed experts: those of experts that just left."""
+    placement: Literal["home", "owner", "auto"] = "auto"
+    """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes."""
 
 
 class SamplingConfig(_Section):

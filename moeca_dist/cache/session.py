@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
+from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.rows import RowCache
 from moeca_dist.cache.statistics import CacheStatistics
@@ -31,13 +32,14 @@ class Segment:
 
 
 class SegmentCache:
-    """What one block keeps for one segment."""
+    """What one block keeps for one segment: ``branches`` in placement ``home``, ``home`` in placement ``owner``."""
 
     def __init__(self, policy: Policy, num_experts_per_tok: int) -> None:
         self._order = policy.order
         self.modules: dict[str, RowCache] = {}
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0)
+        self.home = HomeTable(entries, forecast=policy.order > 0)
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
@@ -46,12 +48,15 @@ class SegmentCache:
 
     @property
     def num_bytes(self) -> int:
-        return self.branches.num_bytes + sum(rows.num_bytes for rows in self.modules.values())
+        return self.branches.num_bytes + self.home.num_bytes + sum(rows.num_bytes for rows in self.modules.values())
 
 
 @dataclass(frozen=True)
 class BlockStep:
-    """One block in one step: what the block asks instead of computing everything."""
+    """One block in one step: what the block asks instead of computing everything.
+
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``.
+    """
 
     block: int
     step: StepContext
@@ -60,6 +65,7 @@ class BlockStep:
     caches: tuple[SegmentCache, ...]
     image_ids_B: Tensor
     statistics: CacheStatistics
+    owned: OwnedBlock | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -102,7 +108,11 @@ class BlockStep:
 
 
 class CacheSession:
-    """The caches of one batch. ``at(step)`` is what the network gets with each evaluation."""
+    """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
+
+    ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
+    sessions together; None in placement ``home``.
+    """
 
     def __init__(
         self,
@@ -114,6 +124,7 @@ class CacheSession:
         num_experts_per_tok: int,
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
+        owner_ranks: int | None = None,
     ) -> None:
         self.policy = policy
         self.statistics = statistics
@@ -124,6 +135,12 @@ class CacheSession:
         )
         self._blocks = [
             tuple(SegmentCache(policy, num_experts_per_tok) for _ in self._halves) for _ in range(num_blocks)
+        ]
+        self._owned = [
+            None
+            if owner_ranks is None
+            else OwnedBlock(RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0))
+            for _ in range(num_blocks)
         ]
 
     def at(self, step: StepContext) -> "StepCache":
@@ -140,9 +157,13 @@ class CacheSession:
     def block(self, index: int) -> tuple[SegmentCache, ...]:
         return self._blocks[index]
 
+    def owned(self, index: int) -> OwnedBlock | None:
+        return self._owned[index]
+
     def note_peak(self) -> None:
         """Record how much the session holds; asked at its end, when everything is allocated."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches)
+        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -158,5 +179,12 @@ class StepCache:
     def block(self, index: int) -> BlockStep:
         session = self.session
         return BlockStep(
-            index, self.step, session.policy, self.segments, session.block(index), self.image_ids_B, session.statistics
+            index,
+            self.step,
+            session.policy,
+            self.segments,
+            session.block(index),
+            self.image_ids_B,
+            session.statistics,
+            session.owned(index),
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.branches import BranchCache, Match
+from moeca_dist.cache.branches import BranchCache, EntryTable, Match
 from moeca_dist.cache.policy import LayerView
 from moeca_dist.cache.session import BlockStep, Segment
 from moeca_dist.types import Branches, Routing
@@ -24,6 +24,9 @@ class Part:
     tokens: slice
     tokens_per_image: int
     branches: BranchCache
+
+    def routing(self, whole: Routing) -> Routing:
+        return Routing(whole.expert_ids_TK[self.tokens], whole.gates_TK[self.tokens])
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,28 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
 
 def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
     """Ask the policy about a segment's branches and sum up those that the cache serves."""
-    mine = Routing(routing.expert_ids_TK[part.tokens], routing.gates_TK[part.tokens])
-    match = part.branches.match(mine.expert_ids_TK)
+    mine = part.routing(routing)
+    match, refresh_TK = choose(part, part.branches, mine, cache)
+    if part.segment.full:
+        return Decision(match, refresh_TK, part.branches.nothing(mine.num_tokens))
+    served_TD = part.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
+    return Decision(match, refresh_TK, served_TD)
+
+
+def choose(part: Part, entries: EntryTable, mine: Routing, cache: BlockStep) -> tuple[Match, Tensor]:
+    """Where a segment's branches are stored and which are refreshed, as [T, K]; counted in the statistics."""
+    match = entries.match(mine.expert_ids_TK)
     statistics = cache.statistics
     if part.segment.full:
         statistics.full[cache.key] += mine.expert_ids_TK.numel()
-        everything = torch.ones_like(match.found_TK)
-        return Decision(match, everything, part.branches.nothing(mine.num_tokens))
+        return match, torch.ones_like(match.found_TK)
     plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == match.found_TK.shape
-    served_TD = part.branches.weighted_sum(mine.gates_TK, ~plan.refresh_TK, match, cache.step.index)
     unmatched, refreshed = int((~match.found_TK).sum()), int(plan.refresh_TK.sum())
     statistics.unmatched[cache.key] += unmatched
     statistics.chosen[cache.key] += refreshed - unmatched
     statistics.served[cache.key] += match.found_TK.numel() - refreshed
-    return Decision(match, plan.refresh_TK, served_TD)
+    return match, plan.refresh_TK
 
 
 def store_fresh(

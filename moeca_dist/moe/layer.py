@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import decide, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.parallel.dispatch import Dispatcher, LocalDispatcher, weighted_sum
+from moeca_dist.moe.owner import routed_at_owners
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, weighted_sum
 from moeca_dist.types import Branches, Routing
 
 
@@ -35,14 +36,22 @@ class MoELayer(nn.Module):
         """``cache=None`` computes every branch: the exact path."""
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
+        self.dispatcher.count_exact(routing, x_TD)
         if cache is None:
             routed_TD = self._all_branches(x_TD, routing)[0]
             shared_TD = self._shared(x_TD)
         else:
             cache.statistics.modules["router"] += x_BTD.shape[0]
-            routed_TD = self._full_step(x_TD, routing, cache) if cache.all_full else self._step(x_TD, routing, cache)
+            routed_TD = self._routed(x_TD, routing, cache)
             shared_TD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images])).flatten(0, 1)
         return (routed_TD + shared_TD).view_as(x_BTD)
+
+    def _routed(self, x_TD: Tensor, routing: Routing, cache: BlockStep) -> Tensor:
+        """The choice of placement: branch values are kept beside the experts, or at home."""
+        if cache.owned is not None:
+            assert isinstance(self.dispatcher, AllToAllDispatcher)
+            return routed_at_owners(x_TD, routing, cache, self.dispatcher.pairs, self.experts)
+        return self._full_step(x_TD, routing, cache) if cache.all_full else self._step(x_TD, routing, cache)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
