@@ -28,6 +28,10 @@ class RowPool:
         """Rows that each owner must have room for."""
         return [taken.shape[0] for taken in self._taken]
 
+    @property
+    def in_use(self) -> list[int]:
+        return [int(taken.sum()) for taken in self._taken]
+
     def release(self, owner_N: Tensor, row_N: Tensor) -> None:
         for owner, taken in enumerate(self._taken):
             if taken.shape[0]:
@@ -58,7 +62,8 @@ class HomeTable(EntryTable):
     """What a home rank keeps for one block and segment: where each branch is, and each token's routed sum.
 
     Tokens of which nothing is refreshed are served from the sums: the last one, or with ``forecast`` the line through
-    the last two.
+    the last two. Two sums over different experts give no slope, so a token whose experts changed keeps its old one:
+    on the shipped model that is 0.3 dB better than a slope across the change.
     """
 
     def __init__(self, num_entries: int, *, forecast: bool) -> None:
@@ -86,22 +91,24 @@ class HomeTable(EntryTable):
             self._ids_TJ[token_N, entry_N] = ids_N
         return self._rows_TJ.gather(1, match.entry_TK)
 
-    def serve(self, touched_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
-        """[T, D] routed sums: ``fresh_TD`` where touched, and kept; elsewhere what is expected in ``step``."""
+    def serve(self, touched_T: Tensor, changed_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
+        """[T, D] routed sums: ``fresh_TD`` where touched, and kept; elsewhere what is expected in ``step``.
+
+        ``changed_T``: touched tokens of which some branch was unmatched.
+        """
         if self._sums_TD is None:
             self._sums_TD = fresh_TD.clone()
             self._steps_T = torch.full_like(touched_T, step, dtype=torch.int64)
             if self.forecast:
                 self._slopes_TD = torch.zeros_like(fresh_TD)
             return fresh_TD
-        token_N = touched_T.nonzero().squeeze(1)
-        fresh_ND = fresh_TD.index_select(0, token_N)
         if self.forecast:
-            before_ND = self._sums_TD.index_select(0, token_N)
-            comparable_N = torch.ones_like(token_N, dtype=torch.bool)
-            slopes_ND = slopes(fresh_ND, before_ND, step - self._steps_T[token_N], comparable_N)
-            self._slopes_TD.index_copy_(0, token_N, slopes_ND)
-        self._sums_TD.index_copy_(0, token_N, fresh_ND)
+            steady_N = (touched_T & ~changed_T).nonzero().squeeze(1)
+            gap_N = (step - self._steps_T[steady_N]).to(fresh_TD.dtype)
+            change_ND = fresh_TD.index_select(0, steady_N) - self._sums_TD.index_select(0, steady_N)
+            self._slopes_TD.index_copy_(0, steady_N, change_ND / gap_N[:, None])
+        token_N = touched_T.nonzero().squeeze(1)
+        self._sums_TD.index_copy_(0, token_N, fresh_TD.index_select(0, token_N))
         self._steps_T[token_N] = step
         if not self.forecast:
             return self._sums_TD.clone()

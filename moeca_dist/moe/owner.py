@@ -29,9 +29,9 @@ def routed_at_owners(
     sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step)
     rows_MD = pairs.combine(sums_SD, arrived)
     fresh_TD = torch.zeros_like(x_TD).index_add_(0, arrived.plan.token_M, rows_MD)
-    touched_T = asked.refresh_TK.any(1)
+    touched_T, changed_T = asked.refresh_TK.any(1), (~asked.found_TK).any(1)
     served = [
-        kept.home.serve(touched_T[part.tokens], fresh_TD[part.tokens], step)
+        kept.home.serve(touched_T[part.tokens], changed_T[part.tokens], fresh_TD[part.tokens], step)
         for part, kept in zip(segment_parts(x_TD, cache), cache.caches, strict=True)
     ]
     return torch.cat(served)

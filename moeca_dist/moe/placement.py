@@ -10,8 +10,8 @@ from moeca_dist.types import StepContext
 
 Placement = Literal["home", "owner"]
 
-TYPICAL_REFRESH_SHARE = 0.03
-"""Share of the branches that a cache step finds unmatched: measured on the shipped model (docs/caching.md)."""
+TYPICAL_REFRESH_SHARE = 0.02
+"""Share of its branches that a cache step finds unmatched, as on the shipped model with the default schedule."""
 
 
 def choose_placement(
