@@ -107,6 +107,8 @@ class CacheConfig(_Section):
     """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
+    placement: Literal["home", "owner", "auto"] = "auto"
+    """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes."""
 
 
 class SamplingConfig(_Section):

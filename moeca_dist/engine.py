@@ -17,15 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.session import CacheSession
+from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig, Config, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.report import CacheReport, ExchangeReport, Report
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
@@ -64,6 +66,7 @@ class Engine:
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
+        self.placement = self._choose_placement()
 
     @classmethod
     def from_config(
@@ -140,6 +143,20 @@ class Engine:
     def _guided(self) -> bool:
         return self.config.sampling.cfg_scale != 1
 
+    def _choose_placement(self) -> Placement | None:
+        if self.policy is None:
+            return None
+        spec = self.model.spec
+        return choose_placement(
+            self.config.cache,
+            self.policy,
+            self.num_steps,
+            HALVES if self._guided else HALVES[:1],
+            spec.num_experts_per_tok,
+            spec.hidden_size * next(self.model.parameters()).element_size(),
+            ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
+        )
+
     def _open_session(self, share: Sequence[Request], counters: _Counters) -> CacheSession | None:
         """The caches of one round, or None for the exact path."""
         if self.policy is None:
@@ -153,6 +170,7 @@ class Engine:
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
             device=self.mesh.device,
+            owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
@@ -193,14 +211,12 @@ class Engine:
 
     def _report(self, num_images: int, counters: _Counters) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
-        mine = (counters, group.traffic.bytes_sent if group else 0)
+        mine = (counters, group.traffic.bytes_sent if group else 0, int(group.traffic.bytes_exact) if group else 0)
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
-        for theirs, _ in ranks:
+        for theirs, *_ in ranks:
             statistics.merge(theirs.cache)
         work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
-        bytes_sent = sum(sent for _, sent in ranks)
-        branches = work.branches()
         wall_s = time.perf_counter() - counters.started
         remark = None if self.policy is None else self.policy.remark(statistics)
         if remark is not None and self._is_first:
@@ -212,15 +228,15 @@ class Engine:
             dp_size=mesh.dp_size,
             num_steps=self.num_steps,
             wall_s=wall_s,
-            denoise_s=max(theirs.denoise_s for theirs, _ in ranks),
+            denoise_s=max(theirs.denoise_s for theirs, *_ in ranks),
             images_per_s=num_images / wall_s,
             flops=work.flops(),
-            branches=branches,
+            branches=work.branches(),
             exchange=ExchangeReport(
                 mode=self.config.parallel.exchange if group else "local",
-                placement="home" if group and self.policy else None,
-                bytes_sent=bytes_sent,
-                bytes_full=round(bytes_sent * branches.routed / branches.refreshed) if branches.refreshed else 0,
+                placement=self.placement,
+                bytes_sent=sum(sent for _, sent, _ in ranks),
+                bytes_full=work.extrapolated(sum(exact for *_, exact in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
             ),

@@ -30,8 +30,12 @@ class BranchReport:
 class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together.
 
-    ``mode`` is ``local`` where every rank holds all experts. ``bytes_full``: what the exact path sends. ``placement``:
-    which side keeps branch values, None without a cache. Collectives are counted per rank.
+    ``mode`` is ``local`` where every rank holds all experts. ``placement``: which side keeps branch values, ``home``
+    or ``owner``; None without a branch cache or where every rank holds all experts. Collectives are counted per rank.
+
+    ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
+    step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
+    there it is extrapolated: what those steps' routing would send, per step, for all steps.
     """
 
     mode: str

@@ -58,6 +58,14 @@ class Work:
         ratio = served / routed if routed else 0.0
         return BranchReport(routed, refreshed, unmatched, served - forecast, forecast, ratio)
 
+    def extrapolated(self, while_routed: int) -> int:
+        """What was counted where the routers ran -> over all evaluations; the same where they ran in all of them."""
+        every = self._evaluations * len(self._spec.moe_blocks) * self._spec.num_tokens
+        ran = self._statistics.modules["router"] + self._statistics.modules["moe"]
+        if self._policy is None or ran in (0, every):
+            return while_routed
+        return round(while_routed * every / ran)
+
     def per_layer(self) -> tuple[dict[str, Any], ...]:
         """One entry per MoE block: branches by how they were served; empty without a branch cache."""
         if self._policy is None or self._policy.unit != "branch":

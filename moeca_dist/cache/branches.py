@@ -35,27 +35,18 @@ class Reference:
     shares_TK: Tensor
 
 
-class BranchCache:
-    """Unweighted expert outputs of one layer and segment, keyed by (token, expert id), with their slopes.
+class EntryTable:
+    """Which expert's branch each entry of each token stands for, wherever its value is kept.
 
-    A slope is the difference of the last two computed values of the *same* branch per step; zero until there are two.
     More entries than routed experts keep the branches of experts that just left the top-k: routes near a tie flip
-    back. The entries used longest ago give way first. A policy that compares with the step in which a branch was
-    computed hands over reference gates; then the norms of the values are kept as well.
+    back. The entries used longest ago give way first.
     """
 
-    def __init__(self, num_entries: int, *, forecast: bool) -> None:
+    def __init__(self, num_entries: int) -> None:
         self.num_entries = num_entries
-        self.forecast = forecast
         self._last_step = 0
         self._ids_TJ: Tensor | None = None
-        # Allocated with the first full step, when shapes and dtype are known.
-        self._values_TJD: Tensor
-        self._slopes_TJD: Tensor
-        self._steps_TJ: Tensor
         self._used_TJ: Tensor
-        self._gates_TJ: Tensor | None = None
-        self._norms_TJ: Tensor | None = None
 
     def match(self, expert_ids_TK: Tensor) -> Match:
         """Find each branch by its expert id; unmatched ones get the entries that were used longest ago."""
@@ -70,6 +61,35 @@ class BranchCache:
         nth_TK = ((~found_TK).cumsum(-1) - 1).clamp(min=0)
         entry_TK = torch.where(found_TK, same_TKJ.int().argmax(-1), free_TJ.gather(1, nth_TK))
         return Match(entry_TK, found_TK)
+
+    def touch(self, match: Match, step: int) -> None:
+        """Note which entries the routing of ``step`` used."""
+        self._used_TJ.scatter_(1, match.entry_TK, step)
+        self._last_step = max(self._last_step, step)
+
+    def _allocate_entries(self, tokens: int, device: torch.device) -> None:
+        shape = (tokens, self.num_entries)
+        self._ids_TJ = torch.full(shape, EMPTY, dtype=torch.int64, device=device)
+        self._used_TJ = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
+
+
+class BranchCache(EntryTable):
+    """Unweighted expert outputs of one layer and segment, keyed by (token, expert id), with their slopes.
+
+    A slope is the difference of the last two computed values of the *same* branch per step; zero until there are two.
+    A policy that compares with the step in which a branch was computed hands over reference gates; then the norms of
+    the values are kept as well.
+    """
+
+    def __init__(self, num_entries: int, *, forecast: bool) -> None:
+        super().__init__(num_entries)
+        self.forecast = forecast
+        # Allocated with the first full step, when shapes and dtype are known.
+        self._values_TJD: Tensor
+        self._slopes_TJD: Tensor
+        self._steps_TJ: Tensor
+        self._gates_TJ: Tensor | None = None
+        self._norms_TJ: Tensor | None = None
 
     def store_all(
         self, expert_ids_TK: Tensor, values_TKD: Tensor, match: Match, step: int, gates_TK: Tensor | None = None
@@ -100,10 +120,8 @@ class BranchCache:
         at_N = token_N * self.num_entries + entry_N
         values = self._values_TJD.view(-1, values_ND.shape[1])
         if self.forecast:
-            gap_N = (step - self._steps_TJ.view(-1)[at_N]).to(values_ND.dtype)
-            # An entry that held another expert, or nothing, has no slope yet.
-            inverse_N = torch.where(found_N, gap_N.reciprocal(), 0.0)
-            slopes_ND = (values_ND - values.index_select(0, at_N)) * inverse_N[:, None]
+            gap_N = step - self._steps_TJ.view(-1)[at_N]
+            slopes_ND = slopes(values_ND, values.index_select(0, at_N), gap_N, found_N)
             self._slopes_TJD.view_as(values).index_copy_(0, at_N, slopes_ND)
         values.index_copy_(0, at_N, values_ND)
         self._ids_TJ.view(-1)[at_N] = expert_ids_N
@@ -111,11 +129,6 @@ class BranchCache:
         if self._gates_TJ is not None and self._norms_TJ is not None and gates_N is not None:
             self._gates_TJ.view(-1)[at_N] = gates_N.float()
             self._norms_TJ.view(-1)[at_N] = values_ND.float().norm(dim=-1)
-        self._last_step = max(self._last_step, step)
-
-    def touch(self, match: Match, step: int) -> None:
-        """Note which entries the routing of ``step`` used."""
-        self._used_TJ.scatter_(1, match.entry_TK, step)
         self._last_step = max(self._last_step, step)
 
     def weighted_sum(self, gates_TK: Tensor, served_TK: Tensor, match: Match, step: int) -> Tensor:
@@ -151,12 +164,17 @@ class BranchCache:
 
     def _allocate(self, tokens: int, like_TKD: Tensor, *, with_reference: bool) -> None:
         shape = (tokens, self.num_entries)
-        self._ids_TJ = torch.full(shape, EMPTY, dtype=torch.int64, device=like_TKD.device)
+        self._allocate_entries(tokens, like_TKD.device)
         self._steps_TJ = torch.zeros(shape, dtype=torch.int32, device=like_TKD.device)
-        self._used_TJ = torch.full(shape, EMPTY, dtype=torch.int32, device=like_TKD.device)
         self._values_TJD = like_TKD.new_zeros(*shape, like_TKD.shape[2])
         if self.forecast:
             self._slopes_TJD = torch.zeros_like(self._values_TJD)
         if with_reference:
             self._gates_TJ = torch.zeros(shape, device=like_TKD.device)
             self._norms_TJ = torch.zeros(shape, device=like_TKD.device)
+
+
+def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:
+    """[N, D] change per step; zero where ``before`` is another expert's value, or none."""
+    inverse_N = torch.where(found_N, gap_N.to(values_ND.dtype).reciprocal(), 0.0)
+    return (values_ND - before_ND) * inverse_N[:, None]

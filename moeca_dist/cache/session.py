@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.network import NetworkCache
+from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
@@ -34,7 +35,7 @@ class Segment:
 
 
 class SegmentCache:
-    """What one block keeps for one segment."""
+    """What one block keeps for one segment: ``branches`` in placement ``home``, ``home`` in placement ``owner``."""
 
     def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int) -> None:
         self._order = policy.order
@@ -44,6 +45,7 @@ class SegmentCache:
         self.usage = None if decay is None else UsageHistory(decay, num_experts)
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0)
+        self.home = HomeTable(entries, forecast=policy.order > 0)
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
@@ -54,7 +56,7 @@ class SegmentCache:
     def num_bytes(self) -> int:
         usage = 0 if self.usage is None else self.usage.num_bytes
         modules = sum(rows.num_bytes for rows in self.modules.values())
-        return self.branches.num_bytes + modules + self.keys_values.num_bytes + usage
+        return self.branches.num_bytes + self.home.num_bytes + modules + self.keys_values.num_bytes + usage
 
 
 @dataclass
@@ -66,7 +68,10 @@ class Followed:
 
 @dataclass(frozen=True)
 class BlockStep:
-    """One block in one step: what the block asks instead of computing everything."""
+    """One block in one step: what the block asks instead of computing everything.
+
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``.
+    """
 
     block: int
     step: StepContext
@@ -76,6 +81,7 @@ class BlockStep:
     image_ids_B: Tensor
     statistics: CacheStatistics
     followed: Followed
+    owned: OwnedBlock | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -183,7 +189,11 @@ class BlockStep:
 
 
 class CacheSession:
-    """The caches of one batch. ``at(step)`` is what the network gets with each evaluation."""
+    """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
+
+    ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
+    sessions together; None in placement ``home``.
+    """
 
     def __init__(
         self,
@@ -196,6 +206,7 @@ class CacheSession:
         num_experts_per_tok: int,
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
+        owner_ranks: int | None = None,
     ) -> None:
         self.policy = policy
         self.statistics = statistics
@@ -209,6 +220,12 @@ class CacheSession:
             for _ in range(num_blocks)
         ]
         self.network = NetworkCache()
+        self._owned = [
+            None
+            if owner_ranks is None
+            else OwnedBlock(RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0))
+            for _ in range(num_blocks)
+        ]
 
     def at(self, step: StepContext) -> "StepCache":
         segments = tuple(
@@ -224,9 +241,13 @@ class CacheSession:
     def block(self, index: int) -> tuple[SegmentCache, ...]:
         return self._blocks[index]
 
+    def owned(self, index: int) -> OwnedBlock | None:
+        return self._owned[index]
+
     def note_peak(self) -> None:
         """Record how much the session holds; asked at its end, when everything is allocated."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
+        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -251,6 +272,7 @@ class StepCache:
             self.image_ids_B,
             session.statistics,
             self.followed,
+            session.owned(index),
         )
 
     @property

@@ -37,11 +37,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Decision:
-    """``served_TD``: the weighted sum of the branches that are not refreshed; zero where all are."""
+    """``served_TD``: the weighted sum of the branches that are not refreshed, zero where all are.
+
+    None in placement ``owner``, where the sums are made beside the experts.
+    """
 
     match: Match
     refresh_TK: Tensor
-    served_TD: Tensor
+    served_TD: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -84,23 +87,32 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
 
 
 def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
-    """Ask the policy about a segment's branches and sum up those that the cache serves."""
-    mine, branches = part.routing(routing), part.kept.branches
+    """Ask the policy about a segment's branches, and sum up those that this rank's cache serves."""
+    mine, kept = part.routing(routing), part.kept
     observe(part, mine)
-    match = branches.match(mine.expert_ids_TK)
+    match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
+    refresh_TK = _choose(part, mine, match, cache)
+    if cache.owned is not None:
+        return Decision(match, refresh_TK, None)
+    if part.segment.full:
+        return Decision(match, refresh_TK, kept.branches.nothing(mine.num_tokens))
+    served_TD = kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
+    return Decision(match, refresh_TK, served_TD)
+
+
+def _choose(part: Part, mine: Routing, match: Match, cache: BlockStep) -> Tensor:
+    """[T, K]: which branches of a segment are refreshed; counted in the statistics."""
     statistics = cache.statistics
     if part.segment.full:
         statistics.full[cache.key] += mine.expert_ids_TK.numel()
-        everything = torch.ones_like(match.found_TK)
-        return Decision(match, everything, branches.nothing(mine.num_tokens))
-    plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
-    assert plan.refresh_TK.shape == match.found_TK.shape
-    served_TD = branches.weighted_sum(mine.gates_TK, ~plan.refresh_TK, match, cache.step.index)
-    unmatched, refreshed = int((~match.found_TK).sum()), int(plan.refresh_TK.sum())
+        return torch.ones_like(match.found_TK)
+    refresh_TK = cache.policy.plan(cache.step, _view(part, mine, match, cache)).refresh_TK
+    assert refresh_TK.shape == match.found_TK.shape
+    unmatched, refreshed = int((~match.found_TK).sum()), int(refresh_TK.sum())
     statistics.unmatched[cache.key] += unmatched
     statistics.chosen[cache.key] += refreshed - unmatched
     statistics.served[cache.key] += match.found_TK.numel() - refreshed
-    return Decision(match, plan.refresh_TK, served_TD)
+    return refresh_TK
 
 
 def store_fresh(plan: LayerPlan, branches: Branches, fresh_ND: Tensor, cache: BlockStep) -> None:

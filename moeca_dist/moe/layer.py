@@ -11,7 +11,8 @@ from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import LayerPlan, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.parallel.dispatch import Dispatcher, LocalDispatcher, weighted_sum
+from moeca_dist.moe.owner import routed_at_owners
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, weighted_sum
 from moeca_dist.types import Branches, Routing
 
 
@@ -37,26 +38,38 @@ class MoELayer(nn.Module):
         if cache is not None:
             return self.compute(x_BTD, self.decide(x_BTD, cache), cache)
         x_TD = x_BTD.flatten(0, 1)
-        routed_TD = self._all_branches(x_TD, self.gate(x_TD))[0]
+        routing = self.gate(x_TD)
+        self.dispatcher.count_exact(routing, x_TD)
+        routed_TD = self._all_branches(x_TD, routing)[0]
         return (routed_TD + self._shared(x_TD)).view_as(x_BTD)
 
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now."""
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
+        self.dispatcher.count_exact(routing, x_TD)
         cache.count("router", x_TD)
         parts = segment_parts(x_TD, cache)
-        decisions = [] if cache.all_full else [decide(part, routing, cache) for part in parts]
+        # At home a full step needs no decisions; owners are told what to keep in every step.
+        decided = cache.owned is not None or not cache.all_full
+        decisions = [decide(part, routing, cache) for part in parts] if decided else []
         return LayerPlan(routing, parts, decisions)
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
-        routed_TD = self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
+        routed_TD = self._routed(x_TD, plan, cache)
         shared_BTD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images]))
         if rows is not None:
             cache.refresh_rows("shared", shared_BTD, rows, self._shared(x_TD.index_select(0, rows.flat_N)))
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
+
+    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
+        """The choice of placement: branch values are kept beside the experts, or at home."""
+        if cache.owned is not None:
+            assert isinstance(self.dispatcher, AllToAllDispatcher)
+            return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
+        return self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
@@ -94,7 +107,7 @@ class MoELayer(nn.Module):
         branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         rows_ND, slot_N = self._compute(x_TD, branches)
         fresh_ND = rows_ND.index_select(0, slot_N)
-        routed_TD = torch.cat([decision.served_TD for decision in plan.decisions])
+        routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
         gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
         routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
         store_fresh(plan, branches, fresh_ND, cache)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.types import Branches
+from moeca_dist.types import Branches, Routing
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class DispatchedRows:
 
 
 class Dispatcher(Protocol):
+    def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
+        """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
+        ...
+
     def dispatch(self, x_TD: Tensor, branches: Branches) -> DispatchedRows: ...
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
@@ -62,6 +67,9 @@ class LocalDispatcher:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
+
+    def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
+        pass  # nothing travels
 
     def dispatch(self, x_TD: Tensor, branches: Branches) -> DispatchedRows:
         branch_of_slot_N, slot_of_branch_N = _sort(branches.expert_ids_N)
@@ -83,12 +91,19 @@ class AllToAllDispatcher:
 
     def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
         self.exchange = exchange
+        self.pairs = PairExchange(exchange, placement)
         self.num_experts = placement.num_experts
         self.experts_per_rank = tuple(len(placement.experts_of(rank)) for rank in range(placement.num_ranks))
         position_of_expert = [0] * placement.num_experts
         for position, expert in enumerate(placement.send_order):
             position_of_expert[expert] = position
         self.position_of_expert_E = torch.tensor(position_of_expert)
+
+    def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
+        owner_TK = self.pairs.owners(routing.expert_ids_TK.device)[routing.expert_ids_TK]
+        away = (owner_TK != self.exchange.rank).sum()
+        # Every branch that lives elsewhere: its hidden row there, its output back. Stays on the device, unread.
+        self.exchange.traffic.bytes_exact += away * (2 * x_TD.shape[1] * x_TD.element_size())
 
     def dispatch(self, x_TD: Tensor, branches: Branches) -> DispatchedRows:
         # The table moves once, to wherever routing is computed.

@@ -21,9 +21,13 @@ from moeca_dist.errors import PeerLostError
 
 @dataclass
 class Traffic:
-    """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself."""
+    """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself.
+
+    ``bytes_exact``: what would have crossed for this rank's tokens, both ways, with every routed branch computed.
+    """
 
     bytes_sent: int = 0
+    bytes_exact: int | Tensor = 0
     collectives: int = 0
     collectives_elided: int = 0
 

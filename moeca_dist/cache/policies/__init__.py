@@ -39,15 +39,22 @@ def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy
 
     Raises UserError for an option that the policy does not read, and for schedules that do not fit ``num_steps``.
     """
-    given = {name for name in config.model_fields_set if name != "policy" and getattr(config, name) is not None}
+    given = {
+        name
+        for name, field in type(config).model_fields.items()
+        if name != "policy" and getattr(config, name) != field.default
+    }
     if config.policy == "none":
         if given:
             raise UserError(f"cache.{min(given)} has no effect with cache.policy none: remove it or choose a policy")
         return None
     build, reads = POLICIES[config.policy]
-    if stray := given - reads:
+    if stray := given - reads - {"placement"}:
         known = ", ".join(sorted(reads))
         raise UserError(f"cache.{min(stray)} has no effect with cache.policy {config.policy}, which reads {known}")
     if config.interval is not None and config.full_steps is not None:
         raise UserError("cache.interval and cache.full_steps both place the full steps: keep one of them")
-    return build(config, num_steps, guided)
+    policy = build(config, num_steps, guided)
+    if "placement" in given and policy.unit == "module":
+        raise UserError(f"cache.placement has no effect with cache.policy {config.policy}, which keeps no branches")
+    return policy
