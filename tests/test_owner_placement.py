@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeca_dist.cache.policies.scheduled import Defaults
 from moeca_dist.cache.policy import Half, LayerView, RefreshPlan
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.moe.cached import LayerPlan, decide, segment_parts
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.pairs import HEADER_BYTES, PairExchange
@@ -37,13 +39,11 @@ class Step:
     wanted: tuple[tuple[bool, ...], ...]
 
 
-@dataclass(frozen=True)
-class Scripted:
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Defaults):
     """Refreshes what the script says, and whatever is unmatched."""
 
     steps: tuple[Step, ...]
-    order: int
-    extra_entries: int
 
     name: ClassVar[str] = "scripted"
     unit: ClassVar[Literal["module", "branch"]] = "branch"
@@ -133,18 +133,26 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
     placement = ExpertPlacement(owners, env.world_size)
     pairs, experts = PairExchange(group, placement), make_experts(placement.experts_of(env.rank))
     script = scripts[env.rank]
-    policy = Scripted(script, order, EXPERTS - K if keep_all else 0)
+    policy = Scripted(steps=script, order=order, extra_entries=EXPERTS - K if keep_all else 0)
     images = [Request(index, 0) for index in range(len(script[0].ids) // 2)]  # an image is one token here
     session = CacheSession(
-        policy, images, guided=True, num_blocks=1, num_experts_per_tok=K, statistics=CacheStatistics(),
+        policy,
+        images,
+        guided=True,
+        num_blocks=1,
+        num_experts=len(owners),
+        num_experts_per_tok=K,
+        statistics=CacheStatistics(),
         owner_ranks=env.world_size,
-    )  # fmt: skip
+    )
     loop, error, moved = Loop(env.rank, owners, order, keep_all), 0.0, []
     for index, step in enumerate(script):
         x_TD, routing = inputs(env.rank, index, step.ids)
         cache = session.at(StepContext(index, len(script), 0.0)).block(0)
         before = group.traffic.collectives, group.traffic.collectives_elided
-        out_TD = routed_at_owners(x_TD, routing, cache, pairs, experts)
+        parts = segment_parts(x_TD, cache)
+        plan = LayerPlan(routing, parts, [decide(part, routing, cache) for part in parts])
+        out_TD = routed_at_owners(x_TD, plan, cache, pairs, experts)
         moved.append((group.traffic.collectives - before[0], group.traffic.collectives_elided - before[1]))
         touched = loop.touched
         expected_TD = loop.step(index, step)
