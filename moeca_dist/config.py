@@ -252,7 +252,8 @@ def _nearest(key: str) -> str:
     leaf = key.rpartition(".")[2]
     moved = [candidate for candidate in _FIELDS if candidate.endswith(f".{leaf}")]
     sections = list(_SECTIONS) if "." not in key else []
-    close = moved or difflib.get_close_matches(key, [*_FIELDS, *sections], n=1)
+    # Above the default cutoff, because the section's name alone is more than half of a short key.
+    close = moved or difflib.get_close_matches(key, [*_FIELDS, *sections], n=1, cutoff=0.7)
     if not close:
         by_leaf = {candidate.partition(".")[2]: candidate for candidate in _FIELDS}
         close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]

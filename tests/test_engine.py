@@ -113,3 +113,11 @@ def fail_to_load_on_rank_one(config: Config, missing: str) -> str:
     if LauncherEnv.read().rank == 1:
         config = make_config(config.model.model_dump() | {"checkpoint": missing})
     return fail_to_load(config)
+
+
+def test_a_threshold_without_effect_is_said_once(checkpoints, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(checkpoints["dsmoe_e8"])
+    cache = config.cache.model_copy(update={"policy": "moeca", "interval": 2, "tau0": 1e9})
+    generate(config.model_copy(update={"cache": cache}), make_requests(5))  # two batches
+    said = [record.message for record in caplog.records if "cache.tau0" in record.message]
+    assert len(said) == 1 and "never fired" in said[0]

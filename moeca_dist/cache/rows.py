@@ -29,6 +29,7 @@ class Rows:
         """Those of a range of images, counted from its first: where they stand among all, and what they are."""
         first = images.start * self.tokens_per_image
         bounds = torch.tensor([first, images.stop * self.tokens_per_image], device=self.flat_N.device)
+        # NOTE: a host synchronisation on CUDA.
         start, stop = torch.searchsorted(self.flat_N, bounds).tolist()
         window = slice(start, stop)
         return window, Rows(self.flat_N[window] - first, self.tokens_per_image)
@@ -110,7 +111,8 @@ class KeyValueCache:
 
     def store(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
         """Keep those of a full step; copies, because both are views of larger tensors."""
-        self.keys_BHTC, self.values_BHTC = keys_BHTC.contiguous().clone(), values_BHTC.contiguous().clone()
+        self.keys_BHTC = keys_BHTC.clone(memory_format=torch.contiguous_format)
+        self.values_BHTC = values_BHTC.clone(memory_format=torch.contiguous_format)
 
     def store_rows(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
         """Keep those of single tokens: H heads, N rows, C channels of a head."""

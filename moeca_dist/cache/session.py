@@ -155,11 +155,10 @@ class BlockStep:
         if not self.policy.attention_sync:
             return
         for segment, cache in zip(self.segments, self.caches, strict=True):
-            if segment.full:
-                # Asked for the whole batch, or for this segment alone.
-                part = segment.images if images == slice(None) else slice(None)
-                if images in (slice(None), segment.images):
-                    cache.keys_values.store(keys_BHTC[part], values_BHTC[part])
+            if images == slice(None):
+                cache.keys_values.store(keys_BHTC[segment.images], values_BHTC[segment.images])
+            elif images == segment.images:
+                cache.keys_values.store(keys_BHTC, values_BHTC)
 
     def refresh_keys_values(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
         for segment, cache in zip(self.segments, self.caches, strict=True):
