@@ -21,7 +21,7 @@ from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.moe.cached import LayerPlan, decide, segment_parts
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.pairs import HEADER_BYTES, PairExchange
+from moeca_dist.parallel.pairs import HEADER_BYTES, PairExchange, _packed, _unpacked
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Request, Routing, StepContext
 from tests.test_dispatch import EXPERTS, HIDDEN, make_experts, make_weights
@@ -258,6 +258,16 @@ def test_one_rank_alone_makes_all_take_part(four_ranks) -> None:
     # Token (0, 5): headers to owners 0 and 3, its hidden row to owner 0 alone, a row back from each.
     extra = sum(r["bytes"] for r in results) - sum(r["bytes"] for r in start)
     assert extra == 2 * HEADER_BYTES + ROW_BYTES + 2 * ROW_BYTES
+
+
+def test_rows_of_odd_bytes_are_packed_and_unpacked() -> None:
+    """Five bf16 numbers are ten bytes: headers behind them lie off the boundaries that their words want."""
+    header_N3 = torch.arange(12, dtype=torch.int32).view(4, 3)
+    rows_MD = torch.arange(10).bfloat16().view(2, 5)
+    packed, sizes = _packed(header_N3, rows_MD, [1, 0, 3], [1, 0, 1])
+    assert sizes == [HEADER_BYTES + 10, 0, 3 * HEADER_BYTES + 10] and packed.shape[0] == sum(sizes)
+    headers, rows = _unpacked(packed, [1, 0, 3], [1, 0, 1], rows_MD)
+    assert torch.equal(headers, header_N3) and torch.equal(rows, rows_MD)
 
 
 def test_rows_are_used_again(two_ranks) -> None:

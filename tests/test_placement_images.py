@@ -103,7 +103,9 @@ def test_zero_reuse_is_the_exact_path(ranks, model, policy: str, placement: str,
     images, report, _ = pool.run(generate, make_config(model, cache, world[1]))[0]
     assert difference(images, expected) <= TOLERANCE
     assert report.exchange.placement == placement and exact.exchange.placement is None
-    assert report.exchange.bytes_full == exact.exchange.bytes_sent == exact.exchange.bytes_full
+    assert exact.exchange.bytes_sent == exact.exchange.bytes_full
+    # A route near a tie may flip where sums are rounded differently.
+    assert report.exchange.bytes_full == pytest.approx(exact.exchange.bytes_full, rel=1e-3)
     if placement == "home":
         assert np.array_equal(images, expected) and report.exchange.bytes_sent == exact.exchange.bytes_sent
 
@@ -115,6 +117,17 @@ def test_one_rank_is_bit_identical_and_has_no_placement(model, policy: str, plac
     images, report, _ = generate(make_config(model, {"policy": policy, "interval": 1, "placement": placement}))
     assert np.array_equal(images, expected)
     assert (report.exchange.placement, report.exchange.bytes_full) == (None, 0)
+
+
+def test_half_precision(two_ranks, model) -> None:
+    """Gates travel in fp32 whatever the rows are; untouched by that, both placements round alike to bf16's 8 bits."""
+    images = {}
+    for placement in ("home", "owner"):
+        cache = {"policy": "moeca_forecast", "interval": 1, "placement": placement}
+        config = make_config(model | {"dtype": "bfloat16"}, cache)
+        images[placement], report, _ = two_ranks.run(generate, config)[0]
+        assert 0 < report.exchange.bytes_sent <= report.exchange.bytes_full
+    assert difference(images["owner"], images["home"]) < 0.05
 
 
 @WORLDS

@@ -42,7 +42,8 @@ class RowPool:
         row_N = torch.empty_like(owner_N)
         for owner in range(len(self._taken)):
             wanted_N = owner_N == owner
-            row_N[wanted_N] = self._take_from(owner, int(wanted_N.sum()), owner_N.device)
+            if count := int(wanted_N.sum()):
+                row_N[wanted_N] = self._take_from(owner, count, owner_N.device)
         return row_N
 
     def _take_from(self, owner: int, count: int, device: torch.device) -> Tensor:
