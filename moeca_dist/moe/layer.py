@@ -28,6 +28,7 @@ class MoELayer(nn.Module):
         self.gate = router
         self.experts = RoutedExperts(hidden_size, expert_width, num_experts)
         self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
+        self.num_experts = num_experts
         self.local_expert_ids = tuple(range(num_experts))
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
 
@@ -65,6 +66,7 @@ class MoELayer(nn.Module):
             ids_TK = routing.expert_ids_TK[part.tokens]
             part.branches.store_all(ids_TK, values_TKD[part.tokens], part.branches.match(ids_TK), cache.step.index)
             cache.statistics.full[cache.key] += ids_TK.numel()
+        cache.statistics.count_experts(cache.block, routing.expert_ids_TK, self.num_experts)
         return routed_TD
 
     def _step(self, x_TD: Tensor, routing: Routing, cache: BlockStep) -> Tensor:
@@ -75,6 +77,7 @@ class MoELayer(nn.Module):
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
         branch_N = refresh_TK.flatten().nonzero().squeeze(1)
         branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
+        cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
         rows_ND, slot_N = self._compute(x_TD, branches)
         fresh_ND = rows_ND.index_select(0, slot_N)
         routed_TD = torch.cat([decision.served_TD for decision in decisions])
