@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate_arguments(commands.add_parser("generate", help="generate images", description=_GENERATE_HELP))
     _add_convert_arguments(commands.add_parser("convert", help="rewrite a checkpoint", description=_CONVERT_HELP))
+    _add_report_arguments(commands.add_parser("report", help="show what a run did", description=_REPORT_HELP))
     return _exit_code(lambda: _dispatch(parser, argv))
 
 
@@ -70,6 +71,7 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
 
 _GENERATE_HELP = "Generate images. Under torchrun or the deepspeed launcher all ranks of the run do it together."
 _CONVERT_HELP = "Rewrite a checkpoint as a sharded folder, one .safetensors file or a .pt file; keys stay the same."
+_REPORT_HELP = "Show the figures of a run: compute, branches, exchange and cache, overall and for each MoE block."
 
 
 def _add_generate_arguments(parser: "_Parser") -> None:
@@ -195,6 +197,23 @@ def _convert(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name, _ in _MODEL_OPTIONS}
     shards = {} if args.shards is None else {"num_shards": args.shards}
     print(convert(args.src, args.dst, to=to, overwrite=args.overwrite, dtype=args.dtype, **shards, **options))
+
+
+def _add_report_arguments(parser: "_Parser") -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder that `moeca generate --out` wrote")
+    parser.add_argument("--plots", action="store_true", help="draw figures per step and per expert into OUT/plots")
+    parser.set_defaults(command=_report, parser=parser)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from moeca_dist.report_view import read_report, render
+
+    report = read_report(args.out)
+    print(render(report))
+    if args.plots:
+        from moeca_dist.report_plots import write_plots
+
+        print("\n" + "\n".join(f"plot: {path}" for path in write_plots(report, args.out)))
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

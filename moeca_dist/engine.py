@@ -119,8 +119,10 @@ class Engine:
             total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
         ) as bar:
 
-            def on_step(_: StepContext) -> None:
+            def on_step(step: StepContext) -> None:
                 bar.update()
+                if self.mesh.expert_group is not None:
+                    counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
@@ -239,6 +241,7 @@ class Engine:
                 bytes_full=work.extrapolated(sum(exact for *_, exact in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
+                bytes_per_step=work.bytes_per_step(),
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
         )

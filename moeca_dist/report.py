@@ -35,7 +35,8 @@ class ExchangeReport:
 
     ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
-    there it is extrapolated: what those steps' routing would send, per step, for all steps.
+    there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
+    divides ``bytes_sent``.
     """
 
     mode: str
@@ -44,10 +45,13 @@ class ExchangeReport:
     bytes_full: int
     collectives: int
     collectives_elided: int
+    bytes_per_step: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class CacheReport:
+    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``."""
+
     policy: str
     bytes_peak: int
     per_layer: tuple[dict[str, Any], ...] = ()
@@ -94,9 +98,9 @@ class Report:
             ("ranks", f"{self.world_size} ({share})"),
             ("wall clock", f"{self.wall_s:.1f} s ({self.images_per_s:.2f} images/s)"),
             ("denoising", f"{self.denoise_s:.1f} s"),
-            ("compute", f"{_scaled(self.flops.computed, 1000)}FLOP"),
+            ("compute", f"{scaled(self.flops.computed, 1000)}FLOP"),
             ("branches routed", f"{self.branches.routed:,}"),
-            ("exchange", f"{_scaled(self.exchange.bytes_sent, 1024)}iB in {self.exchange.collectives:,} collectives"),
+            ("exchange", f"{scaled(self.exchange.bytes_sent, 1024)}iB in {self.exchange.collectives:,} collectives"),
             ("cache", self.cache.policy),
         ]
         rows += self._cache_rows() if self.cache.policy != "none" else []
@@ -109,7 +113,7 @@ class Report:
         rows = [
             ("  FLOP", f"{self.flops.speedup:.2f}x fewer"),
             ("  branches", f"{100 * branches.refreshed / max(1, branches.routed):.1f}% computed"),
-            ("  memory", f"{_scaled(self.cache.bytes_peak, 1024)}iB"),
+            ("  memory", f"{scaled(self.cache.bytes_peak, 1024)}iB"),
         ]
         if self.exchange.bytes_full:
             rows.append(("  bytes", f"{100 * self.exchange.bytes_sent / self.exchange.bytes_full:.1f}% sent"))
@@ -120,7 +124,7 @@ class Report:
         return rows
 
 
-def _scaled(value: float, base: int) -> str:
+def scaled(value: float, base: int) -> str:
     """``1.23 G``: value with a metric prefix; the caller adds the unit (``iB`` for base 1024)."""
     prefixes = ["", "K" if base == 1024 else "k", "M", "G", "T", "P"]
     while value >= base and len(prefixes) > 1:

@@ -66,16 +66,33 @@ class Work:
             return while_routed
         return round(while_routed * every / ran)
 
+    def bytes_per_step(self) -> tuple[int, ...]:
+        """What all ranks sent in each step; empty where nothing was."""
+        sent = self._statistics.bytes_per_step
+        return tuple(sent[step] for step in range(1 + max(sent, default=-1)))
+
     def per_layer(self) -> tuple[dict[str, Any], ...]:
-        """One entry per MoE block: branches by how they were served; empty without a branch cache."""
+        """One entry per MoE block: branches by how they were served; empty without a branch cache.
+
+        ``refreshed_per_step`` and ``refreshed_per_expert`` divide what was computed (full, unmatched and chosen).
+        """
         if self._policy is None or self._policy.unit != "branch":
             return ()
-        kinds = ("full", "unmatched", "chosen", "served")
+        counted = self._statistics
+        num_steps = 1 + max((step for kind in _KINDS for step, _ in getattr(counted, kind)), default=-1)
         rows = []
         for block in self._spec.moe_blocks:
-            counts = {kind: _of_block(getattr(self._statistics, kind), block) for kind in kinds}
-            rows.append({"block": block} | counts)
+            counts = {kind: _of_block(getattr(counted, kind), block) for kind in _KINDS}
+            per_step = [sum(getattr(counted, kind)[step, block] for kind in _REFRESHED) for step in range(num_steps)]
+            per_expert = counted.experts[block].tolist() if block in counted.experts else []
+            rows.append(
+                {"block": block} | counts | {"refreshed_per_step": per_step, "refreshed_per_expert": per_expert}
+            )
         return tuple(rows)
+
+
+_REFRESHED = ("full", "unmatched", "chosen")
+_KINDS = (*_REFRESHED, "served")
 
 
 def _of_block(counter: dict[tuple[int, int], int], block: int) -> int:

@@ -30,6 +30,7 @@ class MoELayer(nn.Module):
         self.gate = router
         self.experts = RoutedExperts(hidden_size, expert_width, num_experts)
         self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
+        self.num_experts = num_experts
         self.local_expert_ids = tuple(range(num_experts))
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
 
@@ -68,6 +69,8 @@ class MoELayer(nn.Module):
         """The choice of placement: branch values are kept beside the experts, or at home."""
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
+            refreshed_N = plan.routing.expert_ids_TK[torch.cat([decision.refresh_TK for decision in plan.decisions])]
+            cache.statistics.count_experts(cache.block, refreshed_N, self.num_experts)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
         return self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
 
@@ -96,6 +99,7 @@ class MoELayer(nn.Module):
             gates_TK = cache.policy.reference_gates(mine)
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
             cache.statistics.full[cache.key] += mine.expert_ids_TK.numel()
+        cache.statistics.count_experts(cache.block, routing.expert_ids_TK, self.num_experts)
         return routed_TD
 
     def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
@@ -105,6 +109,7 @@ class MoELayer(nn.Module):
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
         branch_N = refresh_TK.flatten().nonzero().squeeze(1)
         branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
+        cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
         rows_ND, slot_N = self._compute(x_TD, branches)
         fresh_ND = rows_ND.index_select(0, slot_N)
         routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])

@@ -1,0 +1,105 @@
+"""What ``benchmarks/pareto.py`` compares: every caching policy over its knobs, and fewer steps as the control."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeca_dist.cache.policies import POLICIES, build_policy
+from moeca_dist.config import CacheConfig
+from moeca_dist.errors import UserError
+
+# Full steps of 50, for runs of 50 steps.
+ELEVEN = [0, 1, 4, 11, 17, 23, 28, 33, 39, 43, 48]  # the default schedule of moeca_forecast, for the others too
+FOURTEEN = [0, 1, 3, 6, 11, 15, 19, 23, 27, 31, 35, 39, 43, 48]
+EIGHT = [0, 1, 7, 16, 25, 33, 40, 47]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: ``series`` is the line it belongs to in the plot, ``cache`` the ``cache:`` section of the configuration.
+
+    ``num_steps``: of a run with fewer steps and no cache; None for the benchmark's own number.
+    """
+
+    series: str
+    label: str
+    cache: dict[str, Any] = field(default_factory=dict)
+    num_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.series}: {self.label}" if self.label else self.series
+
+
+EXACT = Case("exact", "", {"policy": "none"})
+
+
+def uniform(series: str, policy: str, intervals: Sequence[int], **options: Any) -> list[Case]:
+    return [Case(series, f"every {n}", {"policy": policy, "interval": n, **options}) for n in intervals]
+
+
+def placed(series: str, label: str, policy: str, steps: list[int] | dict[str, list[int]], **options: Any) -> Case:
+    return Case(series, label, {"policy": policy, "full_steps": steps, **options})
+
+
+CASES: tuple[Case, ...] = (
+    *uniform("fora", "fora", [2, 3, 4, 5]),
+    *uniform("taylorseer order 1", "taylorseer", [3, 4, 5, 6], order=1),
+    placed("taylorseer order 1", "11 placed", "taylorseer", ELEVEN, order=1),
+    *uniform("taylorseer order 2", "taylorseer", [3, 5], order=2),
+    placed("taylorseer order 2", "11 placed", "taylorseer", ELEVEN, order=2),
+    *uniform("moeca_forecast uniform", "moeca_forecast", [3, 4, 5, 6]),
+    Case("moeca_forecast placed", "default", {"policy": "moeca_forecast"}),
+    Case("moeca_forecast placed", "default, 1 extra entry", {"policy": "moeca_forecast", "extra_entries": 1}),
+    placed("moeca_forecast placed", "14 + 8", "moeca_forecast", {"conditional": FOURTEEN, "unconditional": EIGHT}),
+    placed("moeca_forecast placed", "11 + 8", "moeca_forecast", {"conditional": ELEVEN, "unconditional": EIGHT}),
+    *uniform("branch reuse (order 0)", "moeca_forecast", [3, 4], order=0),
+    placed("branch reuse (order 0)", "11 placed", "moeca_forecast", ELEVEN, order=0),
+    *(
+        Case("random branches", f"{ratio:.0%} every 4", {"policy": "random", "interval": 4, "ratio": ratio})
+        for ratio in (0.05, 0.15, 0.3)
+    ),
+    *(Case("fewer steps", f"{steps} steps", {"policy": "none"}, steps) for steps in (10, 13, 17, 25, 40)),
+)
+
+# Rows for policies that join the registry later: append them to CASES when they do.
+PENDING: tuple[Case, ...] = (
+    *(
+        Case("moeca", f"{ratio:.0%} every 4", {"policy": "moeca", "refresh_ratio": ratio})
+        for ratio in (0.05, 0.15, 0.3)
+    ),
+    Case("moeca", "5% absolute drift", {"policy": "moeca", "refresh_ratio": 0.05, "drift": "absolute"}),
+    Case("moeca", "5% attention not refreshed", {"policy": "moeca", "refresh_ratio": 0.05, "attention_sync": False}),
+    Case("random branches", "5% every 4, attention too", {"policy": "random", "ratio": 0.05, "attention_sync": True}),
+    Case("moeca_forecast placed", "default, attention too", {"policy": "moeca_forecast", "attention_sync": True}),
+    *uniform("toca", "toca", [3, 4]),
+    *(Case("teacache", f"delta {delta}", {"policy": "teacache", "delta": delta}) for delta in (0.05, 0.1, 0.2)),
+    Case("dice_skip", "every 2", {"policy": "dice_skip"}),
+)
+
+QUICK = ("fora: every 4", "moeca_forecast placed: default", "fewer steps: 13 steps")
+
+
+def checked(cases: Sequence[Case], num_steps: int, *, guided: bool) -> dict[str, CacheConfig]:
+    """The cache configuration of every case, by name.
+
+    Raises UserError for a policy that is not registered, knobs that it refuses, steps beyond the benchmark's, and two
+    cases of one name.
+    """
+    configs: dict[str, CacheConfig] = {}
+    for case in cases:
+        policy = case.cache["policy"]
+        if policy != "none" and policy not in POLICIES:
+            known = ", ".join(sorted(POLICIES))
+            raise UserError(f"configuration {case.name!r}: policy {policy} is not registered; known are {known}")
+        if case.name in configs:
+            raise UserError(f"two configurations are called {case.name!r}: name what differs in the label")
+        if case.num_steps is not None and case.num_steps >= num_steps:
+            raise UserError(f"configuration {case.name!r}: not fewer than the {num_steps} steps of the exact run")
+        try:
+            configs[case.name] = CacheConfig.model_validate(case.cache)
+        except ValueError as error:
+            first = str(error).splitlines()[-2].strip()
+            raise UserError(f"configuration {case.name!r}: {first}") from None
+        build_policy(configs[case.name], num_steps, guided=guided)
+    return configs

@@ -1,0 +1,146 @@
+"""``moeca report OUT``: the figures of a run's ``report.json`` as tables for people."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeca_dist.errors import UserError
+from moeca_dist.report import scaled
+
+_SECTIONS = ("flops", "branches", "exchange", "cache")
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``generate`` wrote into ``folder``.
+
+    Raises UserError where there is no folder, no report in it, or a file that is something else.
+    """
+    folder = Path(folder)
+    path = folder / "report.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the one that `moeca generate --out` wrote")
+    if not path.is_file():
+        raise UserError(f"{folder} holds no report.json: give the folder that `moeca generate --out` wrote")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; generate again") from None
+    missing = [name for name in _SECTIONS if not isinstance(report, dict) or not isinstance(report.get(name), dict)]
+    if missing:
+        raise UserError(f"{path} is not a report of this program (it has no {missing[0]!r}): generate again")
+    return dict(report)
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """All tables; raises UserError for a report that lacks a figure, because another version wrote it."""
+    try:
+        parts = [
+            _table("Run", _run(report)),
+            _table("Compute and branches", _compute(report)),
+            _table("Exchange", _exchange(report)),
+            _table("Cache", _cache(report)),
+        ]
+        if report["cache"]["per_layer"]:
+            parts += [_blocks(report["cache"]["per_layer"])]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the report is of another version of this program (figure {error}): generate again") from None
+    return "\n\n".join(parts)
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+_Rows = Sequence[tuple[str, str]]
+
+
+def _run(report: Mapping[str, Any]) -> _Rows:
+    rows = [
+        ("images", f"{report['num_images']:,} in {report['num_steps']} steps"),
+        ("ranks", f"{report['world_size']} (DP {report['dp_size']} x EP {report['ep_size']})"),
+        ("wall clock", f"{report['wall_s']:.1f} s ({report['images_per_s']:.2f} images/s)"),
+        ("denoising", f"{report['denoise_s']:.1f} s, slowest rank"),
+    ]
+    if report.get("wall_speedup") is not None:
+        rows.append(("", f"{report['wall_speedup']:.2f}x faster than without a cache"))
+    quality = report.get("quality")
+    if quality is not None:
+        figures = f"PSNR {quality['psnr_db']:.1f} dB, SSIM {quality['ssim']:.4f}, relative L2 {quality['rel_l2']:.4f}"
+        rows.append(("quality", f"{figures}, against the images without a cache"))
+    return rows
+
+
+def _compute(report: Mapping[str, Any]) -> _Rows:
+    flops, branches = report["flops"], report["branches"]
+    routed = branches["routed"]
+    return [
+        ("FLOP", f"{scaled(flops['computed'], 1000)} of {scaled(flops['full'], 1000)}: {flops['speedup']:.2f}x fewer"),
+        ("branches routed", f"{routed:,}"),
+        ("  computed", _share(branches["refreshed"], routed)),
+        ("  of these unmatched", _share(branches["unmatched"], routed)),
+        ("  forecast", _share(branches["forecast"], routed)),
+        ("  reused", _share(branches["reused"], routed)),
+    ]
+
+
+def _exchange(report: Mapping[str, Any]) -> _Rows:
+    exchange = report["exchange"]
+    if exchange["mode"] == "local":
+        return [("mode", "local: every rank holds all experts, nothing travels")]
+    sent, full = exchange["bytes_sent"], exchange["bytes_full"]
+    ratio = f" ({100 * sent / full:.1f}%)" if full else ""
+    rows = [
+        ("mode", exchange["mode"]),
+        ("bytes sent", f"{scaled(sent, 1024)}iB of {scaled(full, 1024)}iB without a cache{ratio}"),
+        ("collectives per rank", f"{exchange['collectives']:,} issued, {exchange['collectives_elided']:,} not needed"),
+    ]
+    if exchange["placement"] is not None:
+        rows.insert(1, ("branch values are kept", f"at the {exchange['placement']} rank"))
+    return rows
+
+
+def _cache(report: Mapping[str, Any]) -> _Rows:
+    cache = report["cache"]
+    if cache["policy"] == "none":
+        return [("policy", "none: everything was computed in every step")]
+    ranks = f", {report['world_size']} ranks together" if report["world_size"] > 1 else ""
+    return [("policy", cache["policy"]), ("memory at its peak", f"{scaled(cache['bytes_peak'], 1024)}iB{ranks}")]
+
+
+_BLOCK_HEADER = ("block", "full steps", "unmatched", "chosen", "served", "computed", "busiest expert", "quietest")
+
+
+def _blocks(per_layer: Sequence[Mapping[str, Any]]) -> str:
+    """One line per MoE block: branches by why they were computed, and how evenly over the experts."""
+    lines: list[tuple[str, ...]] = [_BLOCK_HEADER]
+    for entry in per_layer:
+        counts = [entry[kind] for kind in ("full", "unmatched", "chosen", "served")]
+        computed, routed = sum(counts[:3]), sum(counts)
+        busiest, quietest = _extremes(entry["refreshed_per_expert"])
+        share = f"{computed / routed:.1%}" if routed else "-"
+        lines.append((str(entry["block"]), *(f"{count:,}" for count in counts), share, busiest, quietest))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_BLOCK_HEADER))]
+    aligned = ("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    legend = (
+        "  computed: in full steps, unmatched (nowhere in the cache) or chosen (by the policy); served: from the cache",
+        "  experts: share of the block's computed branches",
+    )
+    return "\n".join(["Branches of each MoE block", *aligned, *legend])
+
+
+def _extremes(per_expert: Sequence[int]) -> tuple[str, str]:
+    total = sum(per_expert)
+    if not total:
+        return "-", "-"
+    by_load = sorted(range(len(per_expert)), key=lambda expert: per_expert[expert])
+    busiest, quietest = (f"{expert}: {per_expert[expert] / total:.1%}" for expert in (by_load[-1], by_load[0]))
+    return busiest, quietest
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count:,} ({count / of:.1%})" if of else f"{count:,}"
+
+
+def _table(title: str, rows: _Rows) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
