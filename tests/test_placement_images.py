@@ -120,7 +120,7 @@ def test_one_rank_is_bit_identical_and_has_no_placement(model, policy: str, plac
 
 
 def test_half_precision(two_ranks, model) -> None:
-    """Gates travel in fp32 whatever the rows are; untouched by that, both placements round alike to bf16's 8 bits."""
+    """Rows travel in bf16 and gates in fp32; the placements differ by what adding in another order rounds away."""
     images = {}
     for placement in ("home", "owner"):
         cache = {"policy": "moeca_forecast", "interval": 1, "placement": placement}
