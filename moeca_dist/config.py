@@ -107,8 +107,11 @@ class CacheConfig(_Section):
     """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
-    placement: Literal["home", "owner", "auto"] = "auto"
-    """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes."""
+    placement: Literal["home", "owner", "auto"] | None = None
+    """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes.
+
+    None: ``home``, with which the images are those of one rank whatever the policy.
+    """
 
 
 class SamplingConfig(_Section):

@@ -291,6 +291,8 @@ def count_products(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch)
         ({"policy": "fora", "full_steps": [1, 2]}, "must contain 0"),
         ({"policy": "fora", "full_steps": [0, 8]}, r"names 8, but the steps are 0\.\.7"),
         ({"policy": "moeca_forecast", "order": 2}, "forecasts branches with order 0 or 1"),
+        ({"policy": "moeca", "placement": "owner"}, "policy moeca scores stored branches at home; use home"),
+        ({"policy": "teacache", "placement": "owner"}, "teacache, which keeps no branches"),
     ],
 )
 def test_contradicting_knobs_are_refused(options: dict[str, Any], message: str) -> None:

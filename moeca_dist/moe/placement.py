@@ -4,7 +4,6 @@ from typing import Literal
 
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.config import CacheConfig
-from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.predict import Load, home_bytes, owner_bytes
 from moeca_dist.types import StepContext
@@ -27,12 +26,9 @@ def choose_placement(
     if experts.num_ranks == 1 or policy.unit != "branch":
         return None
     if policy.usage_decay is not None:
-        # Its score reads the norms of the stored branches, and those lie beside the values.
-        if config.placement == "owner":
-            raise UserError(f"cache.placement owner: policy {policy.name} scores stored branches at home; use home")
         return "home"
     if config.placement != "auto":
-        return config.placement
+        return config.placement or "home"
     full = [policy.is_full(StepContext(step, num_steps, 0.0), half) for step in range(num_steps) for half in halves]
     share = TYPICAL_REFRESH_SHARE if config.ratio is None else max(config.ratio, TYPICAL_REFRESH_SHARE)
     load = Load(k, row_bytes, sum(full) / len(full), share)

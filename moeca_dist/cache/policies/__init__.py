@@ -55,6 +55,9 @@ def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy
     if config.interval is not None and config.full_steps is not None:
         raise UserError("cache.interval and cache.full_steps both place the full steps: keep one of them")
     policy = build(config, num_steps, guided)
-    if "placement" in given and policy.unit == "module":
+    if "placement" in given and policy.unit != "branch":
         raise UserError(f"cache.placement has no effect with cache.policy {config.policy}, which keeps no branches")
+    if config.placement == "owner" and policy.usage_decay is not None:
+        # The score reads the norms of the stored branches, which lie beside the values.
+        raise UserError(f"cache.placement owner: policy {config.policy} scores stored branches at home; use home")
     return policy
