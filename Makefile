@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help install demo test lint gpu clean
 
 help:
-	@echo "make demo   generate digits with the shipped model on 2 expert-parallel ranks (into $(OUT))"
+	@echo "make demo   digits on 2 expert-parallel ranks, uncached and cached side by side (into $(OUT))"
 	@echo "make test   lint, type checks, layer contract and the test suite"
 	@echo "make lint   the static checks alone"
 	@echo "make gpu    GPU tests and benchmarks (needs a CUDA device; results in benchmarks/results/)"
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/torchrun --standalone --nproc_per_node=2 launch/generate.py --config configs/demo.yaml --out $(OUT) --overwrite
+	$(BIN)/torchrun --standalone --nproc_per_node=2 launch/generate.py --config configs/demo.yaml --out $(OUT) --overwrite --compare-uncached
 
 test: lint
 	$(BIN)/python -m pytest

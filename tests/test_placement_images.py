@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeca_dist import Engine, Report, Request, UserError
-from moeca_dist.cache.policies import POLICIES, build_policy
+from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import HALVES
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.moe.placement import choose_placement
@@ -196,13 +196,11 @@ def test_policies_of_whole_modules_estimate_them_from_full_steps(two_ranks, mode
 
 
 def test_placement_without_branches_is_refused() -> None:
-    for policy in ("none", *POLICIES):
-        config = CacheConfig(policy=policy, placement="owner")
-        if policy in BRANCH_POLICIES:
-            assert build_policy(config, NUM_STEPS, guided=True) is not None
-        else:
-            with pytest.raises(UserError, match=rf"cache.placement has no effect with cache.policy {policy}"):
-                build_policy(config, NUM_STEPS, guided=True)
+    for policy in ("none", "fora", "taylorseer", "teacache"):
+        with pytest.raises(UserError, match=rf"cache.placement has no effect with cache.policy {policy}"):
+            build_policy(CacheConfig(policy=policy, placement="owner"), NUM_STEPS, guided=True)
+    for policy in BRANCH_POLICIES:
+        assert build_policy(CacheConfig(policy=policy, placement="owner"), NUM_STEPS, guided=True) is not None
 
 
 def test_a_resolved_configuration_can_be_run_again(model, tmp_path: Path) -> None:
@@ -212,8 +210,9 @@ def test_a_resolved_configuration_can_be_run_again(model, tmp_path: Path) -> Non
 
 
 def chosen(policy: str, k: int, num_experts: int, num_ranks: int, **options: Any) -> str | None:
+    options = {"placement": "auto"} | options
     config = CacheConfig(policy=policy, **options)
-    built = build_policy(config, 50, guided=True)
+    built = build_policy(config.model_copy(update={"placement": None}), 50, guided=True)
     assert built is not None
     return choose_placement(
         config, built, 50, HALVES, k, 4096, ExpertPlacement.contiguous(num_experts, num_ranks)
@@ -228,6 +227,8 @@ def test_auto_follows_the_predicted_bytes() -> None:
     assert chosen("moeca_forecast", 8, 64, 8, full_steps=[0]) == "home"
     assert chosen("moeca_forecast", 2, 64, 32, placement="owner") == "owner"
     assert chosen("moeca_forecast", 8, 64, 2, placement="home") == "home"
+    assert chosen("moeca_forecast", 8, 64, 2, placement=None) == "home"
+    assert chosen("moeca", 8, 64, 2) == "home"
 
 
 @pytest.mark.parametrize(("k", "num_experts", "num_ranks"), [(2, 8, 2), (4, 10, 4), (8, 16, 3)])

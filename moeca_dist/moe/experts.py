@@ -1,7 +1,7 @@
 """Expert networks: DeepSpeed's grouped SwiGLU for routed experts, a plain one for the shared expert.
 
-Shape suffixes: R rows (branches, grouped by expert), D hidden size, I expert width, L experts
-held here.
+Shape suffixes: R rows (branches, grouped by expert), D hidden size, I expert width, L experts held
+here.
 """
 
 import torch
@@ -26,7 +26,8 @@ class SwiGLU(nn.Module):
 class RoutedExperts(GroupedExperts):
     """DeepSpeed's ``GroupedExperts``: w1 [L, I, D] gate, w3 [L, I, D] up, w2 [L, D, I] down.
 
-    The grouped GEMM is never slower than the loop over experts, also on CPU, and spares empty experts their calls.
+    The grouped GEMM serves CPU too: against a loop over experts it saves 2 to 10% where each gets few rows, as in a
+    cached step, and costs up to 4% where narrow experts get a hundred or more.
     """
 
     def forward(self, rows_RD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
