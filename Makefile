@@ -42,9 +42,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/layer.py --device cuda --ranks $(GPU_RANKS)
+# On a machine that brings its own torch and cannot install: make gpu GPU_PYTHON=python3
+gpu: $(if $(GPU_PYTHON),,$(STAMP))
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/layer.py --device cuda --ranks 1 --out benchmarks/results/layer_cuda
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
