@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from hardware import busy_core_seconds
+from hardware import busy_core_seconds, conditions
 from layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
 from layer_contenders import CONTENDERS, Layer, Setup, classic_gate
 from layer_report import summarise, write_results
@@ -36,13 +36,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def main() -> int:
     args = parse_arguments()
     os.environ.update(worker_environment(args))
+    # Now, and not when the results are written: the workers import the code of this moment.
+    setting = conditions(args.device) | {
+        "threads_per_rank": args.threads,
+        "freed_memory": args.memory,
+        "note": args.note,
+    }
     results = []
     for num_ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "results.pt"
             spawn(run_rank, (num_ranks, free_port(), args, out), nprocs=num_ranks)
             results += torch.load(out)
-    write_results(results, args)
+    write_results(results, setting, args)
     return 0
 
 
