@@ -70,7 +70,16 @@ class CacheConfig(_Section):
     """What is reused between denoising steps. Each policy reads some of the options and refuses the others."""
 
     policy: Literal[
-        "none", "fora", "taylorseer", "moeca", "moeca_forecast", "toca", "teacache", "dice_skip", "random"
+        "none",
+        "fora",
+        "taylorseer",
+        "moeca",
+        "moeca_forecast",
+        "network_forecast",
+        "toca",
+        "teacache",
+        "dice_skip",
+        "random",
     ] = "none"
     """``none`` is the exact path."""
     interval: int | None = Field(None, ge=1)
@@ -107,6 +116,8 @@ class CacheConfig(_Section):
     """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
+    calibration: _PathField | None = None
+    """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
     placement: Literal["home", "owner", "auto"] | None = None
     """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes.
 

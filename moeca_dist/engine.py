@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig, Config, load_config, validate_world
@@ -29,6 +30,8 @@ from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.report import CacheReport, ExchangeReport, Report
+from moeca_dist.sampling.calibration import Calibration, FittedFor, read_calibration, weight_norms
+from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
@@ -67,6 +70,7 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         self.placement = self._choose_placement()
+        self.calibration = self._read_calibration()
 
     @classmethod
     def from_config(
@@ -133,6 +137,22 @@ class Engine:
         """The exact path over the same network and ranks: the reference for this engine's images."""
         return Engine(self.config.model_copy(update={"cache": CacheConfig()}), self.mesh, self.model, self.decoder)
 
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
+        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+
+        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
+        call it together, those without images with an empty share.
+        """
+        return self._denoise(share, _Counters(), lambda _: None, combine)
+
+    def fitted_for(self) -> FittedFor:
+        """What calibrated weights of this run depend on."""
+        options = self.config.cache.model_dump(mode="json", exclude_none=True)
+        cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
+        if self.policy is not None:
+            cache["full_steps"] = {half: self._full_steps(half) for half in self._halves}
+        return FittedFor(cache, self.num_steps, self.config.sampling.cfg_scale, weight_norms(self.model))
+
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
         self.mesh.close()
@@ -145,6 +165,27 @@ class Engine:
     def _guided(self) -> bool:
         return self.config.sampling.cfg_scale != 1
 
+    @property
+    def _halves(self) -> tuple[Half, ...]:
+        return HALVES if self._guided else HALVES[:1]
+
+    def _full_steps(self, half: Half) -> list[int]:
+        policy, num_steps = self.policy, self.num_steps
+        assert policy is not None
+        return [index for index in range(num_steps) if policy.is_full(StepContext(index, num_steps, 0.0), half)]
+
+    def _read_calibration(self) -> Calibration | None:
+        path = self.config.cache.calibration
+        return None if path is None else agreed(self.mesh, lambda: read_calibration(path, self.fitted_for()))
+
+    def _combine(self) -> Corrected | None:
+        """What takes the place of guidance in one batch, where a calibration is configured."""
+        if self.calibration is None or self.policy is None:
+            return None
+        weights = self.calibration.weights
+        memory = OutputMemory(self.policy.is_full, weights.history)
+        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
+
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
             return None
@@ -153,7 +194,7 @@ class Engine:
             self.config.cache,
             self.policy,
             self.num_steps,
-            HALVES if self._guided else HALVES[:1],
+            self._halves,
             spec.num_experts_per_tok,
             spec.hidden_size * next(self.model.parameters()).element_size(),
             ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
@@ -176,6 +217,15 @@ class Engine:
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
+        return self._to_samples(self._denoise(share, counters, on_step, self._combine()))
+
+    def _denoise(
+        self,
+        share: Sequence[Request],
+        counters: _Counters,
+        on_step: Callable[[StepContext], None],
+        combine: Combine | None,
+    ) -> Tensor:
         session = self._open_session(share, counters)
         started = time.perf_counter()
         samples_BCHW = self.sampler.sample(
@@ -185,14 +235,15 @@ class Engine:
             num_steps=self.num_steps,
             device=self.mesh.device,
             on_step=on_step,
+            combine=combine,
         )
         if samples_BCHW.is_cuda:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
         if session is not None:
-            session.note_peak()
-        return self._to_samples(samples_BCHW)
+            session.note_peak(combine.memory.num_bytes if isinstance(combine, Corrected) else 0)
+        return samples_BCHW
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
         if self.decoder is not None:
@@ -245,6 +296,10 @@ class Engine:
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
         )
+
+
+# Options of the cache section that change what is computed where, or how full steps are named, but no value.
+_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "placement", "interval", "full_steps", "schedule"})
 
 
 def join(config: Config) -> Mesh:

@@ -219,6 +219,7 @@ class CacheSession:
             for _ in range(num_blocks)
         ]
         self.network = NetworkCache()
+        self.changes = tuple(RowCache(policy.order) for _ in self._halves)  # of the whole network, by schedule
         self._owned = [
             None
             if owner_ranks is None
@@ -243,9 +244,10 @@ class CacheSession:
     def owned(self, index: int) -> OwnedBlock | None:
         return self._owned[index]
 
-    def note_peak(self) -> None:
-        """Record how much the session holds; asked at its end, when everything is allocated."""
-        held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
+    def note_peak(self, beside: int = 0) -> None:
+        """Record how much the session holds and what is kept ``beside`` it; asked when everything is allocated."""
+        held = beside + sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
+        held += sum(change.num_bytes for change in self.changes)
         held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
@@ -279,14 +281,45 @@ class StepCache:
         """Whether the blocks are computed or skipped all together."""
         return self.session.policy.unit == "network"
 
-    def serve_network(self, x_BTD: Tensor, signal_S: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the last change."""
-        session, network = self.session, self.session.network
-        session.statistics.signals += 1
-        if not network.is_due(signal_S, session.policy.delta):
-            session.statistics.skipped += x_BTD.shape[0]
+    def serve_network(
+        self, x_BTD: Tensor, signal: Callable[[], Tensor], compute: Callable[[slice], Tensor]
+    ) -> Tensor:
+        """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the expected change.
+
+        ``compute(images)`` runs the blocks for a slice of the batch; ``signal()`` is the time alone [S], asked where a
+        threshold on its change decides. Which of them run is the same on all ranks.
+        """
+        delta = self.session.policy.delta
+        return self._by_schedule(x_BTD, compute) if delta is None else self._by_change(x_BTD, signal(), delta, compute)
+
+    def _by_change(
+        self, x_BTD: Tensor, signal_S: Tensor, delta: float, compute: Callable[[slice], Tensor]
+    ) -> Tensor:
+        statistics, network = self.session.statistics, self.session.network
+        statistics.signals += 1
+        if not network.is_due(signal_S, delta):
+            statistics.skipped += x_BTD.shape[0]
             return network.apply(x_BTD)
-        session.statistics.reached += self.step.index > 0
-        out_BTD = compute()
+        statistics.reached += self.step.index > 0
+        out_BTD = compute(slice(None))
         network.store(out_BTD - x_BTD)
+        return out_BTD
+
+    def _by_schedule(self, x_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
+        changes, index = self.session.changes, self.step.index
+        if all(segment.full for segment in self.segments):
+            out_BTD = compute(slice(None))
+            for segment, change in zip(self.segments, changes, strict=True):
+                change.store(out_BTD[segment.images] - x_BTD[segment.images], index)
+            return out_BTD
+        out_BTD = torch.empty_like(x_BTD)
+        for segment, change in zip(self.segments, changes, strict=True):
+            here_BTD = x_BTD[segment.images]
+            if segment.full:
+                out_BTD[segment.images] = compute(segment.images)
+                change.store(out_BTD[segment.images] - here_BTD, index)
+            else:
+                change.forecast_into(out_BTD[segment.images], index)
+                out_BTD[segment.images] += here_BTD
+                self.session.statistics.skipped += here_BTD.shape[0]
         return out_BTD
