@@ -23,6 +23,10 @@ class Closeness:
     rel_l2: float
     psnr_db: float | None
 
+    def __str__(self) -> str:
+        decibels = "" if self.psnr_db is None else f"{self.psnr_db:.1f} dB PSNR, "
+        return f"{decibels}relative L2 {self.rel_l2:.2g}"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -47,7 +51,9 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
     if engine.calibration is not None:
         raise UserError("cache.calibration is set already: remove it to fit a new one")
     if engine.policy.delta is not None:
-        raise UserError(f"cache.policy {engine.policy.name} places its full steps while it runs: it takes no calibration")
+        raise UserError(
+            f"cache.policy {engine.policy.name} places its full steps while it runs: it takes no calibration"
+        )
     for each in (requests, held_out):
         check_requests(each, engine.model.spec)
     fitted = _fit(engine, _share(engine, requests))

@@ -281,9 +281,7 @@ class StepCache:
         """Whether the blocks are computed or skipped all together."""
         return self.session.policy.unit == "network"
 
-    def serve_network(
-        self, x_BTD: Tensor, signal: Callable[[], Tensor], compute: Callable[[slice], Tensor]
-    ) -> Tensor:
+    def serve_network(self, x_BTD: Tensor, signal: Callable[[], Tensor], compute: Callable[[slice], Tensor]) -> Tensor:
         """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the expected change.
 
         ``compute(images)`` runs the blocks for a slice of the batch; ``signal()`` is the time alone [S], asked where a
@@ -292,9 +290,7 @@ class StepCache:
         delta = self.session.policy.delta
         return self._by_schedule(x_BTD, compute) if delta is None else self._by_change(x_BTD, signal(), delta, compute)
 
-    def _by_change(
-        self, x_BTD: Tensor, signal_S: Tensor, delta: float, compute: Callable[[slice], Tensor]
-    ) -> Tensor:
+    def _by_change(self, x_BTD: Tensor, signal_S: Tensor, delta: float, compute: Callable[[slice], Tensor]) -> Tensor:
         statistics, network = self.session.statistics, self.session.network
         statistics.signals += 1
         if not network.is_due(signal_S, delta):

@@ -1,15 +1,15 @@
 """From the halves' outputs to what the solver gets: guidance, with or without calibrated corrections.
 
-Where a cache serves some steps, every output that the solver gets is off by a little, and the state drifts from the exact
-one. Two things are known by then that plain guidance does not use: the outputs of the last full steps, from which the
+Where a cache serves some steps, every output that the solver gets is off by a little, and the state drifts from the
+exact one. Two things are known by then that plain guidance does not use: the outputs of the last full steps, from which the
 network's path can be told better than from its extrapolation alone, and, at a full step, by how much the steps served
 since the last one were wrong. The correction is linear in them,
 
     output = guided + sum_k w[step, k] * term_k,
 
-with one scalar per step and term for all images, fitted offline on exact trajectories (``sampling/fit.py``): the
-linear multistep view of a solver (Adams-Bashforth predictor, Adams-Moulton corrector) with coefficients that are measured
-instead of derived, as in Bespoke Non-Stationary solvers (arXiv 2403.01329). It costs a few additions per step, needs no
+with one scalar per step and term for all images, fitted offline on exact trajectories (``sampling/fit.py``): a
+linear multistep method (Adams-Bashforth predictor, Adams-Moulton corrector) whose coefficients are measured instead of
+derived, as in Bespoke Non-Stationary solvers (arXiv 2403.01329). It costs a few additions per step, needs no
 communication, and leaves an image independent of its batch.
 
 Shape suffixes: B images, C guided channels, H height, W width.

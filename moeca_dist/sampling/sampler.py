@@ -19,7 +19,6 @@ from moeca_dist.sampling.noise import NoiseSource
 from moeca_dist.sampling.step import Denoiser, OnStep
 from moeca_dist.types import Request
 
-
 StateGain = Callable[[int, int], float]
 """(step index, number of steps) -> a / b where the solver's next state is a * state + b * output + noise."""
 
@@ -99,8 +98,15 @@ def sampler_for(spec: ModelSpec) -> Sampler:
                 f"DDPM sampling needs a network with {2 * spec.in_channels} output channels (noise and variance), this "
                 f"one has {spec.out_channels}; state a rectified-flow time convention if it was trained for one"
             )
-        return Sampler(ddpm.sample, ddpm.check_num_steps, 250, shape_CHW, spec.null_label, min(3, spec.in_channels),
-            ddpm.state_gain)
+        return Sampler(
+            ddpm.sample,
+            ddpm.check_num_steps,
+            250,
+            shape_CHW,
+            spec.null_label,
+            min(3, spec.in_channels),
+            ddpm.state_gain,
+        )
     solve: Solver = flow.sample_noise_to_data
     gain: StateGain = flow.gain_noise_to_data
     default_num_steps = 250

@@ -1,8 +1,8 @@
 """Whole-network forecast: between full steps no block runs, what they would add to their input is extrapolated.
 
-The input of the blocks and the output layer are those of the current step. The coarsest forecast there is: no router, no
-exchange and one cached tensor per guidance half instead of several per block, after the cumulative residual of FreqCa
-(arXiv 2510.08669). The control that forecasts of modules and branches have to beat.
+The input of the blocks and the output layer are those of the current step. It is the coarsest forecast there is: no
+router, no exchange, and one cached tensor per guidance half instead of several per block, after the cumulative residual
+of FreqCa (arXiv 2510.08669). Forecasts of modules and branches have to beat it.
 """
 
 from dataclasses import dataclass
