@@ -145,6 +145,14 @@ class Engine:
         """
         return self._denoise(share, _Counters(), lambda _: None, combine)
 
+    def combine(self) -> Corrected | None:
+        """What takes the place of guidance in one batch, where a calibration is configured."""
+        if self.calibration is None or self.policy is None:
+            return None
+        weights = self.calibration.weights
+        memory = OutputMemory(self.policy.is_full, weights.history)
+        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
+
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
         options = self.config.cache.model_dump(mode="json", exclude_none=True)
@@ -178,14 +186,6 @@ class Engine:
         path = self.config.cache.calibration
         return None if path is None else agreed(self.mesh, lambda: read_calibration(path, self.fitted_for()))
 
-    def _combine(self) -> Corrected | None:
-        """What takes the place of guidance in one batch, where a calibration is configured."""
-        if self.calibration is None or self.policy is None:
-            return None
-        weights = self.calibration.weights
-        memory = OutputMemory(self.policy.is_full, weights.history)
-        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
-
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
             return None
@@ -217,7 +217,7 @@ class Engine:
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        return self._to_samples(self._denoise(share, counters, on_step, self._combine()))
+        return self._to_samples(self._denoise(share, counters, on_step, self.combine()))
 
     def _denoise(
         self,

@@ -1,8 +1,8 @@
 """Calibrated weights (``sampling/combine.py``): fitted step by step against exact trajectories, by least squares.
 
-The cached run goes along with corrected outputs, as it will in use. In each step the weights are chosen so that the next
-state comes closest to the exact one over all images of the calibration. With next = a * state + b * output + noise, the
-output should have been
+The cached run goes along with corrected outputs, as it will in use. In each step the weights are chosen so that the
+next state comes closest to the exact one over all images of the calibration. With next = a * state + b * output +
+noise, the output should have been
 
     target = exact output + (a / b) * (exact state - state),
 
