@@ -16,6 +16,7 @@ from torch import Tensor
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
+from moeca_dist.cache.planned import Ahead, StepPlans
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
@@ -70,7 +71,8 @@ class Followed:
 class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
-    ``owned``: this rank's part of placement ``owner``; None in placement ``home``.
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
+    ahead, None where each step decides for itself.
     """
 
     block: int
@@ -82,6 +84,7 @@ class BlockStep:
     statistics: CacheStatistics
     followed: Followed
     owned: OwnedBlock | None = None
+    ahead: Ahead | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -191,7 +194,7 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``.
+    sessions together; None in placement ``home``. ``planned``: each step decides for the next one.
     """
 
     def __init__(
@@ -206,6 +209,7 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
+        planned: bool = False,
     ) -> None:
         self.policy = policy
         self.statistics = statistics
@@ -219,6 +223,8 @@ class CacheSession:
             for _ in range(num_blocks)
         ]
         self.network = NetworkCache()
+        # By step: of the current one and the next.
+        self._plans: dict[int, StepPlans] | None = {} if planned else None
         self._owned = [
             None
             if owner_ranks is None
@@ -235,7 +241,13 @@ class CacheSession:
             )
             for index, half in enumerate(self._halves)
         )
-        return StepCache(step, self, segments, self._image_ids_B)
+        return StepCache(step, self, segments, self._image_ids_B, ahead=self._ahead(step.index))
+
+    def _ahead(self, step: int) -> Ahead | None:
+        if self._plans is None:
+            return None
+        self._plans = {step: self._plans.get(step, StepPlans()), step + 1: StepPlans()}
+        return Ahead(self._plans[step], self._plans[step + 1])
 
     def block(self, index: int) -> tuple[SegmentCache, ...]:
         return self._blocks[index]
@@ -259,6 +271,7 @@ class StepCache:
     segments: tuple[Segment, ...]
     image_ids_B: Tensor
     followed: Followed = field(default_factory=Followed)
+    ahead: Ahead | None = None
 
     def block(self, index: int) -> BlockStep:
         session = self.session
@@ -272,6 +285,7 @@ class StepCache:
             session.statistics,
             self.followed,
             session.owned(index),
+            self.ahead,
         )
 
     @property

@@ -22,7 +22,7 @@ from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, legs, pair_sums, paired, send, send_back, token_sums
-from moeca_dist.types import Branches, Routing
+from moeca_dist.types import Branches, Routing, positions
 
 BRANCH_HEADER_BYTES = WORD_BYTES  # expert, and whether a pair starts
 SUM_HEADER_BYTES = 2 * WORD_BYTES  # and the gate
@@ -61,12 +61,33 @@ class DispatchedRows:
 
 
 class Dispatcher(Protocol):
+    """``rank``: this rank in its group; ``num_counts``: how many numbers ``counts`` returns."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def num_counts(self) -> int: ...
+
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
         ...
 
-    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> DispatchedRows:
-        """``branches`` in the order of their tokens; with ``gates_N`` the owners return weighted sums."""
+    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
+        """int64 [C], on the device: what the ranks must know of some branches before they travel."""
+        ...
+
+    def agree(self, counts_LC: Tensor) -> Tensor:
+        """Every rank's counts of L layers [P, L, C], on the host: a collective, and a host synchronisation."""
+        ...
+
+    def dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
+    ) -> DispatchedRows:
+        """``branches`` in the order of their tokens; with ``gates_N`` the owners return weighted sums.
+
+        ``traffic`` [P, C]: the counts of these branches, where the ranks have agreed on them already.
+        """
         ...
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
@@ -85,13 +106,24 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here: order the rows by expert, nothing travels."""
 
+    rank = 0
+    num_counts = 0
+
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         pass  # nothing travels
 
-    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> DispatchedRows:
+    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64, device=refresh_TK.device)
+
+    def agree(self, counts_LC: Tensor) -> Tensor:
+        return counts_LC.cpu()[None]
+
+    def dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
+    ) -> DispatchedRows:
         branch_of_slot_N = branches.expert_ids_N.argsort(stable=True)
         slot_of_branch_N = _inverse(branch_of_slot_N)
         rows_ND = x_TD.index_select(0, branches.token_N.index_select(0, branch_of_slot_N))
@@ -124,21 +156,43 @@ class AllToAllDispatcher:
         self.num_ranks = placement.num_ranks
         self.num_local = len(placement.experts_of(exchange.rank))
 
+    @property
+    def rank(self) -> int:
+        return self.exchange.rank
+
+    @property
+    def num_counts(self) -> int:
+        return 2 * self.num_ranks
+
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
-        owner_TK = self.pairs.owners(routing.expert_ids_TK.device)[routing.expert_ids_TK]
-        asked_TP = torch.zeros(routing.num_tokens, self.num_ranks, dtype=torch.bool, device=owner_TK.device)
-        asked_TP.scatter_(1, owner_TK, True)
-        away = (owner_TK != self.exchange.rank).sum()
-        away_pairs = asked_TP.sum() - asked_TP[:, self.exchange.rank].sum()
+        branches_P, pairs_P = self.counts(routing.expert_ids_TK, torch.ones_like(routing.expert_ids_TK)).chunk(2)
+        away = branches_P.sum() - branches_P[self.rank]
+        away_pairs = pairs_P.sum() - pairs_P[self.rank]
         # Every branch that lives elsewhere has a header, every pair a hidden row there and a sum back. Stays on the
         # device, unread.
         rows = away_pairs * (2 * x_TD.shape[1] * x_TD.element_size())
         self.exchange.traffic.bytes_exact += away * SUM_HEADER_BYTES + rows
 
-    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> DispatchedRows:
-        pairs = paired(self._owners(branches), branches.token_N)
-        gathered = self.exchange.gather_counts(pairs.counts(self.num_ranks).flatten())
-        return self._dispatch(x_TD, branches, gates_N, pairs, gathered.view(self.num_ranks, 2, self.num_ranks))
+    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
+        """[2 * P]: branches for each owner, then pairs."""
+        owner_TK = self.pairs.owners(expert_ids_TK.device)[expert_ids_TK]
+        branches_TP = torch.zeros(len(owner_TK), self.num_ranks, dtype=torch.int64, device=owner_TK.device)
+        branches_TP.scatter_add_(1, owner_TK, refresh_TK.long())
+        return torch.cat([branches_TP.sum(0), (branches_TP > 0).sum(0)])
+
+    def agree(self, counts_LC: Tensor) -> Tensor:
+        return self.exchange.gather_counts(counts_LC.flatten()).view(self.num_ranks, *counts_LC.shape)
+
+    def dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
+    ) -> DispatchedRows:
+        owner_N = self.pairs.owners(branches.expert_ids_N.device).index_select(0, branches.expert_ids_N)
+        if traffic is None:
+            pairs = paired(owner_N, branches.token_N)
+            traffic = self.exchange.gather_counts(pairs.counts(self.num_ranks).flatten())
+        else:
+            pairs = paired(owner_N, branches.token_N, int(traffic[self.rank, self.num_ranks :].sum()))
+        return self._dispatch(x_TD, branches, gates_N, pairs, traffic.view(self.num_ranks, 2, self.num_ranks))
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
         plan = dispatched.plan
@@ -162,9 +216,6 @@ class AllToAllDispatcher:
         rows_MD = pair_sums(slot_N, rows_ND, pairs.first_M, gates_N)
         return token_sums(rows_MD, pairs.token_M, routing.num_tokens)
 
-    def _owners(self, branches: Branches) -> Tensor:
-        return self.pairs.owners(branches.expert_ids_N.device).index_select(0, branches.expert_ids_N)
-
     def _dispatch(
         self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None, pairs: Pairs, traffic_P2P: Tensor
     ) -> DispatchedRows:
@@ -177,7 +228,7 @@ class AllToAllDispatcher:
         starts_R = (code_R & 1) != 0
         expert_R, order_R = (code_R >> 1).sort(stable=True)
         rows_RD = hidden_SD.index_select(0, (starts_R.cumsum(0) - 1).index_select(0, order_R))
-        starts_S = starts_R.nonzero().squeeze(1)
+        starts_S = positions(starts_R, hidden_SD.shape[0])
         gates_R = None if gates_N is None else header_RW[:, 1].contiguous().view(torch.float32)
         plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R)
         counts_L = torch.bincount(expert_R, minlength=self.num_local)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.types import positions
 
 WORD_BYTES = 4
 
@@ -45,14 +46,13 @@ class Pairs:
         return torch.stack([torch.bincount(owner, minlength=num_ranks) for owner in (self.owner_N, self.owner_M)])
 
 
-def paired(owner_N: Tensor, token_N: Tensor) -> Pairs:
-    """Group branches, given in the order of their tokens."""
+def paired(owner_N: Tensor, token_N: Tensor, num_pairs: int | None = None) -> Pairs:
+    """Group branches, given in the order of their tokens; ``num_pairs`` where it is known already."""
     owner_N, branch_N = owner_N.sort(stable=True)
     token_N = token_N.index_select(0, branch_N)
     starts_N = torch.ones_like(token_N, dtype=torch.bool)
     starts_N[1:] = (token_N[1:] != token_N[:-1]) | (owner_N[1:] != owner_N[:-1])
-    # NOTE: a host synchronisation on CUDA: the number of pairs decides the shapes.
-    return Pairs(branch_N, owner_N, token_N, starts_N, starts_N.nonzero().squeeze(1))
+    return Pairs(branch_N, owner_N, token_N, starts_N, positions(starts_N, num_pairs))
 
 
 def pair_sums(row_R: Tensor, values: Tensor, starts_S: Tensor, gates_R: Tensor) -> Tensor:
