@@ -69,4 +69,7 @@ def positions(mask_N: Tensor, count: int | None = None) -> Tensor:
     if count is None:
         # NOTE: a host synchronisation on CUDA: the count decides the shape.
         return mask_N.nonzero().squeeze(1)
+    if count == 0:
+        # Without tokens too, where nonzero_static of torch 2.9 fails on CUDA.
+        return torch.empty(0, dtype=torch.int64, device=mask_N.device)
     return torch.nonzero_static(mask_N, size=count).squeeze(1)

@@ -274,6 +274,9 @@ def test_it_is_an_approximation_that_saves_unmatched_branches(two_ranks, model, 
     exact, by_layer, _ = two_ranks.run(generate, make_config(model, cache))[0]
     images, by_step, _ = two_ranks.run(generate, planned(model, cache))[0]
     assert 1e-5 < difference(images, exact) < 0.2
+    # Two images per rank at once, two halves. For each branch two int64 and two bools, for this step and the next.
+    branches = 4 * 2 * by_step.branches.routed // (5 * 2 * by_step.num_steps)
+    assert by_step.cache.bytes_peak - by_layer.cache.bytes_peak == branches * 18 * 2
     # What is unmatched in the last step, or just before a full one, is never computed.
     assert by_step.branches.unmatched < by_layer.branches.unmatched
     assert by_step.exchange.agreements < by_layer.exchange.agreements

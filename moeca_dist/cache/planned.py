@@ -28,6 +28,11 @@ class SegmentPlan:
         """int64 [2]: unmatched and refreshed branches."""
         return torch.stack([(~self.match.found_TK).sum(), self.refresh_TK.sum()])
 
+    @property
+    def num_bytes(self) -> int:
+        held = (self.expert_ids_TK, self.match.entry_TK, self.match.found_TK, self.refresh_TK)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -59,6 +64,10 @@ class StepPlans:
             assert len(counts) == len(self.blocks)
             self._gathered = dict(zip(self.blocks, gather(torch.stack(counts)).unbind(1), strict=True))
         return self._gathered[block]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(plan.num_bytes for block in self.blocks.values() for plan in block.segments if plan is not None)
 
 
 @dataclass(frozen=True)

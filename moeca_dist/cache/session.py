@@ -225,6 +225,7 @@ class CacheSession:
         self.network = NetworkCache()
         # By step: of the current one and the next.
         self._plans: dict[int, StepPlans] | None = {} if planned else None
+        self._bytes_of_plans = 0
         self._owned = [
             None
             if owner_ranks is None
@@ -246,6 +247,8 @@ class CacheSession:
     def _ahead(self, step: int) -> Ahead | None:
         if self._plans is None:
             return None
+        # At the end of a step both its own plans and the next one's are held.
+        self._bytes_of_plans = max(self._bytes_of_plans, sum(plans.num_bytes for plans in self._plans.values()))
         self._plans = {step: self._plans.get(step, StepPlans()), step + 1: StepPlans()}
         return Ahead(self._plans[step], self._plans[step + 1])
 
@@ -258,7 +261,7 @@ class CacheSession:
     def note_peak(self) -> None:
         """Record how much the session holds; asked at its end, when everything is allocated."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
-        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
+        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None) + self._bytes_of_plans
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
