@@ -3,7 +3,7 @@
     python benchmarks/exchange.py --ranks 1 2
 
 Every policy of single branches runs with both modes and its default schedule; images are compared with the uncached
-ones of the same noise and the same number of ranks. Times are of single runs: quality, bytes and counts matter here.
+ones of the same noise and the same number of ranks. Nothing is timed: what an agreement takes depends on the network.
 """
 
 import argparse
@@ -108,7 +108,6 @@ def row(
         "psnr_db": psnr,
         "flops_ratio": reports[0].flops.speedup,
         "unmatched_share": sum(report.branches.unmatched for report in reports) / routed,
-        "denoise_s": sum(report.denoise_s for report in reports),
         "uncached_bytes": sum(report.exchange.bytes_sent for _, report in uncached),
     } | total
 
@@ -131,13 +130,12 @@ def write_results(rows: list[dict[str, Any]], setting: dict[str, Any], args: arg
     print("\n".join(lines))
 
 
-HEADER = ("policy", "mode", "PSNR dB by seed", "FLOPs", "unmatched", "bytes", "collectives", "agreements", "denoising")
+HEADER = ("policy", "mode", "PSNR dB by seed", "FLOPs", "unmatched", "bytes", "collectives", "agreements")
 METHOD = """\
 **PSNR** against the uncached images, mean over images. **FLOPs**: uncached / computed. **Unmatched**: branches computed
 because they were new to their token. **Bytes**: payload sent, as a share of the uncached run's. **Collectives**:
-payload collectives of each rank, issued + not needed. **Agreements**: gatherings of row counts, each a wait for all
-ranks and a host synchronisation. **Denoising**: seconds of the slowest rank, all seeds; one run each, with whatever
-else the machine did."""
+payload collectives of each rank, issued + not needed, all seeds. **Agreements**: gatherings of row counts, each a wait
+for all ranks and a host synchronisation."""
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -151,7 +149,6 @@ def cells(row: dict[str, Any]) -> list[str]:
         sent,
         f"{row['collectives']:,} + {row['collectives_elided']:,}",
         f"{row['agreements']:,}",
-        f"{row['denoise_s']:.1f} s",
     ]
 
 
