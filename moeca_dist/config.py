@@ -53,7 +53,8 @@ class ParallelConfig(_Section):
 
     ep_size: int | None = Field(None, ge=1)
     """None: the whole world."""
-    exchange: Literal["exact"] = "exact"
+    exchange: Literal["exact", "planned"] = "exact"
+    """When the ranks agree on what travels: in every layer, or once per step on what the step before decided."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: float = Field(120.0, gt=0, le=86_400)
     """A peer that stays silent for longer ends the run."""

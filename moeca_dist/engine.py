@@ -25,7 +25,7 @@ from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, choose_placement
+from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
@@ -69,6 +69,7 @@ class Engine:
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
+        check_exchange(config, self.policy)
         self.placement = self._choose_placement()
         self.calibration = self._read_calibration()
 
@@ -135,7 +136,9 @@ class Engine:
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks: the reference for this engine's images."""
-        return Engine(self.config.model_copy(update={"cache": CacheConfig()}), self.mesh, self.model, self.decoder)
+        parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
+        config = self.config.model_copy(update={"cache": CacheConfig(), "parallel": parallel})
+        return Engine(config, self.mesh, self.model, self.decoder)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
         """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
@@ -186,6 +189,10 @@ class Engine:
         path = self.config.cache.calibration
         return None if path is None else agreed(self.mesh, lambda: read_calibration(path, self.fitted_for()))
 
+    @property
+    def _planned(self) -> bool:
+        return self.config.parallel.exchange == "planned"
+
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
             return None
@@ -214,6 +221,7 @@ class Engine:
             statistics=counters.cache,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
+            planned=self._planned,
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
@@ -286,12 +294,13 @@ class Engine:
             flops=work.flops(),
             branches=work.branches(),
             exchange=ExchangeReport(
-                mode=self.config.parallel.exchange if group else "local",
+                mode=self.config.parallel.exchange if group or self._planned else "local",
                 placement=self.placement,
                 bytes_sent=sum(sent for _, sent, _ in ranks),
                 bytes_full=work.extrapolated(sum(exact for *_, exact in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
+                agreements=group.traffic.agreements if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
@@ -319,13 +328,13 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
-    build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
+    check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

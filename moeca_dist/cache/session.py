@@ -16,6 +16,7 @@ from torch import Tensor
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
+from moeca_dist.cache.planned import Ahead, StepPlans
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
@@ -70,7 +71,8 @@ class Followed:
 class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
-    ``owned``: this rank's part of placement ``owner``; None in placement ``home``.
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
+    ahead, None where each step decides for itself.
     """
 
     block: int
@@ -82,6 +84,7 @@ class BlockStep:
     statistics: CacheStatistics
     followed: Followed
     owned: OwnedBlock | None = None
+    ahead: Ahead | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -191,7 +194,7 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``.
+    sessions together; None in placement ``home``. ``planned``: each step decides for the next one.
     """
 
     def __init__(
@@ -206,6 +209,7 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
+        planned: bool = False,
     ) -> None:
         self.policy = policy
         self.statistics = statistics
@@ -220,6 +224,9 @@ class CacheSession:
         ]
         self.network = NetworkCache()
         self.changes = tuple(RowCache(policy.order) for _ in self._halves)  # of the whole network, by schedule
+        # By step: of the current one and the next.
+        self._plans: dict[int, StepPlans] | None = {} if planned else None
+        self._bytes_of_plans = 0
         self._owned = [
             None
             if owner_ranks is None
@@ -236,7 +243,15 @@ class CacheSession:
             )
             for index, half in enumerate(self._halves)
         )
-        return StepCache(step, self, segments, self._image_ids_B)
+        return StepCache(step, self, segments, self._image_ids_B, ahead=self._ahead(step.index))
+
+    def _ahead(self, step: int) -> Ahead | None:
+        if self._plans is None:
+            return None
+        # At the end of a step both its own plans and the next one's are held.
+        self._bytes_of_plans = max(self._bytes_of_plans, sum(plans.num_bytes for plans in self._plans.values()))
+        self._plans = {step: self._plans.get(step, StepPlans()), step + 1: StepPlans()}
+        return Ahead(self._plans[step], self._plans[step + 1])
 
     def block(self, index: int) -> tuple[SegmentCache, ...]:
         return self._blocks[index]
@@ -248,7 +263,7 @@ class CacheSession:
         """Record how much the session holds and what is kept ``beside`` it; asked when everything is allocated."""
         held = beside + sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(change.num_bytes for change in self.changes)
-        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
+        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None) + self._bytes_of_plans
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -261,6 +276,7 @@ class StepCache:
     segments: tuple[Segment, ...]
     image_ids_B: Tensor
     followed: Followed = field(default_factory=Followed)
+    ahead: Ahead | None = None
 
     def block(self, index: int) -> BlockStep:
         session = self.session
@@ -274,6 +290,7 @@ class StepCache:
             session.statistics,
             self.followed,
             session.owned(index),
+            self.ahead,
         )
 
     @property

@@ -12,8 +12,10 @@ from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import LayerPlan, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, weighted_sum
-from moeca_dist.types import Branches, Routing
+from moeca_dist.moe.planned import plan_next, planned_layer
+from moeca_dist.moe.router import Router
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, DispatchedRows, Dispatcher, LocalDispatcher
+from moeca_dist.types import Branches
 
 
 class MoELayer(nn.Module):
@@ -24,7 +26,7 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, router: nn.Module, num_experts: int, expert_width: int, shared_width: int
+        self, hidden_size: int, router: Router, num_experts: int, expert_width: int, shared_width: int
     ) -> None:
         super().__init__()
         self.gate = router
@@ -41,12 +43,17 @@ class MoELayer(nn.Module):
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
-        routed_TD = self._all_branches(x_TD, routing)[0]
+        # Nothing is kept: what returns is summed up where the experts are.
+        dispatched = self.dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+        routed_TD = self.dispatcher.combine_sums(outputs_RD, dispatched, routing)
         return (routed_TD + self._shared(x_TD)).view_as(x_BTD)
 
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
-        """Route, and ask the policy which branches are computed now."""
+        """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
+        if cache.ahead is not None:
+            return planned_layer(x_TD, self.gate, cache, self.dispatcher)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         cache.count("router", x_TD)
@@ -60,6 +67,8 @@ class MoELayer(nn.Module):
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
         routed_TD = self._routed(x_TD, plan, cache)
+        if cache.ahead is not None:
+            plan_next(plan, cache, self.dispatcher)
         shared_BTD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images]))
         if rows is not None:
             cache.refresh_rows("shared", shared_BTD, rows, self._shared(x_TD.index_select(0, rows.flat_N)))
@@ -78,20 +87,20 @@ class MoELayer(nn.Module):
         # A layer whose shared expert is disabled adds its own input in its place.
         return self.shared_experts(x) if self.shared_experts is not None else x
 
-    def _compute(self, x_TD: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
-        """Outputs [N, D] of some branches, wherever their experts are, and the position of each branch among them."""
-        dispatched = self.dispatcher.dispatch(x_TD, branches)
+    def _compute(
+        self, x_TD: Tensor, branches: Branches, traffic: Tensor | None = None
+    ) -> tuple[Tensor, DispatchedRows]:
+        """Outputs [N, D] of some branches, wherever their experts are, and how they were dispatched."""
+        dispatched = self.dispatcher.dispatch(x_TD, branches, traffic=traffic)
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        return self.dispatcher.combine(outputs_RD, dispatched), dispatched.slot_of_branch_N
-
-    def _all_branches(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-        rows_ND, slot_N = self._compute(x_TD, routing.all_branches())
-        return weighted_sum(rows_ND, slot_N.view_as(routing.expert_ids_TK), routing.gates_TK), rows_ND, slot_N
+        return self.dispatcher.combine(outputs_RD, dispatched), dispatched
 
     def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         routing = plan.routing
-        routed_TD, rows_ND, slot_N = self._all_branches(x_TD, routing)
-        values_TKD = rows_ND.index_select(0, slot_N).view(*routing.expert_ids_TK.shape, x_TD.shape[1])
+        rows_ND, dispatched = self._compute(x_TD, routing.all_branches())
+        routed_TD = self.dispatcher.weighted_sum(rows_ND, dispatched, routing)
+        values_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
+        values_TKD = values_ND.view(*routing.expert_ids_TK.shape, x_TD.shape[1])
         for part in plan.parts:
             mine, branches = part.routing(routing), part.kept.branches
             observe(part, mine)
@@ -105,15 +114,13 @@ class MoELayer(nn.Module):
     def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
-        refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
-        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-        branch_N = refresh_TK.flatten().nonzero().squeeze(1)
+        branch_N = plan.refreshed_branches()
         branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
-        rows_ND, slot_N = self._compute(x_TD, branches)
-        fresh_ND = rows_ND.index_select(0, slot_N)
+        rows_ND, dispatched = self._compute(x_TD, branches, plan.traffic)
+        fresh_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
         routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
         gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
         routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-        store_fresh(plan, branches, fresh_ND, cache)
+        store_fresh(plan, branch_N, fresh_ND, cache)
         return routed_TD
