@@ -267,7 +267,9 @@ class Engine:
                 collectives_elided=group.traffic.collectives_elided if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
-            cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
+            cache=CacheReport(
+                self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
+            ),
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
         )
 

@@ -86,11 +86,6 @@ class BlockStep:
     timer: Timer = UNTIMED
 
     @property
-    def key(self) -> tuple[int, int]:
-        """(step, block): where the statistics count."""
-        return self.step.index, self.block
-
-    @property
     def all_full(self) -> bool:
         return all(segment.full for segment in self.segments)
 
@@ -159,6 +154,7 @@ class BlockStep:
                 if not segment.full:
                     window, mine = rows.within(segment.images)
                     cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
+                    self.statistics.rows[name] += mine.flat_N.shape[0]
         self.count(name, fresh_ND)
 
     def store_keys_values(self, images: slice, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
