@@ -107,6 +107,8 @@ class CacheConfig(_Section):
     """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
+    dtype: Literal["model", "bfloat16", "float16", "float8_e4m3fn"] = "model"
+    """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
     placement: Literal["home", "owner", "auto"] | None = None
     """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes.
 
@@ -143,6 +145,8 @@ class Config(_Section):
             raise ValueError("model.random_init needs model.name, the published size to build")
         if model.random_init and model.family is not None:
             raise ValueError("model.family has no effect with model.random_init, where model.name decides: remove it")
+        if self.cache.dtype == model.dtype:
+            raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
         if self.parallel.backend == "nccl" and model.device == "cpu":
             raise ValueError("parallel.backend nccl needs model.device cuda; use gloo (or auto) on cpu")
         return self

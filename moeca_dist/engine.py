@@ -20,6 +20,7 @@ from tqdm import tqdm
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import CacheConfig, Config, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
@@ -189,6 +190,7 @@ class Engine:
             timer=counters.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
+            storage=storage_of(self.config.cache.dtype),
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
