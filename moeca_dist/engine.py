@@ -23,6 +23,7 @@ from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import CacheConfig, Config, load_config, validate_world
 from moeca_dist.errors import UserError
+from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
@@ -127,6 +128,7 @@ class Engine:
         model does not have, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
+        self.check_memory(len(requests))
         counters = _Counters(SectionTimer(self.mesh.device))
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
         self._forget_traffic(counters.timer)
@@ -144,6 +146,14 @@ class Engine:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
         return self._report(len(requests), counters)
+
+    def check_memory(self, num_images: int) -> None:
+        """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
+
+        A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        """
+        if self.config.cache.memory_limit is not None:
+            agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks: the reference for this engine's images."""
@@ -303,6 +313,14 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec
+
+
+def check_cache_fits(config: Config, spec: ModelSpec, mesh: Mesh, num_images: int) -> None:
+    """Raise UserError where this rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    per_round = min(num_images, mesh.world_size * config.sampling.batch_size)
+    most = -(-per_round // mesh.world_size)
+    check_memory(cache_size(config, spec, num_steps, mesh.ep_size), config.cache, most, mesh.device)
 
 
 def check_requests(requests: Sequence[Request], spec: ModelSpec) -> None:

@@ -239,6 +239,7 @@ class CacheSession:
         ]
 
     def at(self, step: StepContext) -> "StepCache":
+        self.note_peak()
         segments = tuple(
             Segment(
                 half,
@@ -256,7 +257,7 @@ class CacheSession:
         return self._owned[index]
 
     def note_peak(self) -> None:
-        """Record how much the session holds; asked at its end, when everything is allocated."""
+        """Record how much the session holds; asked before every step and at its end."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)

@@ -35,7 +35,7 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
 
 
 # Options that are no policy's own.
-_FOR_ALL = frozenset({"placement", "dtype"})
+_FOR_ALL = frozenset({"placement", "dtype", "memory_limit"})
 
 
 def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
