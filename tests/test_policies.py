@@ -124,7 +124,8 @@ OPTIONS = st.fixed_dictionaries(
         "drift_weight": st.floats(0, 3),
         "norm_weight": st.floats(0, 3),
         "alpha": st.floats(0.1, 0.9),
-        "decay": st.floats(0, 0.9),
+        # What underflows in fp32 is 0 there and not in this file's floats.
+        "decay": st.one_of(st.just(0.0), st.floats(0.01, 0.9)),
     },
 )
 
