@@ -3,9 +3,9 @@
     with Network(num_nodes=4, link=Link(rate_mbit=200)) as network:
         network.start(0, ["python", "-c", "..."], env)
 
-Every node has one interface, ``eth0``; a token bucket (``tc`` tbf) limits what it sends and another, at the bridge, what
-it receives, as a cable to a switch does. The bridge has a namespace of its own, so the host's network is not touched.
-Needs root and iproute2.
+Every node has one interface, ``eth0``; a token bucket (``tc`` tbf) limits what it sends and another, at the bridge,
+what it receives, as a cable to a switch does. The bridge has a namespace of its own, so the host's network is not
+touched. Needs root and iproute2.
 
 Names carry the maker's process id and start time. Leaving the ``with`` block removes them, also after an exception and
 (under ``sigterm_as_exit``) a SIGTERM; what a killed process left is removed when the next network is made.
@@ -45,6 +45,11 @@ class Link:
     rate_mbit: float
     burst_kb: int = 64
     queue_ms: float = 50.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what tc would take for something else."""
+        if min(self.rate_mbit, self.burst_kb, self.queue_ms) <= 0:
+            raise UserError(f"a link's rate, burst and queue must be positive, not {self}")
 
     @property
     def discipline(self) -> list[str]:

@@ -3,9 +3,9 @@
     sudo python benchmarks/network.py --ranks 2 4 --rates 1000 200 50
 
 Every configuration generates the same images on one rank, and on 2, 4, ... expert-parallel ranks over loopback and over
-links of each rate (Mbit/s, both ways), without a cache and with caching policies. Needs root and iproute2. The machine's
-own network is not touched, and the namespaces are removed at the end, whatever the end is. Writes OUT.json, OUT.md and
-OUT.png, anew after every launch.
+links of each rate (Mbit/s, both ways), without a cache and with caching policies. Needs root and iproute2. The
+machine's own network is not touched, and the namespaces are removed at the end, whatever the end is. Writes OUT.json,
+OUT.md and OUT.png, anew after every launch.
 """
 
 import argparse
@@ -52,19 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="names in configs/, or files; default: %(default)s")
+    parser.add_argument(
+        "--configs", nargs="+", default=CONFIGS, help="names in configs/, or files; default: %(default)s"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="one rank always runs; default: 2 4")
     parser.add_argument("--rates", type=float, nargs="*", default=[1000, 200, 50], help="Mbit/s; default: 1000 200 50")
     parser.add_argument("--burst-kb", type=int, default=64, help="token bucket of each link; default: %(default)s")
-    parser.add_argument("--queue-ms", type=float, default=50, help="longest wait in a link's queue; default: %(default)s")
+    parser.add_argument(
+        "--queue-ms", type=float, default=50, help="longest wait in a link's queue; default: %(default)s"
+    )
     parser.add_argument("--no-loopback", action="store_true", help="leave out the ranks without namespaces")
     parser.add_argument(
-        "--policies", nargs="+", default=list(COMMON), choices=[cell.name for cell in CELLS], help="default: %(default)s"
+        "--policies",
+        nargs="+",
+        default=list(COMMON),
+        choices=[cell.name for cell in CELLS],
+        help="default: %(default)s",
     )
     parser.add_argument("--num-images", type=int, help="of all ranks together (default: 4, demo 40)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmup-steps", type=int, default=3, help="of the run before the repeats; default: %(default)s")
+    parser.add_argument(
+        "--warmup-steps", type=int, default=3, help="of the run before the repeats; default: %(default)s"
+    )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "network")
@@ -91,7 +101,9 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows += report(path, 1, None, None, alone, alone)
         for ep_size in args.ranks:
             if not args.no_loopback:
-                rows += report(path, ep_size, None, None, run_with_torchrun(jobs[ep_size], ep_size, "cpu", args.timeout), alone)
+                rows += report(
+                    path, ep_size, None, None, run_with_torchrun(jobs[ep_size], ep_size, "cpu", args.timeout), alone
+                )
             for rate in args.rates:
                 link = Link(rate, args.burst_kb, args.queue_ms)
                 with Network(ep_size, link) as network:

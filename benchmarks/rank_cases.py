@@ -1,4 +1,4 @@
-"""What ``network.py`` and ``scaling.py`` compare: the exact path and the caching policies, by the names of the tables."""
+"""What ``network.py`` and ``scaling.py`` compare: the exact path and caching policies, by their names in the tables."""
 
 from rank_job import Cell
 

@@ -104,9 +104,7 @@ def run(job: Job, folder: Path) -> None:
     mesh.close()
 
 
-def engine_of(
-    cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num_steps: int | None = None
-) -> Engine:
+def engine_of(cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num_steps: int | None = None) -> Engine:
     config = load_config(job.config, job.overrides)
     sampling = config.sampling.model_copy(update={} if num_steps is None else {"num_steps": num_steps})
     cache = CacheConfig.model_validate(cell.cache)

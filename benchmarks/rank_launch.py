@@ -121,4 +121,3 @@ def _last_words(folder: Path) -> str:
     lines = [line for path in sorted(folder.glob("*.log")) for line in path.read_text(errors="replace").splitlines()]
     told = [line for line in lines if line.startswith("error: ")]
     return (told or lines or ["it said nothing"])[0 if told else -1]
-

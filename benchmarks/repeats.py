@@ -1,5 +1,6 @@
 """Figures over the repeats of a cell: medians with their spread, ratios of neighbours in time, distances of samples."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
@@ -37,6 +38,13 @@ def relative_l2(found: NDArray[np.generic], expected: NDArray[np.generic]) -> fl
     """|found - expected| / |expected|, over all samples together."""
     difference = found.astype(np.float64) - expected.astype(np.float64)
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def psnr_db(found: NDArray[np.generic], expected: NDArray[np.generic]) -> float:
+    """Of all samples together; the peak is the range of ``expected``, as latents have no fixed one. At most 200."""
+    wanted = expected.astype(np.float64)
+    error = float(np.sqrt(np.mean((found.astype(np.float64) - wanted) ** 2)))
+    return min(200.0, 20 * math.log10(float(np.ptp(wanted)) / error)) if error else 200.0
 
 
 def shown(values: Mapping[str, float], digits: int = 2) -> str:
