@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,7 @@ from moeca_dist.report import CacheReport, ExchangeReport, Report
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.timing import Seconds, Section, SectionTimer
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -45,9 +47,21 @@ Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 class _Counters:
     """What one run did on this rank."""
 
+    timer: SectionTimer
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
+
+
+@dataclass(frozen=True)
+class _RankResult:
+    """What one rank tells the others at the end of a run."""
+
+    cache: CacheStatistics
+    denoise_s: float
+    seconds: dict[tuple[int, Section], float]
+    bytes_sent: int
+    bytes_exact: int
 
 
 class Engine:
@@ -112,15 +126,16 @@ class Engine:
         model does not have, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
-        counters = _Counters()
+        counters = _Counters(SectionTimer(self.mesh.device))
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        self._forget_traffic()
+        self._forget_traffic(counters.timer)
         with tqdm(
             total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
         ) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
+                counters.timer.end_step(step.index)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
@@ -171,21 +186,24 @@ class Engine:
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
+            timer=counters.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
         session = self._open_session(share, counters)
+        model = partial(self.model, timer=counters.timer)
         started = time.perf_counter()
-        samples_BCHW = self.sampler.sample(
-            exact(self.model) if session is None else cached(self.model, session),
-            share,
-            cfg_scale=self.config.sampling.cfg_scale,
-            num_steps=self.num_steps,
-            device=self.mesh.device,
-            on_step=on_step,
-        )
+        with counters.timer.section("other"):
+            samples_BCHW = self.sampler.sample(
+                exact(model) if session is None else cached(model, session),
+                share,
+                cfg_scale=self.config.sampling.cfg_scale,
+                num_steps=self.num_steps,
+                device=self.mesh.device,
+                on_step=on_step,
+            )
         if samples_BCHW.is_cuda:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
@@ -207,16 +225,22 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _forget_traffic(self) -> None:
+    def _forget_traffic(self, timer: SectionTimer) -> None:
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic()
+            self.mesh.expert_group.reset_traffic(timer)
 
     def _report(self, num_images: int, counters: _Counters) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
-        mine = (counters, group.traffic.bytes_sent if group else 0, int(group.traffic.bytes_exact) if group else 0)
+        mine = _RankResult(
+            counters.cache,
+            counters.denoise_s,
+            counters.timer.per_step(),
+            group.traffic.bytes_sent if group else 0,
+            int(group.traffic.bytes_exact) if group else 0,
+        )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
-        for theirs, *_ in ranks:
+        for theirs in ranks:
             statistics.merge(theirs.cache)
         work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
         wall_s = time.perf_counter() - counters.started
@@ -230,20 +254,21 @@ class Engine:
             dp_size=mesh.dp_size,
             num_steps=self.num_steps,
             wall_s=wall_s,
-            denoise_s=max(theirs.denoise_s for theirs, *_ in ranks),
+            denoise_s=max(theirs.denoise_s for theirs in ranks),
             images_per_s=num_images / wall_s,
             flops=work.flops(),
             branches=work.branches(),
             exchange=ExchangeReport(
                 mode=self.config.parallel.exchange if group else "local",
                 placement=self.placement,
-                bytes_sent=sum(sent for _, sent, _ in ranks),
-                bytes_full=work.extrapolated(sum(exact for *_, exact in ranks)),
+                bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
+                bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
+            seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
         )
 
 

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from moeca_dist.timing import Seconds
+
 
 @dataclass(frozen=True)
 class FlopsReport:
@@ -61,8 +63,8 @@ class CacheReport:
 class Report:
     """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's.
 
-    ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality`` (against the uncached images) are there where the
-    uncached run was made as well.
+    ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
+    (against the uncached images) are there where the uncached run was made as well.
     """
 
     num_images: int
@@ -77,6 +79,7 @@ class Report:
     branches: BranchReport
     exchange: ExchangeReport
     cache: CacheReport
+    seconds: Seconds
     wall_speedup: float | None = None
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None

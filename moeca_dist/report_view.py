@@ -38,6 +38,7 @@ def render(report: Mapping[str, Any]) -> str:
     try:
         parts = [
             _table("Run", _run(report)),
+            _table("Seconds of denoising", _seconds(report)),
             _table("Compute and branches", _compute(report)),
             _table("Exchange", _exchange(report)),
             _table("Cache", _cache(report)),
@@ -68,6 +69,17 @@ def _run(report: Mapping[str, Any]) -> _Rows:
         figures = f"PSNR {quality['psnr_db']:.1f} dB, SSIM {quality['ssim']:.4f}, relative L2 {quality['rel_l2']:.4f}"
         rows.append(("quality", f"{figures}, against the images without a cache"))
     return rows
+
+
+def _seconds(report: Mapping[str, Any]) -> _Rows:
+    """Each section on the rank that took longest, and where there are several the mean over the ranks."""
+    slowest, mean = report["seconds"]["slowest"], report["seconds"]["mean"]
+    total = sum(slowest.values())
+    several = report["world_size"] > 1
+    return [
+        (name, f"{value:.2f} ({value / total:.1%})" + (f", mean of the ranks {mean[name]:.2f}" if several else ""))
+        for name, value in slowest.items()
+    ]
 
 
 def _compute(report: Mapping[str, Any]) -> _Rows:

@@ -91,20 +91,23 @@ def test_ranks_add_up(two_ranks, tmp_path: Path) -> None:
         printed = render(report)
         assert "DP 1 x EP 2" in printed and "at the home rank" in printed
         names = [path.name for path in write_plots(report, tmp_path)]
-        assert names == ["refreshed_per_step.png", "refreshed_per_expert.png", "bytes_per_step.png"]
+        assert names == [
+            "seconds_per_step.png", "refreshed_per_step.png", "refreshed_per_expert.png", "bytes_per_step.png",
+        ]  # fmt: skip
     assert alone["exchange"]["bytes_per_step"] == []
 
 
 def test_the_command_prints_tables_and_draws(out: Path, capsys) -> None:
     assert main(["report", str(out), "--plots"]) == 0
     printed = capsys.readouterr().out
+    assert "Seconds of denoising" in printed and "bookkeeping" in printed
     report = read_report(out)
     assert "3 in 6 steps" in printed and "policy              random" in printed
     assert f"{report['branches']['refreshed']:,}" in printed and "nothing travels" in printed
     for entry in report["cache"]["per_layer"]:
         assert f"{entry['unmatched']:,}" in printed and f"{entry['served']:,}" in printed
     drawn = sorted(path.name for path in (out / "plots").iterdir())
-    assert drawn == ["refreshed_per_expert.png", "refreshed_per_step.png"]
+    assert drawn == ["refreshed_per_expert.png", "refreshed_per_step.png", "seconds_per_step.png"]
     for name in drawn:
         assert Image.open(out / "plots" / name).width > 500
         assert str(out / "plots" / name) in printed
@@ -116,8 +119,9 @@ def test_a_run_without_a_cache_has_less_to_show(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "none: everything was computed" in printed and "Branches of each MoE block" not in printed
-    assert main(["report", str(tmp_path), "--plots"]) == 2
-    assert "--plots has nothing to draw: a run with cache.policy none" in capsys.readouterr().err
+    assert "attention" in printed and "bookkeeping" not in printed
+    assert main(["report", str(tmp_path), "--plots"]) == 0
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["seconds_per_step.png"]
 
 
 def test_a_compared_run_shows_its_quality(out: Path) -> None:

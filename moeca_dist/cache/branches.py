@@ -135,11 +135,11 @@ class BranchCache(EntryTable):
         """[T, D]: sum of the *current* gate x stored (or forecast) value over the branches in ``served_TK``."""
         weights_TK = (gates_TK * served_TK).to(self._values_TJD.dtype)
         weights_TJ = self._values_TJD.new_zeros(self._values_TJD.shape[:2]).scatter_(1, match.entry_TK, weights_TK)
-        total_TD = torch.bmm(weights_TJ[:, None], self._values_TJD).squeeze(1)
+        total_T1D = torch.bmm(weights_TJ[:, None], self._values_TJD)
         if self.forecast:
             ahead_TJ = weights_TJ * (step - self._steps_TJ)
-            total_TD += torch.bmm(ahead_TJ[:, None], self._slopes_TJD).squeeze(1)
-        return total_TD
+            total_T1D.baddbmm_(ahead_TJ[:, None], self._slopes_TJD)
+        return total_T1D.squeeze(1)
 
     def reference(self, match: Match) -> Reference | None:
         """What was kept of the branches of a routing; arbitrary where they are unmatched. None without gates."""

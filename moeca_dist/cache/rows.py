@@ -81,14 +81,18 @@ class RowCache:
 
     def forecast_into(self, out_BTD: Tensor, step: int) -> None:
         """Write the value expected in ``step``: the stored one at order 0."""
-        out_BTD.copy_(self.value_BTD)
+        if len(self._differences) == 1:
+            out_BTD.copy_(self.value_BTD)
+        sum_BTD = self.value_BTD
         factor: float | Tensor = 1.0
         for degree, difference in enumerate(self._differences[1:], start=1):
             factor = factor * ((step - self._step) / degree)
+            # One pass for each order: copying first would be another over memory, which is all that a forecast costs.
             if isinstance(factor, Tensor):
-                out_BTD.addcmul_(difference, factor.to(difference.dtype))
+                torch.addcmul(sum_BTD, difference, factor.to(difference.dtype), out=out_BTD)
             else:
-                out_BTD.add_(difference, alpha=factor)
+                torch.add(sum_BTD, difference, alpha=factor, out=out_BTD)
+            sum_BTD = out_BTD
 
     @property
     def num_bytes(self) -> int:

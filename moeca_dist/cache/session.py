@@ -20,6 +20,7 @@ from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.usage import UsageHistory
+from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
 
 HALVES: tuple[Half, Half] = ("conditional", "unconditional")
@@ -82,6 +83,7 @@ class BlockStep:
     statistics: CacheStatistics
     followed: Followed
     owned: OwnedBlock | None = None
+    timer: Timer = UNTIMED
 
     @property
     def key(self) -> tuple[int, int]:
@@ -100,8 +102,12 @@ class BlockStep:
         """A module's output [B, T, D]: computed for the full segments and stored, from the cache for the others.
 
         ``compute(images)`` gives the output for a slice of the batch; where all segments are full it is asked once, for
-        the whole batch, as the exact path does. It is asked on all ranks or on none.
+        the whole batch, as the exact path does. It is asked on all ranks or on none, and measures itself.
         """
+        with self.timer.section("bookkeeping"):
+            return self._serve(name, like_BTD, compute)
+
+    def _serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
         if self.policy.computes_modules:
             out_BTD = compute(slice(None))
             self.count(name, out_BTD)
@@ -129,6 +135,10 @@ class BlockStep:
         ``compute(rows)`` gives outputs [N, D]; it is asked once, on all ranks, for the chosen tokens and for all tokens
         of full segments together.
         """
+        with self.timer.section("bookkeeping"):
+            return self._serve_chosen(name, like_BTD, compute)
+
+    def _serve_chosen(self, name: str, like_BTD: Tensor, compute: Callable[[Rows], Tensor]) -> Tensor:
         rows = self._chosen(name, like_BTD)
         fresh_ND = compute(rows)
         out_BTD = torch.empty_like(like_BTD)
@@ -143,28 +153,31 @@ class BlockStep:
 
     def refresh_rows(self, name: str, out_BTD: Tensor, rows: Rows, fresh_ND: Tensor) -> None:
         """Put freshly computed rows of a module into its output and into the caches of the segments that are served."""
-        out_BTD[rows.image_N, rows.position_N] = fresh_ND
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if not segment.full:
-                window, mine = rows.within(segment.images)
-                cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
+        with self.timer.section("bookkeeping"):
+            out_BTD[rows.image_N, rows.position_N] = fresh_ND
+            for segment, cache in zip(self.segments, self.caches, strict=True):
+                if not segment.full:
+                    window, mine = rows.within(segment.images)
+                    cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
         self.count(name, fresh_ND)
 
     def store_keys_values(self, images: slice, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
         """Keep the keys and values of ``images``, as ``serve`` asks for them, where attention is refreshed by rows."""
         if not self.policy.attention_sync:
             return
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if images == slice(None):
-                cache.keys_values.store(keys_BHTC[segment.images], values_BHTC[segment.images])
-            elif images == segment.images:
-                cache.keys_values.store(keys_BHTC, values_BHTC)
+        with self.timer.section("bookkeeping"):
+            for segment, cache in zip(self.segments, self.caches, strict=True):
+                if images == slice(None):
+                    cache.keys_values.store(keys_BHTC[segment.images], values_BHTC[segment.images])
+                elif images == segment.images:
+                    cache.keys_values.store(keys_BHTC, values_BHTC)
 
     def refresh_keys_values(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if not segment.full:
-                window, mine = rows.within(segment.images)
-                cache.keys_values.store_rows(mine, keys_HNC[:, window], values_HNC[:, window])
+        with self.timer.section("bookkeeping"):
+            for segment, cache in zip(self.segments, self.caches, strict=True):
+                if not segment.full:
+                    window, mine = rows.within(segment.images)
+                    cache.keys_values.store_rows(mine, keys_HNC[:, window], values_HNC[:, window])
 
     def keys_values(self, segment: int) -> tuple[Tensor, Tensor]:
         """[B, H, T, C] of one segment."""
@@ -206,8 +219,10 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
+        timer: Timer = UNTIMED,
     ) -> None:
         self.policy = policy
+        self.timer = timer
         self.statistics = statistics
         self._halves = HALVES if guided else HALVES[:1]
         self._num_images = len(requests)
@@ -272,6 +287,7 @@ class StepCache:
             session.statistics,
             self.followed,
             session.owned(index),
+            session.timer,
         )
 
     @property
@@ -283,10 +299,12 @@ class StepCache:
         """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the last change."""
         session, network = self.session, self.session.network
         session.statistics.signals += 1
-        if not network.is_due(signal_S, session.policy.delta):
-            session.statistics.skipped += x_BTD.shape[0]
-            return network.apply(x_BTD)
+        with session.timer.section("bookkeeping"):
+            if not network.is_due(signal_S, session.policy.delta):
+                session.statistics.skipped += x_BTD.shape[0]
+                return network.apply(x_BTD)
         session.statistics.reached += self.step.index > 0
         out_BTD = compute()
-        network.store(out_BTD - x_BTD)
+        with session.timer.section("bookkeeping"):
+            network.store(out_BTD - x_BTD)
         return out_BTD

@@ -50,17 +50,23 @@ class MoELayer(nn.Module):
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         cache.count("router", x_TD)
-        parts = segment_parts(x_TD, cache)
-        # At home a full step needs no decisions; owners are told what to keep in every step.
-        decided = cache.owned is not None or not cache.all_full
-        decisions = [decide(part, routing, cache) for part in parts] if decided else []
-        return LayerPlan(routing, parts, decisions)
+        with cache.timer.section("bookkeeping"):
+            parts = segment_parts(x_TD, cache)
+            # At home a full step needs no decisions; owners are told what to keep in every step.
+            decided = cache.owned is not None or not cache.all_full
+            decisions = [decide(part, routing, cache) for part in parts] if decided else []
+            return LayerPlan(routing, parts, decisions)
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
         routed_TD = self._routed(x_TD, plan, cache)
-        shared_BTD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images]))
+
+        def shared(images: slice) -> Tensor:
+            with cache.timer.section("experts"):
+                return self._shared(x_BTD[images])
+
+        shared_BTD = cache.serve("shared", x_BTD, shared)
         if rows is not None:
             cache.refresh_rows("shared", shared_BTD, rows, self._shared(x_TD.index_select(0, rows.flat_N)))
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
@@ -91,7 +97,14 @@ class MoELayer(nn.Module):
     def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         routing = plan.routing
         routed_TD, rows_ND, slot_N = self._all_branches(x_TD, routing)
-        values_TKD = rows_ND.index_select(0, slot_N).view(*routing.expert_ids_TK.shape, x_TD.shape[1])
+        with cache.timer.section("bookkeeping"):
+            self._keep_all(rows_ND.index_select(0, slot_N), plan, cache)
+        return routed_TD
+
+    def _keep_all(self, fresh_ND: Tensor, plan: LayerPlan, cache: BlockStep) -> None:
+        """Store all branches of a full step; ``fresh_ND`` in the order of the routing."""
+        routing = plan.routing
+        values_TKD = fresh_ND.view(*routing.expert_ids_TK.shape, fresh_ND.shape[1])
         for part in plan.parts:
             mine, branches = part.routing(routing), part.kept.branches
             observe(part, mine)
@@ -100,20 +113,21 @@ class MoELayer(nn.Module):
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
             cache.statistics.full[cache.key] += mine.expert_ids_TK.numel()
         cache.statistics.count_experts(cache.block, routing.expert_ids_TK, self.num_experts)
-        return routed_TD
 
     def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
-        refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
-        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-        branch_N = refresh_TK.flatten().nonzero().squeeze(1)
-        branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
+        with cache.timer.section("bookkeeping"):
+            refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
+            # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
+            branch_N = refresh_TK.flatten().nonzero().squeeze(1)
+            branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
+            cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
         rows_ND, slot_N = self._compute(x_TD, branches)
-        fresh_ND = rows_ND.index_select(0, slot_N)
-        routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
-        gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
-        routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-        store_fresh(plan, branches, fresh_ND, cache)
+        with cache.timer.section("bookkeeping"):
+            fresh_ND = rows_ND.index_select(0, slot_N)
+            routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
+            gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
+            routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
+            store_fresh(plan, branches, fresh_ND, cache)
         return routed_TD
