@@ -22,14 +22,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from hardware import conditions
 from netns import Link, Network, require, sigterm_as_exit
 from network_report import summarise, write_results
-from rank_cases import CELLS, COMMON, UNCACHED, chosen
+from rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path
 from rank_job import Job
 from rank_launch import Outcome, run_in_network, run_with_torchrun
 
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = ("demo", "bench-dsmoe-s-e16", "bench-dsmoe-s-e48")
 # Per configuration: enough for a batch on every rank, few enough for a cell of seconds to a minute.
 NUM_IMAGES = {"demo": 40}
@@ -114,11 +113,6 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
         write_results(rows, setting, args)
     print(f"wrote {args.out.with_suffix('.json')}, .md and .png")
     return rows
-
-
-def config_path(name: str) -> Path:
-    path = Path(name)
-    return path if path.suffix else REPOSITORY / "configs" / f"{name}.yaml"
 
 
 def make_job(path: Path, args: argparse.Namespace, ep_size: int) -> Job:

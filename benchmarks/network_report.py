@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rank_cases import DEFAULT, UNCACHED
+from rank_cases import DEFAULT, ON_ONE_RANK, UNCACHED
 from rank_launch import Outcome
 from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, psnr_db, relative_l2, shown, spread
 
@@ -36,8 +36,7 @@ def summarise(
     for cell, samples in outcome.samples.items():
         mine = of_cell(outcome.records, cell)
         seconds, report = denoise_seconds(outcome.records, cell), mine[0]["report"]
-        has_twin = cell in alone.samples
-        twin = cell if has_twin else DEFAULT
+        twin = ON_ONE_RANK.get(cell, cell)
         row = {
             "config": config,
             "policy": cell,
@@ -63,7 +62,7 @@ def summarise(
             "cores_used_by_others": max(record["cores_used_by_others"] for record in mine),
         }
         # Placement owner forecasts sums in place of branches where nothing is refreshed: other images by design.
-        row["agrees_with_one_rank"] = agrees(row) if has_twin else None
+        row["agrees_with_one_rank"] = agrees(row) if twin == cell else None
         row["line"] = (
             f"{config}, {num_ranks} rank(s), {link_name(row)}, {cell}: {shown(row['denoise_s'])} s, "
             f"{row['over_uncached']['median']:.2f}x uncached, {row['over_one_rank']:.2f}x one rank, "
@@ -108,6 +107,8 @@ same images from the same noise; its policies run in one launch, round by round 
   does not pay. (Placement owner is compared with one rank of the same policy, which has no placement.)
 - **payload**: expert rows and headers that left their rank, all ranks together. **interface**: what all network
   interfaces sent meanwhile, with headers, acknowledgements and row counts.
+- **exchange + wait**: seconds in payload collectives, and in gathering row counts, where a rank waits for the slower
+  ones; mean of the ranks.
 - **measured link**: one TCP flow between two nodes before the run.
 - **to one rank**: relative L2 distance of the samples to those of one rank with the same policy. Required are at most
   {EXACT_REL_L2:g} without a cache and {CACHED_PSNR_DB:g} dB PSNR (of the range of the samples) with one, where a route
@@ -126,7 +127,7 @@ HEADER = (
     "payload",
     "interface",
     "collectives (elided)",
-    "exchange s",
+    "exchange + wait, s",
     "to one rank",
     "to uncached",
     "others' cores",
@@ -142,6 +143,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> s
     return "\n\n".join(sections) + "\n"
 
 
+def travelling(row: Mapping[str, Any]) -> str:
+    return " + ".join(f"{row['seconds'].get(name, 0):.2f}" for name in ("exchange", "wait"))
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for row in rows:
@@ -149,7 +154,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [row["policy"], str(row["num_ranks"]), link_name(row), f"{probe['mbit']:.0f}" if probe else "-"]
         cells += [shown(row["denoise_s"]), shown(row["over_uncached"]), f"{row['over_one_rank']:.2f}"]
         cells += [f"{scaled(row[name], 1024)}iB" for name in ("bytes_sent", "interface_bytes")]
-        cells += [f"{row['collectives']} ({row['collectives_elided']})", f"{row['seconds'].get('exchange', 0):.2f}"]
+        cells += [f"{row['collectives']} ({row['collectives_elided']})", travelling(row)]
         cells += [f"{row[name]:.1e}" for name in ("rel_l2_to_one_rank", "rel_l2_to_uncached")]
         lines.append("| " + " | ".join([*cells, f"{row['cores_used_by_others']:.2f}"]) + " |")
     return "\n".join(lines)

@@ -125,6 +125,7 @@ def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.gen
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
     return samples, {
         "report": json.loads(report.to_json()),
+        "batch_size": engine.config.sampling.batch_size,
         "peak_bytes_per_rank": [peak for peak, *_ in ranks],
         "interface_bytes": sum(sent for _, sent, _ in ranks),
         # What the kernel did for these ranks' traffic outside of their system calls counts as others' work too.

@@ -29,8 +29,8 @@ def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, floa
 
 
 def mean_seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Where the time went (``seconds`` of the reports), averaged over the repeats."""
-    parts = [record["report"].get("seconds") or {} for record in records]
+    """Where the time went, by section: the mean of the ranks, averaged over the repeats."""
+    parts = [record["report"]["seconds"]["mean"] for record in records]
     return {name: mean(part[name] for part in parts) for name in parts[0]}
 
 
