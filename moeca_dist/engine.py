@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.config import CacheConfig, Config, load_config, validate_world
+from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
@@ -33,7 +34,9 @@ from moeca_dist.report import CacheReport, ExchangeReport, Report
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.timing import Seconds, Section, SectionTimer
+from moeca_dist.telemetry import Gpu, GpuRecord, GpuSampler, TelemetryUnavailableError, merge
+from moeca_dist.timing import Seconds, Section, SectionTimer, Timer
+from moeca_dist.tracing import TracedTimer, Tracer
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -41,13 +44,16 @@ from moeca_dist.work import Work
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
+TraceSink = Callable[[int, bytes], None]
 
 
 @dataclass
 class _Counters:
     """What one run did on this rank."""
 
-    timer: SectionTimer
+    seconds: SectionTimer
+    timer: Timer
+    """``seconds``, or what also marks its sections in a trace."""
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
@@ -62,6 +68,7 @@ class _RankResult:
     seconds: dict[tuple[int, Section], float]
     bytes_sent: int
     bytes_exact: int
+    gpu: GpuRecord | None
 
 
 class Engine:
@@ -81,6 +88,7 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         self.placement = self._choose_placement()
+        self._gpu = self._open_gpu()
 
     @classmethod
     def from_config(
@@ -111,22 +119,47 @@ class Engine:
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
 
-    def generate(self, requests: Sequence[Request], *, progress: bool = False) -> tuple[NDArray[np.generic], Report]:
+    def generate(
+        self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> tuple[NDArray[np.generic], Report]:
         """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
         batches: list[NDArray[np.generic]] = []
-        report = self.generate_into(lambda _, batch: batches.append(batch), requests, progress=progress)
+        report = self.generate_into(
+            lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
+        )
         if batches:
             return np.concatenate(batches), report
         return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
 
-    def generate_into(self, sink: Sink, requests: Sequence[Request], *, progress: bool = False) -> Report:
+    def generate_into(
+        self, sink: Sink, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> Report:
         """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
 
+        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end.
+
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
-        model does not have, and PeerLostError if a rank dies or hangs.
+        model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
-        counters = _Counters(SectionTimer(self.mesh.device))
+        tracer = self._open_tracer(trace_sink)
+        sampler = None if self._gpu is None else GpuSampler(self._gpu, self.config.telemetry.period_s or 0.0)
+        seconds = SectionTimer(self.mesh.device)
+        counters = _Counters(seconds, seconds if tracer is None else TracedTimer(seconds))
+        with tracer or nullcontext(), sampler or nullcontext():
+            self._run_rounds(sink, requests, counters, progress, None if tracer is None else tracer.end_step)
+        if tracer is not None and trace_sink is not None:
+            self._deliver_trace(trace_sink, tracer.chrome_trace())
+        return self._report(len(requests), counters, None if sampler is None else sampler.record())
+
+    def _run_rounds(
+        self,
+        sink: Sink,
+        requests: Sequence[Request],
+        counters: _Counters,
+        progress: bool,
+        end_traced_step: Callable[[], None] | None,
+    ) -> None:
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
         self._forget_traffic(counters.timer)
         with tqdm(
@@ -135,21 +168,25 @@ class Engine:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
-                counters.timer.end_step(step.index)
+                counters.seconds.end_step(step.index)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
+                if end_traced_step is not None:
+                    end_traced_step()
 
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
-        return self._report(len(requests), counters)
 
     def without_cache(self) -> "Engine":
-        """The exact path over the same network and ranks: the reference for this engine's images."""
-        return Engine(self.config.model_copy(update={"cache": CacheConfig()}), self.mesh, self.model, self.decoder)
+        """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
+        config = self.config.model_copy(update={"cache": CacheConfig(), "telemetry": TelemetryConfig()})
+        return Engine(config, self.mesh, self.model, self.decoder)
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
+        if self._gpu is not None:
+            self._gpu.close()
         self.mesh.close()
 
     @property
@@ -159,6 +196,25 @@ class Engine:
     @property
     def _guided(self) -> bool:
         return self.config.sampling.cfg_scale != 1
+
+    def _open_gpu(self) -> Gpu | None:
+        """What telemetry watches; says why where there is nothing to watch, and everything else works."""
+        if self.config.telemetry.period_s is None:
+            return None
+        try:
+            return Gpu.open(self.mesh.device)
+        except TelemetryUnavailableError as error:
+            if self._is_first:
+                logger.warning("telemetry.period_s is set, but there is no GPU to watch: %s", error)
+            return None
+
+    def _open_tracer(self, trace_sink: TraceSink | None) -> Tracer | None:
+        steps = self.config.telemetry.trace
+        if steps is None:
+            return None
+        if trace_sink is None:
+            raise UserError("telemetry.trace has no place for its traces here: unset it, or pass trace_sink")
+        return Tracer(steps, self.mesh.device)
 
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
@@ -225,18 +281,29 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _forget_traffic(self, timer: SectionTimer) -> None:
+    def _deliver_trace(self, trace_sink: TraceSink, trace: bytes) -> None:
+        """Traces of all ranks to rank 0, which alone knows a place for them."""
+        if self.mesh.world is None:
+            trace_sink(0, trace)
+            return
+        sizes = self.mesh.world.gather_objects(len(trace))
+        block_N1 = torch.frombuffer(bytearray(trace), dtype=torch.uint8)[:, None]
+        for rank, part in enumerate(self.mesh.world.gather_to_first(block_N1, sizes) or ()):
+            trace_sink(rank, part.cpu().numpy().tobytes())
+
+    def _forget_traffic(self, timer: Timer) -> None:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic(timer)
 
-    def _report(self, num_images: int, counters: _Counters) -> Report:
+    def _report(self, num_images: int, counters: _Counters, gpu: GpuRecord | None) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
         mine = _RankResult(
             counters.cache,
             counters.denoise_s,
-            counters.timer.per_step(),
+            counters.seconds.per_step(),
             group.traffic.bytes_sent if group else 0,
             int(group.traffic.bytes_exact) if group else 0,
+            gpu,
         )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
@@ -269,6 +336,7 @@ class Engine:
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
+            telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
         )
 
 
