@@ -50,6 +50,7 @@ def summarise(
             "over_uncached": paired_ratio(uncached_s, seconds),
             "over_one_rank": spread(denoise_seconds(alone.records, twin))["median"] / spread(seconds)["median"],
             "bytes_sent": report["exchange"]["bytes_sent"],
+            "link_s": None if probe is None else report["exchange"]["bytes_sent"] / num_ranks * 8e-6 / probe["mbit"],
             "interface_bytes": min(record["interface_bytes"] for record in mine),
             "collectives": report["exchange"]["collectives"],
             "collectives_elided": report["exchange"]["collectives_elided"],
@@ -107,6 +108,7 @@ same images from the same noise; its policies run in one launch, round by round 
   does not pay. (Placement owner is compared with one rank of the same policy, which has no placement.)
 - **payload**: expert rows and headers that left their rank, all ranks together. **interface**: what all network
   interfaces sent meanwhile, with headers, acknowledgements and row counts.
+- **link**: seconds that a rank's share of the payload takes at the measured rate: the least that the exchange can take.
 - **exchange + wait**: seconds in payload collectives, and in gathering row counts, where a rank waits for the slower
   ones; mean of the ranks.
 - **measured link**: one TCP flow between two nodes before the run.
@@ -127,6 +129,7 @@ HEADER = (
     "payload",
     "interface",
     "collectives (elided)",
+    "link, s",
     "exchange + wait, s",
     "to one rank",
     "to uncached",
@@ -140,7 +143,19 @@ def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> s
     for config in dict.fromkeys(row["config"] for row in rows):
         mine = [row for row in rows if row["config"] == config]
         sections += [f"## {config}: {mine[0]['num_images']} images, {mine[0]['num_steps']} steps", table(mine)]
+        sections += [verdict(mine)]
     return "\n\n".join(sections) + "\n"
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where more ranks are faster than one with the same policy, and where they are not."""
+    lines = []
+    for policy, num_ranks in dict.fromkeys((row["policy"], row["num_ranks"]) for row in rows if row["num_ranks"] > 1):
+        mine = [row for row in rows if (row["policy"], row["num_ranks"]) == (policy, num_ranks)]
+        pays = ", ".join(link_name(row) for row in mine if row["over_one_rank"] > 1) or "no link"
+        loses = ", ".join(link_name(row) for row in mine if row["over_one_rank"] <= 1) or "no link"
+        lines.append(f"- {policy}, {num_ranks} ranks: faster than one rank on {pays}; slower on {loses}")
+    return "\n".join(["Where expert parallelism pays:", "", *lines])
 
 
 def travelling(row: Mapping[str, Any]) -> str:
@@ -154,7 +169,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [row["policy"], str(row["num_ranks"]), link_name(row), f"{probe['mbit']:.0f}" if probe else "-"]
         cells += [shown(row["denoise_s"]), shown(row["over_uncached"]), f"{row['over_one_rank']:.2f}"]
         cells += [f"{scaled(row[name], 1024)}iB" for name in ("bytes_sent", "interface_bytes")]
-        cells += [f"{row['collectives']} ({row['collectives_elided']})", travelling(row)]
+        cells += [f"{row['collectives']} ({row['collectives_elided']})"]
+        cells += ["-" if row["link_s"] is None else f"{row['link_s']:.2f}", travelling(row)]
         cells += [f"{row[name]:.1e}" for name in ("rel_l2_to_one_rank", "rel_l2_to_uncached")]
         lines.append("| " + " | ".join([*cells, f"{row['cores_used_by_others']:.2f}"]) + " |")
     return "\n".join(lines)

@@ -53,7 +53,9 @@ def test_rows_are_medians_over_paired_repeats(load) -> None:
     launch, network_report = load("rank_launch"), load("network_report")
     alone = outcome(launch, {"uncached": [8.0, 8.0, 9.0], "moeca_forecast": [2.0, 2.0, 2.0]}, 0.0)
     found = outcome(launch, {"uncached": [12.0, 10.0, 30.0], "moeca_forecast": [3.0, 4.0, 5.0]}, 1e-7)
-    uncached, cached = network_report.summarise("demo", 2, {"rate_mbit": 200.0}, None, found, alone)
+    link = {"rate_mbit": 200.0}, {"mbit": 100.0, "round_trip_ms": 0.1}
+    uncached, cached = network_report.summarise("demo", 2, *link, found, alone)
+    assert cached["link_s"] == pytest.approx(500 * 8 / 100e6)
     assert cached["denoise_s"] == {"median": 4.0, "low": 3.0, "high": 5.0}
     assert cached["over_uncached"] == {"median": 4.0, "low": 2.5, "high": 6.0}
     assert cached["over_one_rank"] == 0.5 and uncached["over_one_rank"] == pytest.approx(8 / 12)
