@@ -21,8 +21,10 @@ from tqdm import tqdm
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.errors import UserError
+from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
@@ -142,6 +144,7 @@ class Engine:
         model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
+        self.check_memory(len(requests))
         tracer = self._open_tracer(trace_sink)
         sampler = None if self._gpu is None else GpuSampler(self._gpu, self.config.telemetry.period_s or 0.0)
         seconds = SectionTimer(self.mesh.device)
@@ -177,6 +180,14 @@ class Engine:
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
+
+    def check_memory(self, num_images: int) -> None:
+        """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
+
+        A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        """
+        if self.config.cache.memory_limit is not None:
+            agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
@@ -245,6 +256,7 @@ class Engine:
             timer=counters.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
+            storage=storage_of(self.config.cache.dtype),
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
@@ -334,7 +346,9 @@ class Engine:
                 collectives_elided=group.traffic.collectives_elided if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
-            cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
+            cache=CacheReport(
+                self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
+            ),
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
             telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
         )
@@ -367,6 +381,14 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec
+
+
+def check_cache_fits(config: Config, spec: ModelSpec, mesh: Mesh, num_images: int) -> None:
+    """Raise UserError where this rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    per_round = min(num_images, mesh.world_size * config.sampling.batch_size)
+    most = -(-per_round // mesh.world_size)
+    check_memory(cache_size(config, spec, num_steps, mesh.ep_size), config.cache, most, mesh.device)
 
 
 def check_requests(requests: Sequence[Request], spec: ModelSpec) -> None:

@@ -1,7 +1,7 @@
 """What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moeca_dist.timing import Seconds
@@ -18,7 +18,10 @@ class FlopsReport:
 
 @dataclass(frozen=True)
 class BranchReport:
-    """Branches (token x routed expert) of all ranks and steps."""
+    """Branches (token x routed expert) of all ranks and steps.
+
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
+    """
 
     routed: int
     refreshed: int
@@ -26,6 +29,9 @@ class BranchReport:
     reused: int
     forecast: int
     reuse_ratio: float
+    full_step: int = 0
+    score: int = 0
+    forced: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,17 @@ class ExchangeReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``."""
+    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``.
+
+    ``modules``: tokens by module, see ``work.Work.modules``. ``remark``: what the policy has to say about the run, such
+    as a threshold that never fired.
+    """
 
     policy: str
     bytes_peak: int
     per_layer: tuple[dict[str, Any], ...] = ()
+    modules: dict[str, dict[str, int]] = field(default_factory=dict)
+    remark: str | None = None
 
 
 @dataclass(frozen=True)

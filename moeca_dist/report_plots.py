@@ -50,7 +50,9 @@ def refreshed_heatmap(report: Mapping[str, Any]) -> Figure:
     """MoE block x step: share of the routed branches that were computed. Full steps stand out as columns."""
     per_layer = report["cache"]["per_layer"]
     computed_LS = np.array([entry["refreshed_per_step"] for entry in per_layer], dtype=float)
-    routed_L = np.array([sum(entry[kind] for kind in ("full", "unmatched", "chosen", "served")) for entry in per_layer])
+    routed_L = np.array(
+        [sum(entry[kind] for kind in ("full", "unmatched", "score", "forced", "served")) for entry in per_layer]
+    )
     # Every step routes the same number of branches.
     share_LS = 100 * computed_LS * computed_LS.shape[1] / routed_L[:, None]
     figure = Figure(figsize=(10, 1.8 + 0.25 * len(per_layer)), layout="constrained")

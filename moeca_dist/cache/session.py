@@ -19,6 +19,7 @@ from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.storage import AS_COMPUTED, Storage
 from moeca_dist.cache.usage import UsageHistory
 from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
@@ -38,19 +39,20 @@ class Segment:
 class SegmentCache:
     """What one block keeps for one segment: ``branches`` in placement ``home``, ``home`` in placement ``owner``."""
 
-    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int) -> None:
+    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int, storage: Storage) -> None:
         self._order = policy.order
+        self._storage = storage
         self.modules: dict[str, RowCache] = {}
-        self.keys_values = KeyValueCache()
+        self.keys_values = KeyValueCache(storage)
         decay = policy.usage_decay
         self.usage = None if decay is None else UsageHistory(decay, num_experts)
         entries = num_experts_per_tok + policy.extra_entries
-        self.branches = BranchCache(entries, forecast=policy.order > 0)
-        self.home = HomeTable(entries, forecast=policy.order > 0)
+        self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
+        self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
-            self.modules[name] = RowCache(self._order)
+            self.modules[name] = RowCache(self._order, self._storage)
         return self.modules[name]
 
     @property
@@ -84,11 +86,6 @@ class BlockStep:
     followed: Followed
     owned: OwnedBlock | None = None
     timer: Timer = UNTIMED
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(step, block): where the statistics count."""
-        return self.step.index, self.block
 
     @property
     def all_full(self) -> bool:
@@ -159,6 +156,7 @@ class BlockStep:
                 if not segment.full:
                     window, mine = rows.within(segment.images)
                     cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
+                    self.statistics.rows[name] += mine.flat_N.shape[0]
         self.count(name, fresh_ND)
 
     def store_keys_values(self, images: slice, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
@@ -172,18 +170,14 @@ class BlockStep:
                 elif images == segment.images:
                     cache.keys_values.store(keys_BHTC, values_BHTC)
 
-    def refresh_keys_values(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
+    def refresh_keys_values(
+        self, segment: int, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep fresh keys and values of a segment's tokens; those of all its tokens [B, H, T, C], with these."""
         with self.timer.section("bookkeeping"):
-            for segment, cache in zip(self.segments, self.caches, strict=True):
-                if not segment.full:
-                    window, mine = rows.within(segment.images)
-                    cache.keys_values.store_rows(mine, keys_HNC[:, window], values_HNC[:, window])
-
-    def keys_values(self, segment: int) -> tuple[Tensor, Tensor]:
-        """[B, H, T, C] of one segment."""
-        kept = self.caches[segment].keys_values
-        assert kept.keys_BHTC is not None and kept.values_BHTC is not None, "the first step is a full step"
-        return kept.keys_BHTC, kept.values_BHTC
+            kept = self.caches[segment].keys_values
+            kept.store_rows(rows, keys_HNC, values_HNC)
+            return kept.read(rows, keys_HNC, values_HNC)
 
     def count(self, name: str, computed: Tensor) -> None:
         """Count the tokens of a module's output [..., D]."""
@@ -219,6 +213,7 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
+        storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
     ) -> None:
         self.policy = policy
@@ -230,18 +225,21 @@ class CacheSession:
             [request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64, device=device
         )
         self._blocks = [
-            tuple(SegmentCache(policy, num_experts, num_experts_per_tok) for _ in self._halves)
+            tuple(SegmentCache(policy, num_experts, num_experts_per_tok, storage) for _ in self._halves)
             for _ in range(num_blocks)
         ]
-        self.network = NetworkCache()
+        self.network = NetworkCache(storage)
         self._owned = [
             None
             if owner_ranks is None
-            else OwnedBlock(RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0))
+            else OwnedBlock(
+                RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0, storage=storage)
+            )
             for _ in range(num_blocks)
         ]
 
     def at(self, step: StepContext) -> "StepCache":
+        self.note_peak()
         segments = tuple(
             Segment(
                 half,
@@ -259,7 +257,7 @@ class CacheSession:
         return self._owned[index]
 
     def note_peak(self) -> None:
-        """Record how much the session holds; asked at its end, when everything is allocated."""
+        """Record how much the session holds; asked before every step and at its end."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)

@@ -104,13 +104,13 @@ class CachedBlock:
         """Fresh queries, keys and values of ``rows`` against the stored keys and values of all other tokens."""
         rotary = None if self.rotary is None else self.rotary.at(rows.position_N)
         q_HNC, k_HNC, v_HNC = (rows_1HNC[0] for rows_1HNC in self.attention.project(entering_ND[None], rotary))
-        self.cache.refresh_keys_values(rows, k_HNC, v_HNC)
         mixed = [entering_ND[:0]]
         for index, segment in enumerate(self.cache.segments):
             if segment.full:
                 continue
             window, mine = rows.within(segment.images)
-            keys_BHTC, values_BHTC = self.cache.keys_values(index)
+            fresh = k_HNC[:, window], v_HNC[:, window]
+            keys_BHTC, values_BHTC = self.cache.refresh_keys_values(index, mine, *fresh)
             # Image by image: the numbers of rows differ, and padding would be computed.
             counts = torch.bincount(mine.image_N, minlength=keys_BHTC.shape[0]).tolist()
             for image, q_1HNC in enumerate(q_HNC[None, :, window].split(counts, dim=2)):

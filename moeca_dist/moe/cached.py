@@ -14,6 +14,7 @@ from moeca_dist.cache.branches import Match
 from moeca_dist.cache.policy import LayerView
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
+from moeca_dist.cache.statistics import Reason
 from moeca_dist.types import Branches, Routing
 
 
@@ -39,11 +40,13 @@ class Part:
 class Decision:
     """``served_TD``: the weighted sum of the branches that are not refreshed, zero where all are.
 
-    None in placement ``owner``, where the sums are made beside the experts.
+    None in placement ``owner``, where the sums are made beside the experts. ``reason_TK`` holds a ``Reason`` for every
+    branch.
     """
 
     match: Match
     refresh_TK: Tensor
+    reason_TK: Tensor
     served_TD: Tensor | None
 
 
@@ -91,28 +94,26 @@ def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
     mine, kept = part.routing(routing), part.kept
     observe(part, mine)
     match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
-    refresh_TK = _choose(part, mine, match, cache)
+    refresh_TK, reason_TK = _choose(part, mine, match, cache)
     if cache.owned is not None:
-        return Decision(match, refresh_TK, None)
+        return Decision(match, refresh_TK, reason_TK, None)
     if part.segment.full:
-        return Decision(match, refresh_TK, kept.branches.nothing(mine.num_tokens))
+        return Decision(match, refresh_TK, reason_TK, kept.branches.nothing(mine.num_tokens))
     served_TD = kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
-    return Decision(match, refresh_TK, served_TD)
+    return Decision(match, refresh_TK, reason_TK, served_TD)
 
 
-def _choose(part: Part, mine: Routing, match: Match, cache: BlockStep) -> Tensor:
-    """[T, K]: which branches of a segment are refreshed; counted in the statistics."""
-    statistics = cache.statistics
+def _choose(part: Part, mine: Routing, match: Match, cache: BlockStep) -> tuple[Tensor, Tensor]:
+    """[T, K] twice: which branches of a segment are refreshed, and why each is or is not."""
+    found_TK = match.found_TK
     if part.segment.full:
-        statistics.full[cache.key] += mine.expert_ids_TK.numel()
-        return torch.ones_like(match.found_TK)
-    refresh_TK = cache.policy.plan(cache.step, _view(part, mine, match, cache)).refresh_TK
-    assert refresh_TK.shape == match.found_TK.shape
-    unmatched, refreshed = int((~match.found_TK).sum()), int(refresh_TK.sum())
-    statistics.unmatched[cache.key] += unmatched
-    statistics.chosen[cache.key] += refreshed - unmatched
-    statistics.served[cache.key] += match.found_TK.numel() - refreshed
-    return refresh_TK
+        return torch.ones_like(found_TK), torch.full_like(mine.expert_ids_TK, Reason.FULL)
+    plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
+    assert plan.refresh_TK.shape == found_TK.shape
+    reason_TK = torch.full_like(mine.expert_ids_TK, Reason.SERVED).masked_fill_(plan.refresh_TK, Reason.SCORE)
+    if plan.forced_TK is not None:
+        reason_TK.masked_fill_(plan.forced_TK, Reason.FORCED)
+    return plan.refresh_TK, reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
 
 
 def store_fresh(plan: LayerPlan, branches: Branches, fresh_ND: Tensor, cache: BlockStep) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
+from moeca_dist.cache.statistics import Reason
 from moeca_dist.moe.cached import LayerPlan, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
@@ -55,6 +56,9 @@ class MoELayer(nn.Module):
             # At home a full step needs no decisions; owners are told what to keep in every step.
             decided = cache.owned is not None or not cache.all_full
             decisions = [decide(part, routing, cache) for part in parts] if decided else []
+            reason = torch.cat([decision.reason_TK for decision in decisions]) if decided else Reason.FULL
+            statistics = cache.statistics
+            statistics.count_branches(cache.step, cache.block, routing.expert_ids_TK, reason, self.num_experts)
             return LayerPlan(routing, parts, decisions)
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
@@ -75,8 +79,6 @@ class MoELayer(nn.Module):
         """The choice of placement: branch values are kept beside the experts, or at home."""
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
-            refreshed_N = plan.routing.expert_ids_TK[torch.cat([decision.refresh_TK for decision in plan.decisions])]
-            cache.statistics.count_experts(cache.block, refreshed_N, self.num_experts)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
         return self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
 
@@ -111,8 +113,6 @@ class MoELayer(nn.Module):
             match = branches.match(mine.expert_ids_TK)
             gates_TK = cache.policy.reference_gates(mine)
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
-            cache.statistics.full[cache.key] += mine.expert_ids_TK.numel()
-        cache.statistics.count_experts(cache.block, routing.expert_ids_TK, self.num_experts)
 
     def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
@@ -122,7 +122,6 @@ class MoELayer(nn.Module):
             # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
             branch_N = refresh_TK.flatten().nonzero().squeeze(1)
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-            cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
         rows_ND, slot_N = self._compute(x_TD, branches)
         with cache.timer.section("bookkeeping"):
             fresh_ND = rows_ND.index_select(0, slot_N)

@@ -25,9 +25,9 @@ def routed_at_owners(
     arrived = pairs.dispatch(x_TD, asked, pool.capacities)
     with cache.timer.section("bookkeeping"):
         store.make_room(arrived.capacities, x_TD)
-        _refresh(arrived, store, experts, cache)
+        fresh = _refresh(arrived, store, experts, cache)
         places_R = store.places(arrived.home_R, arrived.row_R)
-        sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step)
+        sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step, fresh)
     rows_MD = pairs.combine(sums_SD, arrived)
     with cache.timer.section("bookkeeping"):
         fresh_TD = torch.zeros_like(x_TD).index_add_(0, arrived.plan.token_M, rows_MD)
@@ -54,8 +54,10 @@ def _ask(plan: LayerPlan, cache: BlockStep, pairs: PairExchange) -> Asked:
     return Asked(routing.expert_ids_TK, routing.gates_TK, refresh_TK, found_TK, torch.cat(rows))
 
 
-def _refresh(arrived: ArrivedPairs, store: OwnedBranches, experts: RoutedExperts, cache: BlockStep) -> None:
-    """Compute the refreshed branches, grouped by expert, and keep them."""
+def _refresh(
+    arrived: ArrivedPairs, store: OwnedBranches, experts: RoutedExperts, cache: BlockStep
+) -> tuple[Tensor, Tensor]:
+    """Compute the refreshed branches, grouped by expert, and keep them: which they are [N], and their values [N, D]."""
     # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
     branch_N = arrived.refresh_R.nonzero().squeeze(1)
     expert_N, order_N = arrived.local_expert_R[branch_N].sort(stable=True)
@@ -65,3 +67,4 @@ def _refresh(arrived: ArrivedPairs, store: OwnedBranches, experts: RoutedExperts
         fresh_ND = experts(rows_ND, torch.bincount(expert_N, minlength=experts.num_experts))
     places_N = store.places(arrived.home_R[branch_N], arrived.row_R[branch_N])
     store.store(places_N, arrived.found_R[branch_N], fresh_ND, cache.step.index)
+    return branch_N, fresh_ND
