@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -29,6 +28,7 @@ from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, choose_placement
+from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
@@ -36,9 +36,8 @@ from moeca_dist.report import CacheReport, ExchangeReport, Report
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.telemetry import Gpu, GpuRecord, GpuSampler, TelemetryUnavailableError, merge
-from moeca_dist.timing import Seconds, Section, SectionTimer, Timer
-from moeca_dist.tracing import TracedTimer, Tracer
+from moeca_dist.telemetry import GpuRecord, merge
+from moeca_dist.timing import Seconds, Section, Timer
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -46,16 +45,13 @@ from moeca_dist.work import Work
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
-TraceSink = Callable[[int, bytes], None]
 
 
 @dataclass
 class _Counters:
     """What one run did on this rank."""
 
-    seconds: SectionTimer
-    timer: Timer
-    """``seconds``, or what also marks its sections in a trace."""
+    observed: Observation
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
@@ -90,7 +86,7 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         self.placement = self._choose_placement()
-        self._gpu = self._open_gpu()
+        self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
     def from_config(
@@ -145,41 +141,24 @@ class Engine:
         """
         check_requests(requests, self.model.spec)
         self.check_memory(len(requests))
-        tracer = self._open_tracer(trace_sink)
-        sampler = None if self._gpu is None else GpuSampler(self._gpu, self.config.telemetry.period_s or 0.0)
-        seconds = SectionTimer(self.mesh.device)
-        counters = _Counters(seconds, seconds if tracer is None else TracedTimer(seconds))
-        with tracer or nullcontext(), sampler or nullcontext():
-            self._run_rounds(sink, requests, counters, progress, None if tracer is None else tracer.end_step)
-        if tracer is not None and trace_sink is not None:
-            self._deliver_trace(trace_sink, tracer.chrome_trace())
-        return self._report(len(requests), counters, None if sampler is None else sampler.record())
-
-    def _run_rounds(
-        self,
-        sink: Sink,
-        requests: Sequence[Request],
-        counters: _Counters,
-        progress: bool,
-        end_traced_step: Callable[[], None] | None,
-    ) -> None:
+        observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
+        counters = _Counters(observed)
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        self._forget_traffic(counters.timer)
-        with tqdm(
-            total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
-        ) as bar:
+        self._forget_traffic(observed.timer)
+        num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
+        with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
-                counters.seconds.end_step(step.index)
+                observed.end_step(step.index)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
-                if end_traced_step is not None:
-                    end_traced_step()
 
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
+        observed.deliver_trace()
+        return self._report(len(requests), counters)
 
     def check_memory(self, num_images: int) -> None:
         """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
@@ -208,25 +187,6 @@ class Engine:
     def _guided(self) -> bool:
         return self.config.sampling.cfg_scale != 1
 
-    def _open_gpu(self) -> Gpu | None:
-        """What telemetry watches; says why where there is nothing to watch, and everything else works."""
-        if self.config.telemetry.period_s is None:
-            return None
-        try:
-            return Gpu.open(self.mesh.device)
-        except TelemetryUnavailableError as error:
-            if self._is_first:
-                logger.warning("telemetry.period_s is set, but there is no GPU to watch: %s", error)
-            return None
-
-    def _open_tracer(self, trace_sink: TraceSink | None) -> Tracer | None:
-        steps = self.config.telemetry.trace
-        if steps is None:
-            return None
-        if trace_sink is None:
-            raise UserError("telemetry.trace has no place for its traces here: unset it, or pass trace_sink")
-        return Tracer(steps, self.mesh.device)
-
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
             return None
@@ -253,7 +213,7 @@ class Engine:
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
-            timer=counters.timer,
+            timer=counters.observed.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             storage=storage_of(self.config.cache.dtype),
@@ -261,9 +221,9 @@ class Engine:
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
         session = self._open_session(share, counters)
-        model = partial(self.model, timer=counters.timer)
+        model = partial(self.model, timer=counters.observed.timer)
         started = time.perf_counter()
-        with counters.timer.section("other"):
+        with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
                 exact(model) if session is None else cached(model, session),
                 share,
@@ -293,29 +253,19 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _deliver_trace(self, trace_sink: TraceSink, trace: bytes) -> None:
-        """Traces of all ranks to rank 0, which alone knows a place for them."""
-        if self.mesh.world is None:
-            trace_sink(0, trace)
-            return
-        sizes = self.mesh.world.gather_objects(len(trace))
-        block_N1 = torch.frombuffer(bytearray(trace), dtype=torch.uint8)[:, None]
-        for rank, part in enumerate(self.mesh.world.gather_to_first(block_N1, sizes) or ()):
-            trace_sink(rank, part.cpu().numpy().tobytes())
-
     def _forget_traffic(self, timer: Timer) -> None:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic(timer)
 
-    def _report(self, num_images: int, counters: _Counters, gpu: GpuRecord | None) -> Report:
+    def _report(self, num_images: int, counters: _Counters) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
         mine = _RankResult(
             counters.cache,
             counters.denoise_s,
-            counters.seconds.per_step(),
+            counters.observed.seconds.per_step(),
             group.traffic.bytes_sent if group else 0,
             int(group.traffic.bytes_exact) if group else 0,
-            gpu,
+            counters.observed.gpu_record(),
         )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()

@@ -191,14 +191,14 @@ def watch_on_rank(config: Config) -> tuple[list[str], Any]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("moeca_dist.engine").addHandler(handler)
+    logging.getLogger("moeca_dist.observation").addHandler(handler)
     kept = telemetry.pynvml, telemetry.device_uuid
     telemetry.pynvml, telemetry.device_uuid = FakeNvml(driver=launcher.rank == 1), lambda device: UUID  # type: ignore
     try:
         _, report = Engine.from_config(config, mesh=mesh).generate(requests(3))
     finally:
         telemetry.pynvml, telemetry.device_uuid = kept  # type: ignore[assignment]
-        logging.getLogger("moeca_dist.engine").removeHandler(handler)
+        logging.getLogger("moeca_dist.observation").removeHandler(handler)
     return said, report.telemetry
 
 
