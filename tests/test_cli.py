@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeca_dist import PeerLostError, UserError, cli
-from moeca_dist.cli import generate_main, main, parse_labels
+from moeca_dist import PeerLostError, UserError
+from moeca_dist.cli import generate_main, main
+from moeca_dist.cli.arguments import parse_labels
 from moeca_dist.config import load_config
 from tests.golden_files import load_golden
 from tests.ranks import free_port
@@ -41,7 +42,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher, and other ranks that do not wait for rank 0."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cli, "FIRST_RANK_LEAD_S", 0.0)
+    monkeypatch.setattr("moeca_dist.cli.outcomes.FIRST_RANK_LEAD_S", 0.0)
 
 
 def refuse(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2, run=main) -> str:
@@ -149,7 +150,7 @@ def test_outcomes_become_exit_codes(folder: Path, out: Path, capsys, monkeypatch
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "run_generate", fail)
+    monkeypatch.setattr("moeca_dist.cli.generate.run_generate", fail)
     assert generate_main(["--config", str(folder / "run.yaml"), "--out", str(out)]) == code
     printed = capsys.readouterr().err
     assert printed.endswith(shown) and ("Traceback" in printed) == (shown.startswith("Zero"))

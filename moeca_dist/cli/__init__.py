@@ -1,0 +1,30 @@
+"""The command line: parse, check, build, run, and turn every outcome into an exit code.
+
+Only the standard library and the configuration are imported when this package is: torch and deepspeed take seconds to
+import, and ``--help`` or a mistyped key must not wait for them.
+"""
+
+from collections.abc import Sequence
+
+from moeca_dist import __version__
+from moeca_dist.cli import convert, generate, report
+from moeca_dist.cli.arguments import Parser, dispatch
+from moeca_dist.cli.outcomes import exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The ``moeca`` console command; returns the exit code."""
+    parser = Parser(prog="moeca", description="Distributed inference for diffusion transformers with MoE.")
+    parser.add_argument("--version", action="version", version=f"moeca {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    generate.add_arguments(commands.add_parser("generate", help="generate images", description=generate.HELP))
+    convert.add_arguments(commands.add_parser("convert", help="rewrite a checkpoint", description=convert.HELP))
+    report.add_arguments(commands.add_parser("report", help="show what a run did", description=report.HELP))
+    return exit_code(lambda: dispatch(parser, argv))
+
+
+def generate_main(argv: Sequence[str] | None = None) -> int:
+    """``launch/generate.py``: the same as ``moeca generate``."""
+    parser = Parser(description=generate.HELP)
+    generate.add_arguments(parser)
+    return exit_code(lambda: dispatch(parser, argv))

@@ -1,0 +1,64 @@
+"""Parsing the command line: every mistake is a UserError of one line, raised before any work."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from moeca_dist.errors import UserError
+
+SEED_LIMIT = 2**32  # what sampling.noise can tell apart
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as UserError: one line, and only on rank 0. Options are never abbreviated."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def dispatch(parser: Parser, argv: Sequence[str] | None) -> None:
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = re.findall(r"--[a-z][a-z-]*", args.parser.format_usage())
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"see {args.parser.prog} --help"
+        raise UserError(f"unknown argument {unknown[0]}; {hint}")
+    args.command(args)
+
+
+def parse_labels(text: str) -> list[range]:
+    """``0-9`` or ``1,3,7-9`` as ranges in the order given; ranges, because what they hold is not yet checked."""
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, flags=re.ASCII)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of labels such as 0-9 or 1,3,7-9")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise argparse.ArgumentTypeError(f"{part.strip()} runs backwards; write {high}-{low}")
+        ranges.append(range(low, high + 1))
+    return ranges
+
+
+def at_least_one(text: str) -> int:
+    return _integer(text, 1, None)
+
+
+def seed(text: str) -> int:
+    return _integer(text, 0, SEED_LIMIT - 1)
+
+
+def _integer(text: str, low: int, high: int | None) -> int:
+    wanted = f"an integer in {low}..{high}" if high is not None else f"an integer of at least {low}"
+    if (
+        not re.fullmatch(r"[-+]?\d+", text, flags=re.ASCII)
+        or int(text) < low
+        or (high is not None and int(text) > high)
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return int(text)

@@ -1,0 +1,144 @@
+"""``moeca generate``: images on the ranks that a launcher started, or on one."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeca_dist.cli.arguments import Parser, at_least_one, parse_labels, seed
+from moeca_dist.config import Config, load_config, validate_world
+from moeca_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from moeca_dist.outputs import OutputFolder
+    from moeca_dist.parallel.mesh import Mesh
+    from moeca_dist.types import Request
+
+HELP = "Generate images. Under torchrun or the deepspeed launcher all ranks of the run do it together."
+DEFAULT_NUM_IMAGES = 100
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    parser.add_argument(
+        "--num-images", type=at_least_one, default=DEFAULT_NUM_IMAGES, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--labels", type=parse_labels, metavar="LIST", help="e.g. 0-9 or 1,3,7-9, used in turn; default: all classes"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    parser.add_argument(
+        "--compare-uncached", action="store_true", help="generate the same images without the cache too, and compare"
+    )
+    # The deepspeed launcher adds it to every command line; the environment it sets too says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_generate, parser=parser)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    validate_world(config, _launcher_number("WORLD_SIZE", 1))
+    if args.compare_uncached and config.cache.policy == "none":
+        raise UserError("--compare-uncached has no effect with cache.policy none: name a policy, or leave it away")
+    run_generate(config, args)
+
+
+def run_generate(config: Config, args: argparse.Namespace) -> None:
+    """Generate on all ranks and write the results on rank 0.
+
+    Raises UserError, on every rank alike and before weights are read, for what is wrong with checkpoint, labels or
+    output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
+    """
+    tell_deepspeed_the_device()
+    from moeca_dist.engine import check_cache_fits, check_config, join
+    from moeca_dist.parallel.agreement import agreed
+
+    mesh = join(config)
+    try:
+        highest = [labels[-1] for labels in args.labels or ()]
+        spec = agreed(mesh, lambda: check_config(config, highest))
+        agreed(mesh, lambda: check_cache_fits(config, spec, mesh, args.num_images))
+        folder = agreed(
+            mesh,
+            lambda: _open_folder(args) if mesh.rank == 0 else None,
+        )
+        try:
+            _generate_into(folder, config, mesh, args, args.labels or [range(spec.num_classes)])
+        except BaseException:
+            if folder is not None:
+                folder.abandon()
+            raise
+    except UserError:
+        mesh.close()
+        raise
+    # Not after other errors: a group that lost a rank could wait for it again.
+    mesh.close()
+
+
+def _generate_into(
+    folder: "OutputFolder | None", config: Config, mesh: "Mesh", args: argparse.Namespace, labels: Sequence[range]
+) -> None:
+    from moeca_dist.engine import Engine
+    from moeca_dist.types import Request
+    from moeca_dist.vae import HOW_TO_GET_PIXELS
+
+    classes = [label for part in labels for label in part]
+    requests = [Request(index, classes[index % len(classes)], args.seed) for index in range(args.num_images)]
+    engine = Engine.from_config(config, mesh=mesh)
+    uncached = None
+    if args.compare_uncached:
+        add = folder.add_uncached if folder else _drop
+        uncached = engine.without_cache().generate_into(add, requests, progress=True)
+    report = engine.generate_into(
+        folder.add if folder else _drop,
+        requests,
+        progress=True,
+        trace_sink=folder.add_trace if folder else _drop_trace,
+    )
+    if folder is None:
+        return
+    if uncached is not None:
+        report = report.compared_with(uncached, folder.quality())
+    folder.finish(engine.resolved_config, report)
+    print(report.summary())
+    if engine.produces_pixels:
+        print(f"\npictures: {folder.path / ('grid.png' if uncached is None else 'comparison.png')}")
+    else:
+        print(f"\nlatents: {folder.path / 'latents.npz'}; for pictures, {HOW_TO_GET_PIXELS}")
+
+
+def _open_folder(args: argparse.Namespace) -> "OutputFolder":
+    from moeca_dist.outputs import OutputFolder
+
+    return OutputFolder(args.out, args.num_images, overwrite=args.overwrite, compare=args.compare_uncached)
+
+
+def _drop(requests: Sequence["Request"], samples: "NDArray[np.generic]") -> None:
+    """Where samples go on ranks that write nothing."""
+
+
+def _drop_trace(rank: int, trace: bytes) -> None:
+    """Where traces go on ranks that write nothing."""
+
+
+def tell_deepspeed_the_device() -> None:
+    """Unless told, DeepSpeed detects the device when it is imported and warns on every rank where it is the CPU."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _launcher_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a number: start the ranks with torchrun")
+    return int(text)
