@@ -117,7 +117,10 @@ class Gpu:
 
 def device_uuid(device: torch.device) -> str | None:
     """NVML's name of a device; None for a CPU. Indices would not do: CUDA_VISIBLE_DEVICES renumbers torch's alone."""
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
 class GpuSampler(AbstractContextManager["GpuSampler"]):

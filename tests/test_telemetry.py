@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,11 +109,9 @@ def test_without_a_driver_or_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_devices_are_found_by_name_and_not_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        uuid = "12345678-abcd"
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert telemetry.device_uuid(torch.device("cuda", 1)) == UUID
+    for uuid in ("12345678-abcd", UUID):  # with or without the prefix that NVML wants
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid))
+        assert telemetry.device_uuid(torch.device("cuda", 1)) == UUID
     assert telemetry.device_uuid(DEVICE) is None
 
 
