@@ -106,7 +106,7 @@ same images from the same noise; its policies run in one launch, round by round 
 - **x uncached**: seconds of the uncached run of the same round over those of the row, median [lowest-highest].
 - **x one rank**: median seconds of one rank with the same policy over those of the row: below 1, expert parallelism
   does not pay. (Placement owner is compared with one rank of the same policy, which has no placement.)
-- **payload**: expert rows and headers that left their rank, all ranks together. **interface**: what all network
+- **payload**: expert rows and headers that left their rank, all ranks together. **interface**: what the nodes' network
   interfaces sent meanwhile, with headers, acknowledgements and row counts.
 - **link**: seconds that a rank's share of the payload takes at the measured rate: the least that the exchange can take.
 - **exchange + wait**: seconds in payload collectives, and in gathering row counts, where a rank waits for the slower
@@ -168,7 +168,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         probe = row["measured_link"]
         cells = [row["policy"], str(row["num_ranks"]), link_name(row), f"{probe['mbit']:.0f}" if probe else "-"]
         cells += [shown(row["denoise_s"]), shown(row["over_uncached"]), f"{row['over_one_rank']:.2f}"]
-        cells += [f"{scaled(row[name], 1024)}iB" for name in ("bytes_sent", "interface_bytes")]
+        cells += [f"{scaled(row[name], 1024)}iB" if row[name] else "-" for name in ("bytes_sent", "interface_bytes")]
         cells += [f"{row['collectives']} ({row['collectives_elided']})"]
         cells += ["-" if row["link_s"] is None else f"{row['link_s']:.2f}", travelling(row)]
         cells += [f"{row[name]:.1e}" for name in ("rel_l2_to_one_rank", "rel_l2_to_uncached")]

@@ -158,9 +158,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def interface_bytes() -> int:
-    """Bytes that this rank's network interface has sent, headers and acknowledgements among them; 0 where unknown."""
-    counter = STATISTICS / os.environ.get("GLOO_SOCKET_IFNAME", "") / "statistics" / "tx_bytes"
-    return int(counter.read_text()) if counter.is_file() else 0
+    """Bytes that this rank's own network interface has sent, headers and acknowledgements among them.
+
+    0 on loopback, which everybody on the machine shares.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    counter = STATISTICS / interface / "statistics" / "tx_bytes"
+    return int(counter.read_text()) if interface != "lo" and counter.is_file() else 0
 
 
 if __name__ == "__main__":
