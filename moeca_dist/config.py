@@ -158,6 +158,15 @@ class SamplingConfig(_Section):
     """Folder of a local sd-vae-ft-mse; without it latent models save latents."""
 
 
+class TelemetryConfig(_Section):
+    """What is recorded about a run besides its report; images are the same with and without."""
+
+    period_s: float | None = Field(None, ge=0.1, le=3600)
+    """Seconds between samples of each rank's GPU; None: no sampling. Reading a GPU takes some 40 ms."""
+    trace: int | None = Field(None, ge=1)
+    """Profile so many denoising steps at the beginning, into one trace per rank; None: none."""
+
+
 class Config(_Section):
     """Everything one run depends on, except the requests themselves."""
 
@@ -165,6 +174,7 @@ class Config(_Section):
     parallel: ParallelConfig = ParallelConfig()
     cache: CacheConfig = CacheConfig()
     sampling: SamplingConfig = SamplingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":

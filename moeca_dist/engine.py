@@ -22,13 +22,14 @@ from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.config import CacheConfig, Config, load_config, validate_world
+from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
+from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
@@ -38,7 +39,8 @@ from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemo
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.timing import Seconds, Section, SectionTimer
+from moeca_dist.telemetry import GpuRecord, merge
+from moeca_dist.timing import Seconds, Section
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -52,7 +54,7 @@ Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 class _Counters:
     """What one run did on this rank."""
 
-    timer: SectionTimer
+    observed: Observation
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
@@ -67,6 +69,7 @@ class _RankResult:
     seconds: dict[tuple[int, Section], float]
     bytes_sent: int
     bytes_exact: int
+    gpu: GpuRecord | None
 
 
 class Engine:
@@ -88,6 +91,7 @@ class Engine:
         check_exchange(config, self.policy)
         self.placement = self._choose_placement()
         self.calibration = self._read_calibration()
+        self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
     def from_config(
@@ -118,37 +122,46 @@ class Engine:
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
 
-    def generate(self, requests: Sequence[Request], *, progress: bool = False) -> tuple[NDArray[np.generic], Report]:
+    def generate(
+        self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> tuple[NDArray[np.generic], Report]:
         """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
         batches: list[NDArray[np.generic]] = []
-        report = self.generate_into(lambda _, batch: batches.append(batch), requests, progress=progress)
+        report = self.generate_into(
+            lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
+        )
         if batches:
             return np.concatenate(batches), report
         return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
 
-    def generate_into(self, sink: Sink, requests: Sequence[Request], *, progress: bool = False) -> Report:
+    def generate_into(
+        self, sink: Sink, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> Report:
         """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
 
+        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end.
+
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
-        model does not have, and PeerLostError if a rank dies or hangs.
+        model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
         self.check_memory(len(requests))
-        counters = self._start()
+        observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
+        counters = self._start(observed)
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        with tqdm(
-            total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
-        ) as bar:
+        num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
+        with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
-                counters.timer.end_step(step.index)
+                observed.end_step(step.index)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
+        observed.deliver_trace()
         return self._report(len(requests), counters)
 
     def check_memory(self, num_images: int) -> None:
@@ -160,9 +173,10 @@ class Engine:
             agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
 
     def without_cache(self) -> "Engine":
-        """The exact path over the same network and ranks: the reference for this engine's images."""
+        """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
         parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
-        config = self.config.model_copy(update={"cache": CacheConfig(), "parallel": parallel})
+        changes = {"cache": CacheConfig(), "parallel": parallel, "telemetry": TelemetryConfig()}
+        config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
@@ -176,8 +190,8 @@ class Engine:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
-        counters = self._start()
-        return self._denoise(share, counters, lambda step: counters.timer.end_step(step.index), combine)
+        observed = Observation(TelemetryConfig(), None, self.mesh, None)
+        return self._denoise(share, self._start(observed), lambda step: observed.end_step(step.index), combine)
 
     def combine(self) -> Corrected | None:
         """What takes the place of guidance in one batch, where a calibration is configured."""
@@ -197,6 +211,8 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
+        if self._gpu is not None:
+            self._gpu.close()
         self.mesh.close()
 
     @property
@@ -252,7 +268,7 @@ class Engine:
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
-            timer=counters.timer,
+            timer=counters.observed.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self._planned,
@@ -271,9 +287,9 @@ class Engine:
         combine: Combine | None,
     ) -> Tensor:
         session = self._open_session(share, counters, combine)
-        model = partial(self.model, timer=counters.timer)
+        model = partial(self.model, timer=counters.observed.timer)
         started = time.perf_counter()
-        with counters.timer.section("other"):
+        with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
                 exact(model) if session is None else cached(model, session),
                 share,
@@ -304,20 +320,20 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _start(self) -> _Counters:
-        counters = _Counters(SectionTimer(self.mesh.device))
+    def _start(self, observed: Observation) -> _Counters:
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic(counters.timer)
-        return counters
+            self.mesh.expert_group.reset_traffic(observed.timer)
+        return _Counters(observed)
 
     def _report(self, num_images: int, counters: _Counters) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
         mine = _RankResult(
             counters.cache,
             counters.denoise_s,
-            counters.timer.per_step(),
+            counters.observed.seconds.per_step(),
             group.traffic.bytes_sent if group else 0,
             int(group.traffic.bytes_exact) if group else 0,
+            counters.observed.gpu_record(),
         )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
@@ -353,6 +369,7 @@ class Engine:
                 self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
             ),
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
+            telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
         )
 
 

@@ -98,7 +98,12 @@ def _generate_into(
     if args.compare_uncached:
         add = folder.add_uncached if folder else _drop
         uncached = engine.without_cache().generate_into(add, requests, progress=True)
-    report = engine.generate_into(folder.add if folder else _drop, requests, progress=True)
+    report = engine.generate_into(
+        folder.add if folder else _drop,
+        requests,
+        progress=True,
+        trace_sink=folder.add_trace if folder else _drop_trace,
+    )
     if folder is None:
         return
     if uncached is not None:
@@ -119,6 +124,10 @@ def _open_folder(args: argparse.Namespace) -> "OutputFolder":
 
 def _drop(requests: Sequence["Request"], samples: "NDArray[np.generic]") -> None:
     """Where samples go on ranks that write nothing."""
+
+
+def _drop_trace(rank: int, trace: bytes) -> None:
+    """Where traces go on ranks that write nothing."""
 
 
 def tell_deepspeed_the_device() -> None:
