@@ -28,7 +28,7 @@ from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.report import CacheReport, ExchangeReport, Report
+from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
@@ -127,7 +127,7 @@ class Engine:
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
-        return self._report(len(requests), counters)
+        return self._report(requests, counters)
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks: the reference for this engine's images."""
@@ -211,7 +211,8 @@ class Engine:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic()
 
-    def _report(self, num_images: int, counters: _Counters) -> Report:
+    def _report(self, requests: Sequence[Request], counters: _Counters) -> Report:
+        num_images = len(requests)
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
         mine = (counters, group.traffic.bytes_sent if group else 0, int(group.traffic.bytes_exact) if group else 0)
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
@@ -244,6 +245,7 @@ class Engine:
                 bytes_per_step=work.bytes_per_step(),
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
+            requests=describe_requests(requests),
         )
 
 
