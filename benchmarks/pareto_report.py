@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moeca_dist.demo.data import real_digits
 from moeca_dist.demo.judge import Judge, features
-from moeca_dist.evaluation.distribution import Moments, frechet_distance
+from moeca_dist.evaluation.distribution import Gaussian, frechet_distance
 from moeca_dist.quality import psnr_db
 
 Record = dict[str, Any]
@@ -31,7 +31,7 @@ MARKERS = "osD^*vPX<>hd"
 
 def summarise(found: Sequence[Record], cases: Sequence[Any], sent: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row per configuration, by FLOPs ratio: each figure's mean (wall clock: median) and spread over the seeds."""
-    judge, real = Judge.train(), Moments.of(features(real_digits()))
+    judge, real = Judge.train(), Gaussian.fit(features(real_digits()))
     rows = []
     for case in cases:
         mine = [record for record in found if record["name"] == case.name]
@@ -59,7 +59,7 @@ def summarise(found: Sequence[Record], cases: Sequence[Any], sent: Mapping[str, 
 QUALITY = ("psnr_db", "pooled_psnr_db", "ssim", "rel_l2", "accuracy", "frechet")
 
 
-def seed_figures(found: Sequence[Record], seed: int, judge: Judge, real: Moments) -> dict[str, float]:
+def seed_figures(found: Sequence[Record], seed: int, judge: Judge, real: Gaussian) -> dict[str, float]:
     mine = sorted((record for record in found if record["seed"] == seed), key=lambda record: record["batch"])
     error_N = torch.tensor([value for record in mine for value in record["squared_error"]], dtype=torch.float64)
     energy = sum(sum(record["energy"]) for record in mine)
@@ -73,7 +73,7 @@ def seed_figures(found: Sequence[Record], seed: int, judge: Judge, real: Moments
         "ssim": mean(value for record in mine for value in record["ssim"]),
         "rel_l2": math.sqrt(float(error_N.sum()) / energy),
         "accuracy": judge.accuracy(images_NHWC, np.arange(len(images_NHWC)) % 10),
-        "frechet": frechet_distance(Moments.of(features(images_NHWC)), real),
+        "frechet": frechet_distance(Gaussian.fit(features(images_NHWC)), real),
     }
 
 

@@ -2,7 +2,8 @@
 
 Everything reads features chunk by chunk; precision and recall compare all pairs, block by block.
 
-Shape suffixes: N samples of the first set, M of the second, F features, K classes, B a block of samples.
+Shape suffixes: N samples of the first set, M of the second, F features, K classes, B a block of
+samples, R rows of a factor.
 """
 
 from collections.abc import Iterator
@@ -23,27 +24,40 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Mean [F] and unbiased covariance [F, F] of features, float64."""
+class Gaussian:
+    """Fitted to features: its mean [F], and a factor [R, F] whose product with itself is the covariance, float64.
+
+    With fewer samples than features the factor is the centred samples themselves, R = N, and nothing of size F x F is
+    needed.
+    """
 
     mean_F: NDArray[np.float64]
-    covariance_FF: NDArray[np.float64]
+    factor_RF: NDArray[np.float64]
 
     @classmethod
-    def of(cls, features_NF: Array, times_N: NDArray[np.integer] | None = None) -> "Moments":
-        """Of features [N, F] with N >= 2, each counted ``times_N`` times (once unless given)."""
-        count = len(features_NF) if times_N is None else int(times_N.sum())
+    def fit(cls, features_NF: Array, times_N: NDArray[np.integer] | None = None) -> "Gaussian":
+        """To features [N, F], each counted ``times_N`` times (once unless given); ValueError for fewer than two.
+
+        The covariance is the unbiased one.
+        """
+        times_N = np.ones(len(features_NF), dtype=np.int64) if times_N is None else times_N
+        count = int(times_N.sum())
         if count < 2:
             raise ValueError(f"a covariance takes at least two samples, not {count}")
         # Taken from a point inside the data, so that the sums of squares do not cancel.
         origin_F = features_NF[0].astype(np.float64)
-        sum_F, square_FF = np.zeros(len(origin_F)), np.zeros((len(origin_F),) * 2)
-        for chunk, x_BF in _chunks(features_NF, origin_F):
-            weighted_BF = x_BF if times_N is None else x_BF * times_N[chunk, None]
-            sum_F += weighted_BF.sum(0)
-            square_FF += weighted_BF.T @ x_BF
-        mean_F = sum_F / count
-        return cls(mean_F + origin_F, (square_FF - count * np.outer(mean_F, mean_F)) / (count - 1))
+        sum_F = sum(times_N[chunk] @ x_BF for chunk, x_BF in _chunks(features_NF, origin_F))
+        mean_F = sum_F / count + origin_F
+        if len(features_NF) <= features_NF.shape[1]:
+            centred_NF = features_NF.astype(np.float64) - mean_F
+            return cls(mean_F, centred_NF * np.sqrt(times_N / (count - 1))[:, None])
+        square_FF = sum((x_BF * times_N[chunk, None]).T @ x_BF for chunk, x_BF in _chunks(features_NF, mean_F))
+        return cls.from_covariance(mean_F, square_FF / (count - 1))
+
+    @classmethod
+    def from_covariance(cls, mean_F: NDArray[np.float64], covariance_FF: NDArray[np.float64]) -> "Gaussian":
+        values_F, vectors_FF = scipy.linalg.eigh(covariance_FF)
+        return cls(mean_F, np.sqrt(values_F.clip(min=0))[:, None] * vectors_FF.T)
 
 
 def _chunks(features_NF: Array, origin_F: NDArray[np.float64]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
@@ -52,21 +66,16 @@ def _chunks(features_NF: Array, origin_F: NDArray[np.float64]) -> Iterator[tuple
         yield chunk, features_NF[chunk].astype(np.float64) - origin_F
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Squared Frechet distance of two Gaussians: FID and sFID (Heusel et al. 2017, section 2).
 
-    The trace of (AB)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which unlike the eigenvalues of AB are
-    exact to rounding where the covariances are singular, as with fewer samples than features.
+    The trace of (AB)^(1/2) for A = R'R and B = S'S is the sum of the singular values of RS', which unlike the
+    eigenvalues of AB are exact to rounding where the covariances are singular.
     """
     apart_F = first.mean_F - second.mean_F
-    cross_F = scipy.linalg.svdvals(_root(first.covariance_FF) @ _root(second.covariance_FF))
-    traces = np.trace(first.covariance_FF) + np.trace(second.covariance_FF)
-    return max(0.0, float(apart_F @ apart_F + traces - 2 * cross_F.sum()))
-
-
-def _root(covariance_FF: NDArray[np.float64]) -> NDArray[np.float64]:
-    values_F, vectors_FF = scipy.linalg.eigh(covariance_FF)
-    return np.asarray((vectors_FF * np.sqrt(values_F.clip(min=0))) @ vectors_FF.T)
+    cross_R = scipy.linalg.svdvals(first.factor_RF @ second.factor_RF.T)
+    traces = np.square(first.factor_RF).sum() + np.square(second.factor_RF).sum()
+    return max(0.0, float(apart_F @ apart_F + traces - 2 * cross_R.sum()))
 
 
 def inception_score(

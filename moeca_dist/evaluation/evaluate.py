@@ -14,7 +14,7 @@ from tqdm import tqdm
 from moeca_dist.errors import UserError
 from moeca_dist.evaluation import intervals
 from moeca_dist.evaluation.distribution import (
-    Moments,
+    Gaussian,
     frechet_distance,
     inception_score,
     inside,
@@ -161,7 +161,7 @@ def _distribution_figures(plan: Plan, files: dict[Pass, tuple[FeatureFile, ...]]
 
 def _frechet(plan: Plan, by_layer: dict[tuple[Pass, str], FeatureFile], progress: bool) -> dict[str, Figure]:
     """The distances of pooled and spatial features; their resamples are the long part, and share the processes."""
-    sides: dict[str, tuple[FeatureFile, FeatureFile | Moments]] = {
+    sides: dict[str, tuple[FeatureFile, FeatureFile | Gaussian]] = {
         metric: (by_layer["out", _LAYERS[metric][0]], _reference(plan, metric, by_layer))
         for metric in ("frechet", "sfid")
         if metric in plan.metrics
@@ -180,20 +180,20 @@ def _frechet(plan: Plan, by_layer: dict[tuple[Pass, str], FeatureFile], progress
     }
 
 
-def _frechet_value(plan: Plan, out: FeatureFile, reference: FeatureFile | Moments) -> float:
-    moments = Moments.of(out.read())
-    exact = reference if isinstance(reference, Moments) else Moments.of(reference.read())
-    if len(exact.mean_F) != len(moments.mean_F):
+def _frechet_value(plan: Plan, out: FeatureFile, reference: FeatureFile | Gaussian) -> float:
+    fitted = Gaussian.fit(out.read())
+    exact = reference if isinstance(reference, Gaussian) else Gaussian.fit(reference.read())
+    if len(exact.mean_F) != len(fitted.mean_F):
         raise UserError(
             f"{plan.reference.path} keeps statistics of {len(exact.mean_F)} features, {plan.settings.features} has "
-            f"{len(moments.mean_F)}: they are of another network"
+            f"{len(fitted.mean_F)}: they are of another network"
         )
-    return frechet_distance(moments, exact)
+    return frechet_distance(fitted, exact)
 
 
-def _reference(plan: Plan, metric: str, by_layer: dict[tuple[Pass, str], FeatureFile]) -> FeatureFile | Moments:
+def _reference(plan: Plan, metric: str, by_layer: dict[tuple[Pass, str], FeatureFile]) -> FeatureFile | Gaussian:
     if plan.from_statistics(metric):
-        return Moments(*read_statistics(plan.reference, *STATISTICS[metric]))
+        return Gaussian.from_covariance(*read_statistics(plan.reference, *STATISTICS[metric]))
     return by_layer["reference", _LAYERS[metric][0]]
 
 

@@ -160,8 +160,12 @@ def _load_weights(path: str, device: str) -> Inception:
         )
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError(f"{path} holds weights, for which torch-fidelity is needed: {HOW_TO_INSTALL}") from None
+    except (ImportError, RuntimeError) as error:
+        # RuntimeError: a torchvision, which torch-fidelity imports, that was built for another torch.
+        raise UserError(
+            f"{path} holds weights, for which torch-fidelity is needed ({error}): {HOW_TO_INSTALL}, with the "
+            "torchvision that belongs to the installed torch"
+        ) from None
     try:
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moeca_dist.evaluation.distribution import Moments, frechet_distance
+from moeca_dist.evaluation.distribution import Gaussian, frechet_distance
 from moeca_dist.evaluation.features import open_network
 from moeca_dist.evaluation.images import ImageSet
 from moeca_dist.evaluation.intervals import draws
@@ -136,20 +136,20 @@ def paired_values(
 class FrechetResamples:
     """Frechet distances between resamples of two sets; called in every process with its (metric, resample) pairs.
 
-    ``sides``: the features of OUT and REF for each metric. A reference that is given as moments stays as it is. Pairs
-    are drawn together.
+    ``sides``: the features of OUT and REF for each metric. A reference that is given as a Gaussian stays as it is.
+    Pairs are drawn together.
     """
 
-    sides: Mapping[str, tuple[FeatureFile, FeatureFile | Moments]]
+    sides: Mapping[str, tuple[FeatureFile, FeatureFile | Gaussian]]
     paired: bool
     seed: int
 
     def __call__(self, share: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, float]]:
         for metric, resample in share:
             out, reference = self.sides[metric]
-            exact = reference if isinstance(reference, Moments) else self._drawn(reference, resample, not self.paired)
+            exact = reference if isinstance(reference, Gaussian) else self._drawn(reference, resample, not self.paired)
             yield metric, resample, frechet_distance(self._drawn(out, resample, False), exact)
 
-    def _drawn(self, features: FeatureFile, resample: int, apart: bool) -> Moments:
+    def _drawn(self, features: FeatureFile, resample: int, apart: bool) -> Gaussian:
         features_NF = features.read()
-        return Moments.of(features_NF, draws(len(features_NF), resample, self.seed, int(apart)))
+        return Gaussian.fit(features_NF, draws(len(features_NF), resample, self.seed, int(apart)))

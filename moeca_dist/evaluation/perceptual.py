@@ -33,8 +33,12 @@ class Perceptual:
         weights = _read(path)
         try:
             from lpips import LPIPS
-        except ImportError:
-            raise UserError(f"--lpips needs the lpips package: {HOW_TO_INSTALL}") from None
+        except (ImportError, RuntimeError) as error:
+            # RuntimeError: a torchvision, which lpips imports, that was built for another torch.
+            raise UserError(
+                f"--lpips needs the lpips package ({error}): {HOW_TO_INSTALL}, with the torchvision that belongs to "
+                "the installed torch"
+            ) from None
         self.name = _which(path, weights)
         self._device = device
         # Without its own download: a random network, filled from the file.
