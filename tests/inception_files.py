@@ -33,8 +33,9 @@ class Small(nn.Module):
         self.layers = nn.Sequential()
         self.layers.add_module("conv", nn.Conv2d(3, 8, 19, stride=17, padding=2))
         self.layers.add_module("mixed_6", Mixed(8))
-        self.layers.add_module("mixed_7", nn.Conv2d(16, 2048, 1))
+        # Pooled before it is widened: the other way round takes more memory than any image.
         self.layers.add_module("pool2", nn.AdaptiveAvgPool2d(1))
+        self.layers.add_module("mixed_7", nn.Conv2d(16, 2048, 1))
         self.output = nn.Linear(2048, NUM_CLASSES)
 
     def forward(

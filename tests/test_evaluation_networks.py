@@ -85,7 +85,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "but not the Inception network" in refusal(write_script(tmp_path / "linear.pt", nn.Linear(3, 3)))
     bare = Small()
     del bare.layers.mixed_6
-    bare.layers.add_module("other", nn.Conv2d(2048, 2048, 1))
+    bare.layers.mixed_7 = nn.Conv2d(8, 2048, 1)
     assert "has no layer mixed_6" in refusal(write_script(tmp_path / "bare.pt", bare))
     flipped = refusal(write_script(tmp_path / "flipped.pt", Small(flipped=True)))
     assert "layers in a row give other features" in flipped

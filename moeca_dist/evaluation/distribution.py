@@ -51,7 +51,9 @@ class Gaussian:
         if len(features_NF) <= features_NF.shape[1]:
             centred_NF = features_NF.astype(np.float64) - mean_F
             return cls(mean_F, centred_NF * np.sqrt(times_N / (count - 1))[:, None])
-        square_FF = sum((x_BF * times_N[chunk, None]).T @ x_BF for chunk, x_BF in _chunks(features_NF, mean_F))
+        square_FF = np.zeros((len(mean_F),) * 2)
+        for chunk, x_BF in _chunks(features_NF, mean_F):
+            square_FF += (x_BF * times_N[chunk, None]).T @ x_BF
         return cls.from_covariance(mean_F, square_FF / (count - 1))
 
     @classmethod

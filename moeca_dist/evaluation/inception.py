@@ -103,7 +103,7 @@ class _Script(Inception):
             raise RuntimeError("its layers in a row give other features than the script as a whole")
 
     def _forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = (tensorflow_resize(images_NCHW.float()) - 128) / 128
+        x = tensorflow_resize(images_NCHW.float()).sub_(128).div_(128)
         spatial = None
         for name, layer in self._layers.items():
             if name == "mixed_6":
@@ -121,9 +121,9 @@ def tensorflow_resize(images_NCHW: Tensor) -> Tensor:
     # affine_grid puts pixel centres half a pixel in on either side; this moves them to the corner.
     theta[0, 2] = 1 / width - 1 / INPUT_SIDE
     theta[1, 2] = 1 / height - 1 / INPUT_SIDE
-    size = [len(images_NCHW), images_NCHW.shape[1], INPUT_SIDE, INPUT_SIDE]
-    grid = F.affine_grid(theta.expand(len(images_NCHW), 2, 3), size, align_corners=False)
-    return F.grid_sample(images_NCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    grid_NHW2 = F.affine_grid(theta[None], [1, 1, INPUT_SIDE, INPUT_SIDE], align_corners=False)
+    grid_NHW2 = grid_NHW2.expand(len(images_NCHW), -1, -1, -1)
+    return F.grid_sample(images_NCHW, grid_NHW2, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 # ---- torch-fidelity's weights ----------------------------------------------------------------------------------------

@@ -36,18 +36,20 @@ def percentile_interval(
     num_images = len(values[0])
     if num_images < 2 or not resamples:
         return None
-    result = bootstrap(
-        values,
-        statistic,
-        n_resamples=resamples,
-        # Indices of a batch of resamples are held at once.
-        batch=max(1, _BATCH_VALUES // num_images),
-        vectorized=True,
-        paired=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    # A figure may be infinite, which scipy would warn of.
+    with np.errstate(invalid="ignore"):
+        result = bootstrap(
+            values,
+            statistic,
+            n_resamples=resamples,
+            # Indices of a batch of resamples are held at once.
+            batch=max(1, _BATCH_VALUES // num_images),
+            vectorized=True,
+            paired=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
     return Interval(float(result.low), float(result.high))
 
 

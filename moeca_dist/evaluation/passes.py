@@ -21,7 +21,7 @@ from moeca_dist.quality import squared_error, ssim, unit_images
 
 Pass = Literal["paired", "out", "reference"]
 # Values (bytes of uint8 images) that are read at once, and those that float64 metrics work on at once.
-_READ_VALUES, _MOST_IMAGES = 2**23, 64
+_READ_VALUES, _MOST_IMAGES = 2**22, 32
 _PAIRED_VALUES = 2**18
 
 
