@@ -106,7 +106,9 @@ def test_both_layouts_of_the_same_weights_agree(network: tuple[Any, Path], tmp_p
 @pytest.mark.parametrize("side", [16, 256, 299, 512])
 def test_the_resize_is_that_of_torch_fidelity(side: int) -> None:
     images_NCHW = torch.from_numpy(images(1, side)).permute(0, 3, 1, 2).float()
-    theirs = torch_fidelity_inception.interpolate_bilinear_2d_like_tensorflow1x(images_NCHW, (299, 299), False)
+    theirs = torch_fidelity_inception.interpolate_bilinear_2d_like_tensorflow1x(
+        images_NCHW, size=(299, 299), align_corners=False
+    )
     assert torch.allclose(tensorflow_resize(images_NCHW), theirs, atol=0.02)
 
 
@@ -139,9 +141,8 @@ def write_weights(folder: Path, net: str) -> tuple[Path, nn.Module]:
 def test_lpips_is_that_of_the_paper(tmp_path: Path, net: str) -> None:
     """Equation 1: squared differences of unit-normalised features, weighted per channel, averaged over positions."""
     path, layers = write_weights(tmp_path, net)
-    calibration = torch.load(
-        Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", map_location="cpu", weights_only=True
-    )
+    weights = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    calibration = torch.load(weights, map_location="cpu", weights_only=True)
     x, y = (torch.from_numpy(images(2, 64, seed=seed)).permute(0, 3, 1, 2).double() / 255 for seed in (0, 1))
     y[1] = x[1]
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)

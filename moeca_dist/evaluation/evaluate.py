@@ -44,7 +44,7 @@ Values = dict[str, NDArray[np.float64]]
 def evaluate(settings: Settings, *, progress: bool = False) -> Evaluation:
     """All figures that ``settings`` ask for. They do not depend on the number of workers.
 
-    Images are read a few at a time; features wait in temporary files (4 bytes per value: 16 KB per image and set with
+    Images are read a few at a time; features wait in temporary files (4 bytes per value: 20 KB per image and set with
     the Inception network). Raises UserError, before images are read, for what cannot be measured as asked.
     """
     plan = make_plan(settings)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_dist.errors import UserError
 from moeca_dist.evaluation.inception import HOW_TO_INSTALL
 
-SMALLEST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 19}  # below, a pooling layer has nothing left to pool
+SMALLEST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}  # below, a pooling layer has nothing left to pool
 
 # A parameter that tells each network from its relatives.
 _TELLING = {
