@@ -42,7 +42,7 @@ class Small(nn.Module):
         self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
     ) -> Tensor:
         batch_size, channels, height, width = img.shape
-        theta = torch.eye(2, 3)
+        theta = torch.eye(2, 3, device=img.device)
         theta[0, 2] += theta[0, 0] / width - theta[0, 0] / 299
         theta[1, 2] += theta[1, 1] / height - theta[1, 1] / 299
         size = [batch_size, channels, 299, 299]

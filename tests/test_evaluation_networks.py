@@ -108,3 +108,13 @@ def test_the_digit_network_reads_nothing_else() -> None:
     assert open_network("digits", "cpu", real_digits().shape[1:]).widths["pooled"] == 64
     with pytest.raises(UserError, match="reads images of 16 x 16 x 1, not 32 x 32 x 3: give an Inception file"):
         open_network("digits", "cpu", (32, 32, 3))
+
+
+@pytest.mark.gpu
+def test_features_of_the_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
+    path = str(write_script(tmp_path / "inception.pt"))
+    images_NHWC = photographs(5)
+    expected = load_inception(path, "cpu").features(images_NHWC)
+    for name, values in load_inception(path, "cuda").features(images_NHWC).items():
+        # Convolutions may run in TF32 there.
+        assert np.linalg.norm(values - expected[name]) <= 5e-3 * np.linalg.norm(expected[name]), name
