@@ -29,7 +29,7 @@ from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.report import CacheReport, ExchangeReport, Report
+from moeca_dist.report import CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.sampling.calibration import Calibration, FittedFor, read_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
@@ -135,15 +135,21 @@ class Engine:
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks: the reference for this engine's images."""
-        return Engine(self.config.model_copy(update={"cache": CacheConfig()}), self.mesh, self.model, self.decoder)
+        return self.with_cache(CacheConfig())
 
-    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
-        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+    def with_cache(self, cache: CacheConfig) -> "Engine":
+        """Another cache over the same network and ranks."""
+        return Engine(self.config.model_copy(update={"cache": cache}), self.mesh, self.model, self.decoder)
 
-        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
-        call it together, those without images with an empty share.
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """This rank's part of one batch as the solver leaves it, and its work.
+
+        float32 [B, C, H, W] on the model's device. ``combine`` takes the place of guidance and of a configured
+        calibration. A collective of the world: all ranks call it together, those without images with an empty share.
         """
-        return self._denoise(share, _Counters(), lambda _: None, combine)
+        counters = _Counters()
+        samples_BCHW = self._denoise(share, counters, lambda _: None, combine)
+        return samples_BCHW, self._work(len(share), counters.cache).flops()
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
@@ -262,14 +268,17 @@ class Engine:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic()
 
+    def _work(self, num_images: int, statistics: CacheStatistics) -> Work:
+        return Work(self.model.spec, num_images * len(self._halves) * self.num_steps, self.policy, statistics)
+
     def _report(self, num_images: int, counters: _Counters) -> Report:
-        spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
+        mesh, group = self.mesh, self.mesh.expert_group
         mine = (counters, group.traffic.bytes_sent if group else 0, int(group.traffic.bytes_exact) if group else 0)
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
         for theirs, *_ in ranks:
             statistics.merge(theirs.cache)
-        work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
+        work = self._work(num_images, statistics)
         wall_s = time.perf_counter() - counters.started
         remark = None if self.policy is None else self.policy.remark(statistics)
         if remark is not None and self._is_first:

@@ -49,6 +49,10 @@ def at_least_one(text: str) -> int:
     return _integer(text, 1, None)
 
 
+def at_least_zero(text: str) -> int:
+    return _integer(text, 0, None)
+
+
 def seed(text: str) -> int:
     return _integer(text, 0, SEED_LIMIT - 1)
 

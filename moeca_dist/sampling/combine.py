@@ -1,9 +1,9 @@
 """From the halves' outputs to what the solver gets: guidance, with or without calibrated corrections.
 
 Where a cache serves some steps, every output that the solver gets is off by a little, and the state drifts from the
-exact one. Two things are known by then that plain guidance does not use: the outputs of the last full steps, from which the
-network's path can be told better than from its extrapolation alone, and, at a full step, by how much the steps served
-since the last one were wrong. The correction is linear in them,
+exact one. Two things are known by then that plain guidance does not use: the outputs of the last full steps, from which
+the network's path can be told better than from its extrapolation alone, and, at a full step, by how much the steps
+served since the last one were wrong. The correction is linear in them,
 
     output = guided + sum_k w[step, k] * term_k,
 
