@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from moeca_dist.errors import UserError
 from moeca_dist.tuning.candidate import ORDERS, Candidate, PolicyName, Trial
 from moeca_dist.tuning.laboratory import Laboratory
-from moeca_dist.tuning.schedules import even, num_full
+from moeca_dist.tuning.schedules import Schedule, even, num_full
 from moeca_dist.tuning.target import Target
 
 # Shares of the evaluations that are full, from the coarsest to the most faithful: the first look, and the table.
@@ -66,12 +66,12 @@ class Chooser:
             if until(trial):
                 break
             tried = {other.schedule for other in self.lab.trials}
-            schedule = self.lab.neighbour(trial.candidate.schedule, tried, number)
-            if schedule is not None:
-                trial = self._better(trial, schedule)
+            moved = self.lab.neighbour(trial.candidate.schedule, tried, number)
+            if moved is not None:
+                trial = self._better(trial, moved)
         return trial
 
-    def _better(self, trial: Trial, schedule: tuple[tuple[int, ...], ...]) -> Trial:
+    def _better(self, trial: Trial, schedule: Schedule) -> Trial:
         other = self.lab.trial(Candidate(trial.candidate.policy, trial.candidate.order, schedule))
         allowed = self.target.kind == "psnr" or self.target.met(other)
         return other if allowed and self.target.worth(other) > self.target.worth(trial) else trial

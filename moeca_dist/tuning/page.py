@@ -1,4 +1,4 @@
-"""What a tuning run says for people: what was chosen and why, with every figure beside the images it was measured on."""
+"""What a tuning run says for people: what was chosen and why, each figure beside the images it was measured on."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,9 +43,9 @@ def _choice(tuned: Tuned) -> str:
     ]
     return (
         f"Policy `{candidate.policy}` with a forecast of order {candidate.order}, "
-        f"{num_full(candidate.schedule)} of {num_steps * len(halves)} evaluations full ({where}), with calibrated output "
-        f"weights. Schedules with {tuned.num_searches} numbers of full steps were searched by proxy on recorded exact outputs, and "
-        f"{len(tuned.trials)} candidates run for real; of those that meet the target this one is "
+        f"{num_full(candidate.schedule)} of {num_steps * len(halves)} evaluations full ({where}), with "
+        f"calibrated output weights. Schedules with {tuned.num_searches} numbers of full steps were searched by proxy on "
+        f"recorded exact outputs, and {len(tuned.trials)} candidates run for real; of those that meet the target this one is "
         f"{'the fastest' if tuned.settings.target.kind == 'psnr' else 'the closest to the exact images'}. "
         f"The best of each policy at {chosen.speedup:.2f}x or more: {'; '.join(at_equal)}."
     )
@@ -74,8 +74,8 @@ def _figures(tuned: Tuned) -> str:
         share = tuned.held_out.share_above(tuned.settings.target.value)
         text += f"\n\n{share:.1%} of the held-out images have {tuned.settings.target.value:g} dB or more."
     return text + (
-        "\n\nThe 95% are a one-sided tolerance bound with 90% confidence for normally distributed values: it lies below "
-        "what 95% of so few images exceed."
+        "\n\nThe 95% are a one-sided tolerance bound with 90% confidence for normally distributed values: it lies "
+        "below what 95% of so few images exceed."
     )
 
 

@@ -25,8 +25,8 @@ class Profile:
     """Recorded tensors as float64 coordinates in an orthonormal basis over all ranks' images and pixels.
 
     ``halves_HNR`` and ``states_NR`` are what each half gave and where the solver stood in each step of the exact run.
-    ``share_BRR``: the basis restricted to single images, so that ``d @ share_BRR[b] @ d`` is the squared norm in image b
-    of what has coordinates d. ``values_per_image``: P.
+    ``share_BRR``: the basis restricted to single images, so that ``d @ share_BRR[b] @ d`` is the squared norm in image
+    b of what has coordinates d. ``values_per_image``: P.
     """
 
     halves_HNR: Tensor

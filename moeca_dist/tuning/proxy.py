@@ -94,7 +94,7 @@ def _last_full(full_SHN: Tensor, count: int) -> Tensor:
 
 
 def _polynomial(last_SNA: Tensor, order: int) -> Tensor:
-    """Lagrange weights [S, N, A] of the polynomial through the last ``order + 1`` full steps, of as many as there are."""
+    """Lagrange weights [S, N, A] of the polynomial through the last ``order + 1`` full steps, or as many as exist."""
     used_SNA = (last_SNA >= 0) & (torch.arange(last_SNA.shape[-1]) <= order)
     now_N1 = torch.arange(last_SNA.shape[1])[:, None]
     weights_SNA = used_SNA.double()

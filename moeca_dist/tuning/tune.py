@@ -21,7 +21,7 @@ from moeca_dist.types import Request
 
 @dataclass(frozen=True)
 class Settings:
-    """``seed``: of the images to fit on; the next two are those of the images to check the choice and to report it on."""
+    """``seed``: of the images to fit on; the next two are of the images to check the choice and to report it on."""
 
     target: Target
     num_images: int
