@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -137,6 +137,18 @@ class SamplingConfig(_Section):
     """Folder of a local sd-vae-ft-mse; without it latent models save latents."""
 
 
+QualityName = Literal["draft", "balanced", "faithful"]
+QUALITY_NAMES: tuple[QualityName, ...] = get_args(QualityName)
+
+
+class QualityConfig(_Section):
+    """Tuned files (``moeca tune``) for this network; `--quality` and `--target-psnr` take the cache of one of them."""
+
+    draft: _PathField | None = None
+    balanced: _PathField | None = None
+    faithful: _PathField | None = None
+
+
 class Config(_Section):
     """Everything one run depends on, except the requests themselves."""
 
@@ -144,6 +156,7 @@ class Config(_Section):
     parallel: ParallelConfig = ParallelConfig()
     cache: CacheConfig = CacheConfig()
     sampling: SamplingConfig = SamplingConfig()
+    quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":

@@ -61,8 +61,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, model: DiffusionTransformer, decoder: LatentDecoder | None = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: DiffusionTransformer,
+        decoder: LatentDecoder | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
+        """``calibration``: of this cache and network, where there is no file of it."""
         self.config = config
         self.mesh = mesh
         self.model = model
@@ -70,7 +76,7 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         self.placement = self._choose_placement()
-        self.calibration = self._read_calibration()
+        self.calibration = calibration or self._read_calibration()
 
     @classmethod
     def from_config(
@@ -137,9 +143,10 @@ class Engine:
         """The exact path over the same network and ranks: the reference for this engine's images."""
         return self.with_cache(CacheConfig())
 
-    def with_cache(self, cache: CacheConfig) -> "Engine":
-        """Another cache over the same network and ranks."""
-        return Engine(self.config.model_copy(update={"cache": cache}), self.mesh, self.model, self.decoder)
+    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
+        """Another cache over the same network and ranks, corrected by ``calibration`` or what the section names."""
+        config = self.config.model_copy(update={"cache": cache})
+        return Engine(config, self.mesh, self.model, self.decoder, calibration)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
         """This rank's part of one batch as the solver leaves it, and its work.

@@ -1,11 +1,10 @@
 """``moeca tune``: choose a cache for a target."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeca_dist.cli.arguments import Parser, at_least_one, at_least_zero, seed
+from moeca_dist.cli.arguments import Parser, at_least_two, at_least_zero, decibels, ratio, seed
 from moeca_dist.cli.generate import launcher_number, tell_deepspeed_the_device
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
@@ -50,31 +49,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier files")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_tune, parser=parser)
-
-
-def decibels(text: str) -> float:
-    return _number(text, 0, "a number of decibels above 0")
-
-
-def ratio(text: str) -> float:
-    return _number(text, 1, "a ratio above 1")
-
-
-def at_least_two(text: str) -> int:
-    number = at_least_one(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("one image has no spread: give at least 2")
-    return number
-
-
-def _number(text: str, above: float, wanted: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not above < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return number
 
 
 def _tune(args: argparse.Namespace) -> None:

@@ -70,17 +70,22 @@ def read_calibration(path: Path, wanted: FittedFor) -> Calibration:
 
     Raises UserError for a file that is missing, no calibration, damaged, or fitted for something else.
     """
+    calibration = parse_calibration(path)
+    difference = calibration.fitted_for.difference(wanted)
+    if difference is not None:
+        raise UserError(f"cache.calibration {path} was fitted for {difference}: fit it anew with moeca calibrate")
+    return calibration
+
+
+def parse_calibration(path: Path) -> Calibration:
+    """Read a calibration whatever it was fitted for. Raises UserError unless it is a whole one."""
     try:
         tree = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cache.calibration {path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"cache.calibration {path} is not JSON: write it with moeca calibrate") from None
-    calibration = _parsed(tree, path)
-    difference = calibration.fitted_for.difference(wanted)
-    if difference is not None:
-        raise UserError(f"cache.calibration {path} was fitted for {difference}: fit it anew with moeca calibrate")
-    return calibration
+    return _parsed(tree, path)
 
 
 def _parsed(tree: Any, path: Path) -> Calibration:

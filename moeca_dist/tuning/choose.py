@@ -50,18 +50,17 @@ class Chooser:
         """The best of all policies and orders at the FLOPs of the first policy with ``total`` full steps."""
         reference = self._first(total)
         least = min(self.target.value, reference.speedup) if self.target.kind == "speedup" else reference.speedup
-        trials = [reference]
+        best = [reference]
         for policy, orders in ORDERS:
-            for order in orders:
-                # Rounding apart: equal FLOPs are not fewer.
-                trials += self._at_speedup(policy, order, total, least * (1 - 1e-9))
-        return max(trials, key=self.target.worth)
+            # Rounding apart: equal FLOPs are not fewer.
+            trials = [trial for order in orders for trial in self._at_speedup(policy, order, total, least * (1 - 1e-9))]
+            if trials:
+                best.append(self._with_other_schedules(max(trials, key=self.target.worth)))
+        return max(best, key=self.target.worth)
 
     def refined(self, trial: Trial, until: Callable[[Trial], bool] = lambda trial: False) -> Trial:
         """Other schedules by proxy, then moves of single full steps; each run for real, kept where it helps."""
-        candidate = trial.candidate
-        for schedule in self.lab.schedules(num_full(candidate.schedule)):
-            trial = self._better(trial, schedule)
+        trial = self._with_other_schedules(trial)
         for number in range(self.refinements):
             if until(trial):
                 break
@@ -69,6 +68,11 @@ class Chooser:
             moved = self.lab.neighbour(trial.candidate.schedule, tried, number)
             if moved is not None:
                 trial = self._better(trial, moved)
+        return trial
+
+    def _with_other_schedules(self, trial: Trial) -> Trial:
+        for schedule in self.lab.schedules(num_full(trial.candidate.schedule)):
+            trial = self._better(trial, schedule)
         return trial
 
     def _better(self, trial: Trial, schedule: Schedule) -> Trial:

@@ -44,8 +44,9 @@ def _choice(tuned: Tuned) -> str:
     return (
         f"Policy `{candidate.policy}` with a forecast of order {candidate.order}, "
         f"{num_full(candidate.schedule)} of {num_steps * len(halves)} evaluations full ({where}), with "
-        f"calibrated output weights. Schedules with {tuned.num_searches} numbers of full steps were searched by proxy on "
-        f"recorded exact outputs, and {len(tuned.trials)} candidates run for real; of those that meet the target this one is "
+        f"calibrated output weights. Schedules with {tuned.num_searches} numbers of full steps were searched by proxy "
+        f"on recorded exact outputs, and {len(tuned.trials)} candidates run for real; of those that meet the target "
+        "this one is "
         f"{'the fastest' if tuned.settings.target.kind == 'psnr' else 'the closest to the exact images'}. "
         f"The best of each policy at {chosen.speedup:.2f}x or more: {'; '.join(at_equal)}."
     )

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from moeca_dist.quality import psnr_db
-from moeca_dist.sampling.combine import DEFAULT_HISTORY
+from moeca_dist.sampling.combine import DEFAULT_HISTORY, num_terms
 from moeca_dist.sampling.fit import RIDGE
 from moeca_dist.sampling.sampler import Gains
 from moeca_dist.tuning.profile import Profile
 from moeca_dist.tuning.schedules import Schedule, as_mask
 
-# Schedules scored at a time: enough to fill the small matrix products, few enough for a processor's cache.
-CHUNK = 64
+# Schedules scored at a time: enough to fill the small matrix products, as far as 128 MiB hold their terms.
+CHUNK, CHUNK_VALUES = 64, 2**24
 
 
 class Proxy:
@@ -37,8 +37,11 @@ class Proxy:
 
     def psnr_db(self, schedules: Sequence[Schedule]) -> Tensor:
         """float64 [S, B]: each image's PSNR for a range of two, as that of samples in [-1, 1]."""
-        parts = [schedules[start : start + CHUNK] for start in range(0, len(schedules), CHUNK)]
-        return torch.cat([self._chunk(as_mask(part, self.profile.num_steps)) for part in parts])
+        profile = self.profile
+        terms = num_terms(profile.num_halves, DEFAULT_HISTORY) * profile.states_NR.numel()
+        chunk = max(1, min(CHUNK, CHUNK_VALUES // terms))
+        parts = [schedules[start : start + chunk] for start in range(0, len(schedules), chunk)]
+        return torch.cat([self._chunk(as_mask(part, profile.num_steps)) for part in parts])
 
     def mean_db(self, schedules: Sequence[Schedule]) -> list[float]:
         return self.psnr_db(schedules).mean(1).tolist()
