@@ -54,10 +54,11 @@ def with_wish(config: Config, args: argparse.Namespace) -> tuple[Config, Wish]:
     files: dict[QualityName, Path] = {
         name: path for name in QUALITY_NAMES if (path := getattr(config.quality, name)) is not None
     }
+    path = None
     if args.quality is not None:
         path = files.get(args.quality)
-    else:
-        path = _fastest(files, args.target_psnr) if files else None
+    elif files:
+        path = _fastest(files, args.target_psnr)
     if path is not None:
         config = config.model_copy(update={"cache": load_config(path).cache})
     return config, Wish(args.quality, args.target_psnr, automatic=path is None)

@@ -1,7 +1,7 @@
 """A cache for a network that nobody has tuned: placed and calibrated on a few images of its own before the first batch.
 
-The images are not those of the requests: results must not depend on what is generated together. They are few, so nothing
-is taken on trust: other images decide whether weights and cache are used at all.
+The images are not those of the requests: results must not depend on what is generated together. They are few, so
+nothing is taken on trust: other images decide whether the weights are used at all.
 """
 
 import logging
@@ -29,8 +29,8 @@ STEPS = (0.12, 0.16, 0.22, 0.28, 0.35, 0.45, 0.6)
 def automatic(engine: Engine, quality: QualityName | None, target_psnr_db: float | None) -> Engine:
     """``engine`` with a placed and calibrated network forecast. A collective of the world.
 
-    Its own cache section is replaced. Without ``quality``: the fastest that gives ``target_psnr_db`` to 95% of the check
-    images, the exact path if none does. Raises UserError for a target in decibels on latents.
+    Its own cache section is replaced. Without ``quality``: the fastest that gives ``target_psnr_db`` to 95% of all
+    images by those of the check, the exact path if none does. Raises UserError for a target in decibels on latents.
     """
     if engine.model.spec.is_latent and target_psnr_db is not None:
         raise UserError("--target-psnr needs images, and this model generates latents: give --quality")
@@ -42,7 +42,7 @@ def automatic(engine: Engine, quality: QualityName | None, target_psnr_db: float
         if target_psnr_db is None or figures.bound_db >= target_psnr_db:
             _say(
                 engine,
-                f"calibrated on {NUM_IMAGES} images: {figures.speedup:.2f}x fewer FLOPs, {figures.mean_db:.1f} dB",
+                f"calibrated cache: {figures.speedup:.2f}x fewer FLOPs, {figures.mean_db:.1f} dB on average",
             )
             return chosen
     _say(engine, f"no cache gives {target_psnr_db:g} dB to 95% of the images: everything is computed")

@@ -99,4 +99,5 @@ def tolerance_bound(values: tuple[float, ...]) -> float:
     if count < 2:
         return float("-inf")
     root = count**0.5
-    return fmean(values) - nct.ppf(CONFIDENCE, count - 1, norm.ppf(COVERED) * root) / root * stdev(values)
+    factor = float(nct.ppf(CONFIDENCE, count - 1, norm.ppf(COVERED) * root)) / root
+    return fmean(values) - factor * stdev(values)

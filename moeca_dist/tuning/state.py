@@ -17,23 +17,20 @@ class StateFile:
         Raises UserError where it belongs to other settings or cannot be written.
         """
         self.path = path
-        self.records: list[dict[str, Any]] = []
         header = json.dumps({"run": run}, sort_keys=True)
         try:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            # The line that was being written when the run was killed has no end.
-            whole = [line for line in lines if line.endswith("\n")]
-            if whole and whole[0].strip() != header:
-                raise UserError(
-                    f"{path} belongs to a run with other settings: go on with those, or remove it to start anew"
-                )
-            self.records = [json.loads(line) for line in whole[1:]]
             self._file: TextIO = path.open("a")
-            self._file.truncate(sum(len(line.encode()) for line in whole))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-        except ValueError:
-            raise UserError(f"{path} is damaged: remove it to start anew") from None
+        # The line that was being written when the run was killed has no end.
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole and whole[0].strip() != header:
+            raise UserError(
+                f"{path} belongs to a run with other settings: go on with those, or remove it to start anew"
+            )
+        self.records = _parsed(whole[1:], path)
+        self._file.truncate(sum(len(line.encode()) for line in whole))
         if not whole:
             self._write(header)
 
@@ -51,3 +48,10 @@ class StateFile:
         self._file.write(line + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _parsed(lines: list[str], path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it to start anew") from None
