@@ -33,7 +33,7 @@ from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
+from moeca_dist.report import CacheReport, ExchangeReport, FlopsReport, Report, describe_requests
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
@@ -80,8 +80,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, model: DiffusionTransformer, decoder: LatentDecoder | None = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: DiffusionTransformer,
+        decoder: LatentDecoder | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
+        """``calibration``: of this cache and network, where there is no file of it."""
         self.config = config
         self.mesh = mesh
         self.model = model
@@ -90,7 +96,7 @@ class Engine:
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         check_exchange(config, self.policy)
         self.placement = self._choose_placement()
-        self.calibration = self._read_calibration()
+        self.calibration = calibration or self._read_calibration()
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -179,19 +185,26 @@ class Engine:
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
-    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
-        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
+        """Another cache over the same network and ranks, corrected by ``calibration`` or what the section names."""
+        config = self.config.model_copy(update={"cache": cache})
+        return Engine(config, self.mesh, self.model, self.decoder, calibration)
 
-        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
-        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
-        would exceed ``cache.memory_limit``.
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """This rank's part of one batch as the solver leaves it, and its work.
+
+        float32 [B, C, H, W] on the model's device. ``combine`` takes the place of guidance and of a configured
+        calibration. A collective of the world: all ranks call it together, those without images with an empty share.
+        Raises UserError, on all of them, where the cache would exceed ``cache.memory_limit``.
         """
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
         observed = Observation(TelemetryConfig(), None, self.mesh, None)
-        return self._denoise(share, self._start(observed), lambda step: observed.end_step(step.index), combine)
+        counters = self._start(observed)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
+        return samples_BCHW, self._work(len(share), counters.cache).flops()
 
     def combine(self) -> Corrected | None:
         """What takes the place of guidance in one batch, where a calibration is configured."""
@@ -203,7 +216,7 @@ class Engine:
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
-        options = self.config.cache.model_dump(mode="json", exclude_none=True)
+        options = self.config.cache.model_dump(mode="json", exclude_defaults=True)
         cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
         if self.policy is not None:
             cache["full_steps"] = {half: self._full_steps(half) for half in self._halves}
@@ -325,9 +338,12 @@ class Engine:
             self.mesh.expert_group.reset_traffic(observed.timer)
         return _Counters(observed)
 
+    def _work(self, num_images: int, statistics: CacheStatistics) -> Work:
+        return Work(self.model.spec, num_images * len(self._halves) * self.num_steps, self.policy, statistics)
+
     def _report(self, requests: Sequence[Request], counters: _Counters) -> Report:
         num_images = len(requests)
-        spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
+        mesh, group = self.mesh, self.mesh.expert_group
         mine = _RankResult(
             counters.cache,
             counters.denoise_s,
@@ -340,7 +356,7 @@ class Engine:
         statistics = CacheStatistics()
         for theirs in ranks:
             statistics.merge(theirs.cache)
-        work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
+        work = self._work(num_images, statistics)
         wall_s = time.perf_counter() - counters.started
         remark = None if self.policy is None else self.policy.remark(statistics)
         if remark is not None and self._is_first:
