@@ -92,7 +92,7 @@ def _tune_and_write(config: Config, mesh: "Mesh", files: "TunedFiles", args: arg
         tuned = tune(engine, settings, state, progress=mesh.rank == 0)
         if state is None:
             return
-        files.write(tuned, engine.resolved_config)
+        files.write(tuned, config)
         state.remove()
     finally:
         if state is not None:
