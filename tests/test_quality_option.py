@@ -33,6 +33,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("moeca_dist.tuning.laboratory.GENERATIONS", 1)
+    monkeypatch.setattr("moeca_dist.tuning.choose.LADDER", (0.3,))
 
 
 def generate(config: str, out: Path, *options: str) -> dict:

@@ -18,8 +18,7 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.quality import psnr_db
 from moeca_dist.sampling.combine import DEFAULT_HISTORY, OutputMemory
 from moeca_dist.sampling.fit import Fitted
-from moeca_dist.tuning.candidate import Candidate, Trial, tolerance_bound
-from moeca_dist.tuning.choose import Chooser
+from moeca_dist.tuning.candidate import Candidate, tolerance_bound
 from moeca_dist.tuning.laboratory import Laboratory
 from moeca_dist.tuning.profile import make_profile
 from moeca_dist.tuning.proxy import Proxy
@@ -194,7 +193,14 @@ def test_tolerance_bound() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer questions of each kind."""
     monkeypatch.setattr("moeca_dist.tuning.laboratory.GENERATIONS", 2)
+    monkeypatch.setattr("moeca_dist.tuning.choose.LADDER", (0.2, 0.5))
+
+
+@pytest.fixture
+def one_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeca_dist.tuning.choose.ORDERS", (("network_forecast", (0, 1)),))
 
 
 def settings(value: float = 2.0, kind: Any = "speedup", refinements: int = 2) -> Settings:
@@ -224,53 +230,55 @@ def test_tuning_under_two_ranks_is_that_of_one(models, two_ranks, quick) -> None
 
 
 def tune_on_rank(model: dict[str, Any]) -> Any:
+    import moeca_dist.tuning.choose as choose
     import moeca_dist.tuning.laboratory as laboratory
 
-    laboratory.GENERATIONS = 2  # this process is a rank of the pool: nothing else tunes in it
+    # This process is a rank of the pool: nothing else tunes in it.
+    laboratory.GENERATIONS, choose.LADDER = 2, (0.2, 0.5)
     tuned = tune(make_engine(model), settings())
     return tuned, tuned.calibration.to_json()
 
 
-def test_an_interrupted_run_goes_on_where_it_was(
-    models, quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("runs_before", [3, 10])
+def test_an_interrupted_run_goes_on_where_it_was(models, quick, one_policy, tmp_path: Path, runs_before: int) -> None:
     engine, path = make_engine(models["dsmoe_e8"]), tmp_path / "tuned.state"
-    whole = tune(engine, settings())
-    identity = run_identity(engine, settings())
-    state = StateFile(path, identity)
-    runs = count_runs(monkeypatch)
-    with monkeypatch.context() as patched:
-        patched.setattr(Chooser, "refined", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            tune(engine, settings(), state)
+    whole = tune(engine, settings(refinements=6))
+    state = Interrupting(path, run_identity(engine, settings()), runs_before)
+    with pytest.raises(KeyboardInterrupt):
+        tune(engine, settings(refinements=6), state)
     state.close()
-    before = len(runs)
     with path.open("a") as file:
         file.write('{"trial": {"candid')  # killed while writing
-    resumed = StateFile(path, identity)
-    assert tune(engine, settings(), resumed) == whole
-    again = len(runs) - before
-    runs.clear()
-    tune(engine, settings())
-    assert again <= len(runs) - before + 1
+    resumed = StateFile(path, run_identity(engine, settings()))
+    found = len(resumed.records)
+    assert found >= runs_before
+    assert tune(engine, settings(refinements=6), resumed) == whole
+    lines = path.read_text().splitlines()[1:]
+    assert len(lines) == len(set(lines)) > found  # nothing is asked twice
     resumed.remove()
     assert not path.exists()
 
 
-def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[CacheConfig]:
-    runs: list[CacheConfig] = []
-    original = Laboratory.fitted
+class Interrupting(StateFile):
+    """Ctrl-C after some records."""
 
-    def fitted(lab: Laboratory, cache: CacheConfig) -> Any:
-        runs.append(cache)
-        return original(lab, cache)
+    def __init__(self, path: Path, run: dict[str, Any], records: int) -> None:
+        self.left = records
+        super().__init__(path, run)
 
-    monkeypatch.setattr(Laboratory, "fitted", fitted)
-    return runs
+    def add(self, record: dict[str, Any]) -> None:
+        super().add(record)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
 
 
-def interrupt(*args: Any, **kwargs: Any) -> Trial:
-    raise KeyboardInterrupt
+def test_another_target_goes_on_with_what_is_known(models, quick, one_policy, tmp_path: Path) -> None:
+    engine, path = make_engine(models["dsmoe_e8"]), tmp_path / "tuned.state"
+    state = StateFile(path, run_identity(engine, settings()))
+    tune(engine, settings(2.0), state)
+    assert tune(engine, settings(1.5), state) == tune(engine, settings(1.5))
+    state.remove()
 
 
 def test_state_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -283,7 +291,7 @@ def test_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         StateFile(path, {"seed": 2})
 
 
-def test_unreachable_targets_name_the_best_reached(models, quick) -> None:
+def test_unreachable_targets_name_the_best_reached(models, quick, one_policy) -> None:
     engine = make_engine(models["dsmoe_e8"])
     with pytest.raises(
         UserError, match=r"no cache reaches 1000x fewer FLOPs: the best found has .* dB .* at .*x fewer"
@@ -293,13 +301,13 @@ def test_unreachable_targets_name_the_best_reached(models, quick) -> None:
         tune(engine, settings(40.0, "psnr"))
 
 
-def test_a_config_without_halves(models, quick) -> None:
+def test_a_config_without_halves(models, quick, one_policy) -> None:
     tuned = tune(make_engine(models["dsmoe_e8"], cfg_scale=1.0), settings(refinements=1))
     assert isinstance(tuned.chosen.candidate.cache().full_steps, list)
     assert len(tuned.chosen.candidate.schedule) == 1
 
 
-def test_its_own_cache_is_compared(models, quick) -> None:
+def test_its_own_cache_is_compared(models, quick, one_policy) -> None:
     engine = make_engine(models["dsmoe_e8"])
     halves = HalvesConfig(conditional=[0, 4], unconditional=[0, 5])
     own = engine.with_cache(CacheConfig(policy="taylorseer", full_steps=halves))

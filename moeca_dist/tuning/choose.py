@@ -21,6 +21,8 @@ class Chooser:
         self.lab = lab
         self.target = target
         self.refinements = refinements
+        # Not the laboratory's own: it may know more, from a run that went further before it was interrupted.
+        self.trials: dict[Candidate, Trial] = {}
 
     def ladder(self) -> list[Trial]:
         """One trial for each rung: the range of what can be had."""
@@ -30,7 +32,9 @@ class Chooser:
         """The best trial that meets the target. Raises UserError, naming the best reached, where none does."""
         total = self._for_speedup() if self.target.kind == "speedup" else self._for_psnr()
         best = self.refined(self.across_policies(total))
-        while self.target.kind == "psnr" and num_full(best.candidate.schedule) > self.lab.num_halves:
+        if self.target.kind == "speedup":
+            return max((trial for trial in self.trials.values() if self.target.met(trial)), key=self.target.worth)
+        while num_full(best.candidate.schedule) > self.lab.num_halves:
             # A step fewer may do once its schedule is refined too.
             fewer = self._with_total(best.candidate, num_full(best.candidate.schedule) - 1)
             fewer = self.refined(fewer, until=self.target.met)
@@ -64,7 +68,7 @@ class Chooser:
         for number in range(self.refinements):
             if until(trial):
                 break
-            tried = {other.schedule for other in self.lab.trials}
+            tried = {other.schedule for other in self.trials}
             moved = self.lab.neighbour(trial.candidate.schedule, tried, number)
             if moved is not None:
                 trial = self._better(trial, moved)
@@ -76,22 +80,26 @@ class Chooser:
         return trial
 
     def _better(self, trial: Trial, schedule: Schedule) -> Trial:
-        other = self.lab.trial(Candidate(trial.candidate.policy, trial.candidate.order, schedule))
+        other = self._trial(Candidate(trial.candidate.policy, trial.candidate.order, schedule))
         allowed = self.target.kind == "psnr" or self.target.met(other)
         return other if allowed and self.target.worth(other) > self.target.worth(trial) else trial
 
+    def _trial(self, candidate: Candidate) -> Trial:
+        self.trials[candidate] = self.lab.trial(candidate)
+        return self.trials[candidate]
+
     def _first(self, total: int) -> Trial:
-        return self.lab.trial(Candidate(FIRST_POLICY, FIRST_ORDER, self.lab.schedules(total)[0]))
+        return self._trial(Candidate(FIRST_POLICY, FIRST_ORDER, self.lab.schedules(total)[0]))
 
     def _with_total(self, like: Candidate, total: int) -> Trial:
-        return self.lab.trial(Candidate(like.policy, like.order, self.lab.schedules(total)[0]))
+        return self._trial(Candidate(like.policy, like.order, self.lab.schedules(total)[0]))
 
     def _at_speedup(self, policy: PolicyName, order: int, total: int, speedup: float) -> Iterator[Trial]:
         """The policy with as many full steps as ``speedup`` allows, at most ``total``; nothing where none is enough."""
         for fewer in range(total, self.lab.num_halves - 1, -1):
             if self._predicted(policy, order, fewer) < speedup:
                 continue
-            trial = self.lab.trial(Candidate(policy, order, self.lab.schedules(fewer)[0]))
+            trial = self._trial(Candidate(policy, order, self.lab.schedules(fewer)[0]))
             if trial.speedup >= speedup:
                 yield trial
                 return
@@ -131,7 +139,7 @@ class Chooser:
         return (max(self.lab.num_halves, round(share * evaluations)) for share in LADDER)
 
     def _refuse(self) -> None:
-        raise self._unreachable(max(self.lab.trials.values(), key=self.target.reached))
+        raise self._unreachable(max(self.trials.values(), key=self.target.reached))
 
     def _unreachable(self, best: Trial) -> UserError:
         return UserError(

@@ -66,6 +66,12 @@ class TunedFiles:
         chosen, held_out, target = tuned.chosen, tuned.held_out, tuned.settings.target
         cache = chosen.candidate.cache().model_copy(update={"calibration": Path(self.calibration.name)})
         sections = _stated(config.model_copy(update={"cache": cache}))
+        # What the weights were fitted for, whatever the defaults will be.
+        fitted_for = tuned.calibration.fitted_for
+        sections["sampling"] = sections.get("sampling", {}) | {
+            "num_steps": fitted_for.num_steps,
+            "cfg_scale": fitted_for.cfg_scale,
+        }
         folder = self.config.parent.resolve()
         for section, key in (("model", "checkpoint"), ("sampling", "vae")):
             if path := sections.get(section, {}).get(key):

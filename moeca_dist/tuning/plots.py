@@ -24,7 +24,7 @@ def plot(tuned: Tuned, path: Path) -> None:
     chosen = tuned.chosen
     above.scatter([chosen.speedup], [chosen.mean_db], s=120, marker="*", color="black", label="chosen")
     above.scatter([chosen.speedup], [tuned.held_out.mean_db], s=60, marker="x", color="black", label="held out")
-    above.set(xlabel="times fewer FLOPs", ylabel="closeness to the exact images, dB", xscale="log")
+    above.set(xlabel="times fewer FLOPs", ylabel="closeness to the exact images, dB")
     above.legend()
     for row, steps in enumerate(chosen.candidate.schedule):
         below.scatter(steps, [row] * len(steps), s=30, marker="|")

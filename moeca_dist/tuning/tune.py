@@ -97,7 +97,7 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     )
     schedule = chosen.candidate.schedule
     predicted = Figures(chosen.speedup, tuple(lab.proxy.psnr_db([schedule])[0].tolist()))
-    trials = tuple(lab.trials.values())
+    trials = tuple(chooser.trials.values())
     return Tuned(settings, chosen, predicted, figures, checked, comparisons, trials, calibration, len(lab.searches))
 
 
