@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moeca_dist.cache.policies import POLICIES, build_policy
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
-from moeca_dist.config import CacheConfig
+from moeca_dist.config import QUALITY_NAMES, CacheConfig, load_config
 from moeca_dist.errors import UserError
 
+TUNED = Path(__file__).parents[1] / "configs" / "tuned"
 # Full steps of 50, for runs of 50 steps.
 DEFAULT_STEPS = tuple(scaled_steps(50))  # those of moeca_forecast, for the others too
 FOURTEEN = [0, 1, 3, 6, 11, 15, 19, 23, 27, 31, 35, 39, 43, 48]
@@ -49,7 +51,26 @@ def calibrated(case: Case) -> Case:
     return replace(case, series=f"{case.series}, calibrated", calibrated=True)
 
 
+def tuned(quality: str) -> Case:
+    """A file that the repository ships, with the calibration that lies beside it."""
+    cache = load_config(TUNED / f"demo_{quality}.yaml").cache
+    return Case("tuned (network_forecast)", quality, cache.model_dump(exclude_none=True))
+
+
+def at_tuned_steps(series: str, policy: str, **options: Any) -> Case:
+    """Another policy with the full steps of the shipped default."""
+    steps = tuned("balanced").cache["full_steps"]
+    return Case(series, "tuned steps", {"policy": policy, "full_steps": steps, **options})
+
+
+AT_TUNED_STEPS = (
+    at_tuned_steps("taylorseer order 1", "taylorseer", order=1),
+    at_tuned_steps("taylorseer order 2", "taylorseer", order=2),
+    at_tuned_steps("moeca_forecast placed", "moeca_forecast"),
+)
+
 CALIBRATED = (
+    *AT_TUNED_STEPS,
     Case("fora", "every 5", {"policy": "fora", "interval": 5}),
     placed("taylorseer order 1", "default steps", "taylorseer", list(DEFAULT_STEPS), order=1),
     placed("taylorseer order 2", "default steps", "taylorseer", list(DEFAULT_STEPS), order=2),
@@ -82,6 +103,8 @@ CASES: tuple[Case, ...] = (
     *uniform("network_forecast", "network_forecast", [4, 5]),
     placed("network_forecast", "default steps", "network_forecast", list(DEFAULT_STEPS)),
     *map(calibrated, CALIBRATED),
+    *AT_TUNED_STEPS,
+    *map(tuned, QUALITY_NAMES),
     *uniform("toca", "toca", [3]),
     *(Case("teacache", f"delta {delta}", {"policy": "teacache", "delta": delta}) for delta in (0.05, 0.1)),
     Case("dice_skip", "every 2", {"policy": "dice_skip"}),
