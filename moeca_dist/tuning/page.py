@@ -31,7 +31,7 @@ def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 
 
 def _choice(tuned: Tuned) -> str:
-    candidate, chosen = tuned.chosen.candidate, tuned.chosen
+    candidate = tuned.chosen.candidate
     halves = [", ".join(str(step) for step in steps) for steps in candidate.schedule]
     num_steps = len(tuned.calibration.weights.steps)
     where = f"steps {halves[0]}"
@@ -48,13 +48,17 @@ def _choice(tuned: Tuned) -> str:
         f"on recorded exact outputs, and {len(tuned.trials)} candidates run for real; of those that meet the target "
         "this one is "
         f"{'the fastest' if tuned.settings.target.kind == 'psnr' else 'the closest to the exact images'}. "
-        f"The best of each policy at {chosen.speedup:.2f}x or more: {'; '.join(at_equal)}."
+        f"The best of each policy at {_least_speedup(tuned):.2f}x or more: {'; '.join(at_equal)}."
     )
 
 
+def _least_speedup(tuned: Tuned) -> float:
+    target = tuned.settings.target
+    return target.value if target.kind == "speedup" else tuned.chosen.speedup
+
+
 def _best_by_policy(tuned: Tuned) -> Iterator[Trial]:
-    # A hundredth: policies do not reach exactly the same FLOPs.
-    enough = [trial for trial in tuned.trials if trial.speedup >= 0.99 * tuned.chosen.speedup]
+    enough = [trial for trial in tuned.trials if trial.speedup >= _least_speedup(tuned)]
     for policy in sorted({trial.candidate.policy for trial in enough}):
         yield max((trial for trial in enough if trial.candidate.policy == policy), key=lambda trial: trial.mean_db)
 
