@@ -32,6 +32,7 @@ from moeca_dist.report import CacheReport, ExchangeReport, Report
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.sampling.step import OnStep
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -89,9 +90,7 @@ class Engine:
     @property
     def resolved_config(self) -> Config:
         """The configuration with the values that the model and the world decided: running it again is the same run."""
-        sampling = self.config.sampling.model_copy(update={"num_steps": self.num_steps})
-        parallel = self.config.parallel.model_copy(update={"ep_size": self.mesh.ep_size})
-        return self.config.model_copy(update={"sampling": sampling, "parallel": parallel})
+        return resolve(self.config, self.model.spec, self.mesh.world_size)
 
     @property
     def produces_pixels(self) -> bool:
@@ -105,11 +104,14 @@ class Engine:
             return np.concatenate(batches), report
         return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
 
-    def generate_into(self, sink: Sink, requests: Sequence[Request], *, progress: bool = False) -> Report:
+    def generate_into(
+        self, sink: Sink, requests: Sequence[Request], *, progress: bool = False, watcher: OnStep | None = None
+    ) -> Report:
         """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
 
-        A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
-        model does not have, and PeerLostError if a rank dies or hangs.
+        ``watcher`` is called on this rank after every step of every round. A collective of the world: all ranks call
+        it with the same requests. Raises UserError for labels that the model does not have, and PeerLostError if a rank
+        dies or hangs.
         """
         check_requests(requests, self.model.spec)
         counters = _Counters()
@@ -121,6 +123,8 @@ class Engine:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
+                if watcher is not None:
+                    watcher(step)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
@@ -245,6 +249,14 @@ class Engine:
             ),
             cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
         )
+
+
+def resolve(config: Config, spec: ModelSpec, world_size: int) -> Config:
+    """``config`` with what the model and the number of ranks decide where it leaves it open."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    sampling = config.sampling.model_copy(update={"num_steps": num_steps})
+    parallel = config.parallel.model_copy(update={"ep_size": config.parallel.ep_size or world_size})
+    return config.model_copy(update={"sampling": sampling, "parallel": parallel})
 
 
 def join(config: Config) -> Mesh:

@@ -80,6 +80,7 @@ class Report:
     wall_speedup: float | None = None
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None
+    batch: dict[str, Any] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
         """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
