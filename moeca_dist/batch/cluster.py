@@ -55,6 +55,8 @@ def connect(address: str, gangs: int, gang_size: int, *, dashboard: bool) -> boo
 
     Raises UserError where nothing answers at an explicit address, or more is asked for than this machine can hold.
     """
+    # Ranks that lost a peer raise too; the gang reports the one that is the cause.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if address != "local" and _join(address, explicit=address != "auto"):

@@ -17,6 +17,7 @@ from moeca_dist.batch.gang import Gang, GangPlan
 from moeca_dist.batch.ledger import Plan
 from moeca_dist.batch.progress import Board, ProgressBar
 from moeca_dist.batch.supervisor import Status, Supervisor
+from moeca_dist.config import Config
 from moeca_dist.errors import IncompleteError, PeerLostError, UserError
 from moeca_dist.report import Report
 
@@ -32,8 +33,12 @@ VERIFY_TIMEOUT_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything about a batch. ``fixed_cluster``: no node can join, so what does not fit now never will."""
+    """Everything about a batch. ``fixed_cluster``: no node can join, so what does not fit now never will.
 
+    ``config`` is the one that is saved with the results; that of ``gang_plan`` says on which device.
+    """
+
+    config: Config
     plan: Plan
     gang_plan: GangPlan
     gangs: int
@@ -214,7 +219,7 @@ def _assemble(batch: Batch) -> Report:
     plan, shape = batch.plan, batch.gang_plan.shape
     logger.info("assembling the results")
     try:
-        report = assemble(plan, batch.gang_plan.config, batch.gangs, shape.size)
+        report = assemble(plan, batch.config, batch.gangs, shape.size)
     except (OSError, ValueError) as error:
         raise IncompleteError(f"cannot assemble the results: {error}; go on with --resume") from error
     quarantined = [] if report is None or report.batch is None else report.batch["quarantined"]

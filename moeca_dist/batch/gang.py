@@ -26,6 +26,7 @@ from moeca_dist.errors import PeerLostError, UserError
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+WATCH_S = 0.5
 WAITING_REPORT_S = 10.0
 # After the first rank has failed, how long to wait for the one that is the cause.
 CAUSE_S = 1.0
@@ -118,16 +119,17 @@ class Gang:
         ]
         places: list[Place] = await self._all([actor.place.remote() for actor in self._actors], PLACE_TIMEOUT_S)
         self._nodes = {place.node_id for place in places}
+        logger.info(
+            "gang %d starts on %s: processes %s",
+            self._number,
+            ", ".join(sorted({place.address for place in places})),
+            " ".join(str(place.pid) for place in places),
+        )
         joins = [actor.join.remote(self._plan.config, places) for actor in self._actors]
         devices = await self._all(joins, self._plan.start_timeout_s)
+        kinds = ", ".join(sorted(set(devices)))
         logger.info(
-            "gang %d: %d ranks on %s (%s) joined in %.1f s, processes %s",
-            self._number,
-            len(places),
-            ", ".join(sorted({place.address for place in places})),
-            ", ".join(sorted(set(devices))),
-            time.monotonic() - started,
-            " ".join(str(place.pid) for place in places),
+            "gang %d is ready after %.1f s: %d x %s", self._number, time.monotonic() - started, len(devices), kinds
         )
 
     async def _placed(self, placement: PlacementGroup) -> None:
@@ -248,7 +250,7 @@ class Gang:
         moved = [time.monotonic()] * len(self._actors)
         asked: list[asyncio.Task[Progress] | None] = [None] * len(self._actors)
         while True:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(WATCH_S)
             for rank, actor in enumerate(self._actors):
                 answer = asked[rank]
                 if answer is None:

@@ -80,14 +80,15 @@ def start_batch(options: Options) -> Report:
         started = connect(options.address, options.gangs, sum(options.bundles), dashboard=options.dashboard)
         if device == "auto":
             device = "cuda" if has_gpus() else "cpu"
-        config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
+        on_device = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
         chunk_size = config.sampling.batch_size * sum(options.bundles)
         _make_folder(options.folder)
         return run_batch(
             Batch(
+                config,
                 Plan(options.folder, source, num_images, chunk_size, MAX_TRIES, identity(device)),
                 GangPlan(
-                    config,
+                    on_device,
                     GangShape(options.bundles, options.strategy, on_gpu=device == "cuda"),
                     options.start_timeout_s,
                     options.progress_timeout_s,
