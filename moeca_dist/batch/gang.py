@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -30,6 +31,7 @@ WATCH_S = 0.5
 WAITING_REPORT_S = 10.0
 # After the first rank has failed, how long to wait for the one that is the cause.
 CAUSE_S = 1.0
+NODE_NOTICE_S = 5.0
 MAX_FAILED_STARTS = 5
 PLACE_TIMEOUT_S = 60.0
 
@@ -215,8 +217,8 @@ class Gang:
 
         Without ``timeout_s`` the ranks are watched: each has to take a step within the progress timeout.
         """
-        answers = [asyncio.ensure_future(_value(ref)) for ref in refs]
-        watch = None if timeout_s is not None else asyncio.ensure_future(self._watch())
+        answers = [_ask(ref) for ref in refs]
+        watch = None if timeout_s is not None else asyncio.ensure_future(self._watch(answers))
         try:
             waiting = [*answers, watch] if watch is not None else answers
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -240,27 +242,25 @@ class Gang:
             for task in (*answers, watch):
                 if task is not None:
                     task.cancel()
-                    # Nobody asks any more; without this asyncio complains that nobody did.
-                    task.add_done_callback(_look_at)
 
-    async def _watch(self) -> None:
-        """Raises GangLostError when some rank has not taken a step for too long."""
+    async def _watch(self, answers: Sequence["asyncio.Future[Any]"]) -> None:
+        """Raises GangLostError when a rank that still has work has not taken a step for too long."""
         timeout_s = self._plan.progress_timeout_s
         seen: list[Progress | None] = [None] * len(self._actors)
         moved = [time.monotonic()] * len(self._actors)
-        asked: list[asyncio.Task[Progress] | None] = [None] * len(self._actors)
+        asked: list[asyncio.Future[Progress] | None] = [None] * len(self._actors)
         while True:
             await asyncio.sleep(WATCH_S)
             for rank, actor in enumerate(self._actors):
                 answer = asked[rank]
                 if answer is None:
-                    asked[rank] = asyncio.ensure_future(_value(actor.progress.remote()))
+                    asked[rank] = _ask(actor.progress.remote())
                 elif answer.done():
                     asked[rank] = None
                     if answer.exception() is None and answer.result() != seen[rank]:
                         seen[rank], moved[rank] = answer.result(), time.monotonic()
                         self._note_progress(rank, answer.result())
-                if time.monotonic() - moved[rank] > timeout_s:
+                if not answers[rank].done() and time.monotonic() - moved[rank] > timeout_s:
                     raise GangLostError(f"rank {rank} hangs: no step for {timeout_s:g} s")
 
     def _note_progress(self, rank: int, progress: Progress) -> None:
@@ -281,10 +281,17 @@ class Gang:
         rank, error = min(failures, key=lambda failure: isinstance(failure[1], PeerLostError))
         if isinstance(error, UserError):
             raise UserError(f"gang {self._number}: {_one_line(error)}") from error
-        lost = self._nodes & dead_nodes()
+        lost = await self._lost_nodes(error)
         if lost:
             raise GangLostError(f"node {', '.join(node[:8] for node in lost)} was lost", innocent=True) from error
         raise GangLostError(f"rank {rank}: {_one_line(error)}") from error
+
+    async def _lost_nodes(self, error: BaseException | None) -> set[str]:
+        """Nodes of the gang that are gone; where a rank cannot be reached, Ray may take a moment to know why."""
+        deadline = time.monotonic() + (NODE_NOTICE_S if isinstance(error, ActorUnavailableError) else 0.0)
+        while not (lost := self._nodes & dead_nodes()) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+        return lost
 
     def _note_loss(self, error: GangLostError) -> None:
         state, self._board.states[self._number] = self._board.states[self._number], "lost"
@@ -293,19 +300,22 @@ class Gang:
         logger.warning("gang %d was lost while %s: %s; it is formed anew", self._number, state, error)
 
 
-async def _value(ref: Any) -> Any:
-    return await ref
+def _ask(ref: Any) -> "asyncio.Future[Any]":
+    """The value of a reference when it is there; nobody has to look at it."""
 
+    async def value() -> Any:
+        return await ref
 
-def _look_at(task: "asyncio.Future[Any]") -> None:
-    if not task.cancelled():
-        task.exception()
+    task = asyncio.ensure_future(value())
+    # Otherwise asyncio complains about errors of ranks whose gang was given up for another one's error.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 def _one_line(error: BaseException | None) -> str:
     """The error that a rank raised, without the traceback that Ray wraps around it."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(error, ray.exceptions.ActorDiedError):
+    if isinstance(error, ActorDiedError):
         return "its process died"
     text = " ".join(str(cause).split())
     return f"{type(cause).__name__}: {text}" if not isinstance(cause, PeerLostError | UserError) else text

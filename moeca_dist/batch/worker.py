@@ -53,12 +53,16 @@ class Worker:
         self._progress = Progress(None, 0)
         self._engine: Engine | None = None
         self._metrics: RankMetrics | None = None
-        logging.basicConfig(level=logging.INFO, format=f"gang {gang} rank {rank}: %(message)s", force=True)
+        logging.basicConfig(level=logging.INFO, format=f"{self!r} %(levelname)s %(message)s", force=True)
         # Libraries report every start at this level; the package's own lines are few.
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("moeca_dist").setLevel(logging.INFO)
         # Only DeepSpeed's authors can act on it.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+    def __repr__(self) -> str:
+        """Ray puts it before every line of the process that the driver prints."""
+        return f"gang {self._gang} rank {self._rank}"
 
     def place(self) -> Place:
         context = ray.get_runtime_context()
