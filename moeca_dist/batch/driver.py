@@ -67,6 +67,9 @@ class SupervisorHandle:
             except TimeoutError:
                 logger.warning("the supervisor did not answer within %g s; it is restarted", timeout_s)
                 ray.kill(self._actor, no_restart=False)
+            except ray.exceptions.RayTaskError as error:
+                # The error itself, without the traceback of the other process that Ray makes its message.
+                raise error.cause from None
             except ray.exceptions.ActorDiedError as error:
                 raise PeerLostError("the supervisor died for good, with its node; go on with --resume") from error
         raise PeerLostError(f"the supervisor did not answer {SUPERVISOR_TRIES} times; go on with --resume")
@@ -154,7 +157,10 @@ class _Driver:
             bar.close()
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+            ended, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+            for task in ended:
+                # The batch ends with the first error; asyncio would complain that nobody looked at the others.
+                _ = task.cancelled() or task.exception()
 
     async def _attend(self, tasks: set["asyncio.Task[None]"], bar: ProgressBar) -> None:
         """Until no chunk remains; raises what ended the last gang where some do."""

@@ -84,7 +84,10 @@ class Store:
     def samples(self, chunk: Mapping[str, Any]) -> Iterator[bytes]:
         """The contents of a recorded chunk's files; raises OSError or ValueError where one is missing or differs."""
         for name, checksum in zip(chunk["files"], chunk["sha256"], strict=True):
-            content = (self.folder / name).read_bytes()
+            try:
+                content = (self.folder / name).read_bytes()
+            except FileNotFoundError:
+                raise ValueError(f"{name} is missing") from None
             if hashlib.sha256(content).hexdigest() != checksum:
                 raise ValueError(f"{name} differs from its checksum")
             yield content
