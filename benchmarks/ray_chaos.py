@@ -240,6 +240,15 @@ def note_recovery(run: BatchRun, blow: Blow) -> None:
         blow.recovery_s = found[0][0] - blow.at
 
 
+def plain_run(out: Path, arguments: Iterable[str]) -> None:
+    """What every batch must reproduce: the same images from two ranks under torchrun, in processes of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["launch/generate.py", *arguments, "--out", str(out)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
 def problems(out: Path, reference: Path, num_images: int) -> list[str]:
     """What is wrong with a finished batch: every index exactly once, right checksums, images of the plain run."""
     found = []

@@ -13,7 +13,6 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,15 +32,16 @@ from ray_chaos import (
     Target,
     TwoRaylets,
     note_recovery,
+    plain_run,
     problems,
     strike,
 )
 
-NUM_IMAGES = 480
+NUM_IMAGES = 320
 KILLS_PER_BATCH = 8
 END_TIMEOUT_S = 900
 # Between two kills: some hit a gang that is still starting, most one that works.
-PAUSE_S = (0.0, 4.0)
+PAUSE_S = (0.0, 2.0)
 ARGUMENTS = ["--config", "configs/demo.yaml", "--num-images", str(NUM_IMAGES)]
 ARGUMENTS += ["--set", "sampling.num_steps=6", "--set", "sampling.batch_size=4"]
 
@@ -67,7 +67,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="moeca-soak-"))
     outcomes: list[Outcome] = []
     try:
-        plain_run(folder / "plain")
+        plain_run(folder / "plain", ARGUMENTS)
         draw = random.Random(args.seed)
         while (left := args.kills - sum(len(outcome.kills) for outcome in outcomes)) > 0:
             # A fresh cluster now and then: each raylet that was killed leaves files behind.
@@ -83,16 +83,6 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(0 if all(sound(outcome) for outcome in outcomes) else 1)
-
-
-def plain_run(out: Path) -> None:
-    """What every batch must reproduce."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "launch/generate.py"]
-    done = subprocess.run(
-        [sys.executable, *command, *ARGUMENTS, "--out", str(out)], cwd=REPOSITORY, capture_output=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.decode(errors="replace"))
 
 
 def soak(cluster: TwoRaylets, folder: Path, draw: random.Random, kills: int) -> Outcome:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.ray_chaos import BatchRun, Phase, Target, TwoRaylets, problems, strike, wait_for
+from benchmarks.ray_chaos import BatchRun, Phase, Target, TwoRaylets, plain_run, problems, strike, wait_for
 from moeca_dist import Request
 from moeca_dist.batch.start import Options, start_batch
 from moeca_dist.cli import batch_main, generate_main
@@ -19,7 +19,6 @@ from moeca_dist.config import load_config
 from moeca_dist.errors import IncompleteError
 from moeca_dist.report_view import read_report
 from tests.faulty_workers import PoisonedChunkWorker
-from tests.ranks import RankPool
 
 ROOT = Path(__file__).parent.parent
 # More images than a test needs: kills wait for something to happen, and there must be work left when it does.
@@ -39,15 +38,11 @@ def cluster() -> Iterator[TwoRaylets]:
         yield raylets
 
 
-def plain_run(out: Path, num_images: int) -> int:
-    return generate_main([*COMMON, "--num-images", str(num_images), "--out", str(out)])
-
-
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, two_ranks: RankPool) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images from a plain run of two ranks; those of a shorter run are the first of them."""
     out = tmp_path_factory.mktemp("plain") / "out"
-    assert two_ranks.run(plain_run, out, NUM_IMAGES) == [0, 0]
+    plain_run(out, [*COMMON, "--num-images", str(NUM_IMAGES)])
     return out
 
 
@@ -79,18 +74,18 @@ def finished(run: BatchRun) -> None:
     assert run.wait(END_TIMEOUT_S) == 0, run.log
 
 
-def test_images_are_those_of_a_plain_run(batch: Starter, two_ranks: RankPool, tmp_path: Path) -> None:
+def test_images_are_those_of_a_plain_run(batch: Starter, tmp_path: Path) -> None:
     count = 20  # the last chunk is not full
     run = batch(*gangs_of_two(count))
     finished(run)
-    assert two_ranks.run(plain_run, tmp_path / "plain", count) == [0, 0]
+    plain_run(tmp_path / "plain", [*COMMON, "--num-images", str(count)])
     assert problems(batch.out, tmp_path / "plain", count) == []
     samples = np.load(batch.out / "samples.npz")["arr_0"]
     assert all(
         np.array_equal(samples[index, ..., 0], np.asarray(Image.open(batch.out / f"images/{index:06d}.png")))
         for index in range(count)
     )
-    assert plain_run(tmp_path / "alone", count) == 0
+    assert generate_main([*COMMON, "--num-images", str(count), "--out", str(tmp_path / "alone")]) == 0
     alone = np.load(tmp_path / "alone" / "samples.npz")["arr_0"]
     assert np.abs(samples.astype(int) - alone.astype(int)).max() <= 1
     mine, plain = read_report(batch.out), read_report(tmp_path / "alone")
