@@ -208,7 +208,7 @@ def _victims(cluster: TwoRaylets, run: BatchRun, target: Target, gang: int) -> l
 
 
 def _await_phase(run: BatchRun, phase: Phase, timeout_s: float) -> int | None:
-    """The number of a gang that is in the phase (for ``commit``: any gang that is ready)."""
+    """The number of a gang that is in the phase (for ``commit``: one that is ready while files are written)."""
 
     def starting() -> list[int]:
         return [gang for gang in (0, 1) if _state(run, gang) == "starts"]
@@ -218,9 +218,8 @@ def _await_phase(run: BatchRun, phase: Phase, timeout_s: float) -> int | None:
         return [gang for gang in (0, 1) if _state(run, gang) == "is ready"]
 
     def committing() -> list[int]:
-        if not (run.out / ".pending").exists():
-            return []
-        return generating() or [0]
+        # A writer that was killed leaves its files until the next one opens the folder: not before a gang is ready.
+        return generating() if (run.out / ".pending").exists() else []
 
     found = wait_for({"start": starting, "chunk": generating, "commit": committing}[phase], timeout_s, run)
     return found[0] if found else None
