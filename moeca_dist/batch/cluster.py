@@ -19,7 +19,6 @@ Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 # Ranks that only wait for each other can share a core; far more of them would starve the machine.
 LOCAL_RANKS_PER_CORE = 4
 LOCAL_OBJECT_STORE_BYTES = 200_000_000
-RECONNECT_S = "10"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ def connect(address: str, gangs: int, gang_size: int, *, dashboard: bool) -> boo
 
 
 def _join(address: str, *, explicit: bool) -> bool:
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", RECONNECT_S)
     try:
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
