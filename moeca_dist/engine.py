@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,21 +21,26 @@ from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.config import CacheConfig, Config, load_config, validate_world
+from moeca_dist.cache.storage import storage_of
+from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.errors import UserError
+from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, choose_placement
+from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
+from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.report import CacheReport, ExchangeReport, FlopsReport, Report
-from moeca_dist.sampling.calibration import Calibration, FittedFor, read_calibration, weight_norms
+from moeca_dist.report import CacheReport, ExchangeReport, FlopsReport, Report, describe_requests
+from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.telemetry import GpuRecord, merge
+from moeca_dist.timing import Seconds, Section
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -48,9 +54,22 @@ Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 class _Counters:
     """What one run did on this rank."""
 
+    observed: Observation
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
+
+
+@dataclass(frozen=True)
+class _RankResult:
+    """What one rank tells the others at the end of a run."""
+
+    cache: CacheStatistics
+    denoise_s: float
+    seconds: dict[tuple[int, Section], float]
+    bytes_sent: int
+    bytes_exact: int
+    gpu: GpuRecord | None
 
 
 class Engine:
@@ -75,8 +94,10 @@ class Engine:
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
+        check_exchange(config, self.policy)
         self.placement = self._choose_placement()
         self.calibration = calibration or self._read_calibration()
+        self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
     def from_config(
@@ -107,60 +128,102 @@ class Engine:
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
 
-    def generate(self, requests: Sequence[Request], *, progress: bool = False) -> tuple[NDArray[np.generic], Report]:
+    def generate(
+        self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> tuple[NDArray[np.generic], Report]:
         """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
         batches: list[NDArray[np.generic]] = []
-        report = self.generate_into(lambda _, batch: batches.append(batch), requests, progress=progress)
+        report = self.generate_into(
+            lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
+        )
         if batches:
             return np.concatenate(batches), report
         return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
 
-    def generate_into(self, sink: Sink, requests: Sequence[Request], *, progress: bool = False) -> Report:
+    def generate_into(
+        self, sink: Sink, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> Report:
         """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
 
+        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end.
+
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
-        model does not have, and PeerLostError if a rank dies or hangs.
+        model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
-        counters = _Counters()
+        self.check_memory(len(requests))
+        observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
+        counters = self._start(observed)
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        self._forget_traffic()
-        with tqdm(
-            total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
-        ) as bar:
+        num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
+        with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
+                observed.end_step(step.index)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
-        return self._report(len(requests), counters)
+        observed.deliver_trace()
+        return self._report(requests, counters)
+
+    def check_memory(self, num_images: int) -> None:
+        """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
+
+        A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        """
+        if self.config.cache.memory_limit is not None:
+            agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
 
     def without_cache(self) -> "Engine":
-        """The exact path over the same network and ranks: the reference for this engine's images."""
+        """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
         return self.with_cache(CacheConfig())
 
-    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
-        """Another cache over the same network and ranks, corrected by ``calibration`` or what the section names."""
-        config = self.config.model_copy(update={"cache": cache})
-        return Engine(config, self.mesh, self.model, self.decoder, calibration)
+    def with_cache(self, cache: CacheConfig) -> "Engine":
+        """Another cache over the same network and ranks.
 
-    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """This rank's part of one batch as the solver leaves it, and its work.
-
-        float32 [B, C, H, W] on the model's device. ``combine`` takes the place of guidance and of a configured
-        calibration. A collective of the world: all ranks call it together, those without images with an empty share.
+        Without telemetry, and with the exact exchange, which all policies offer.
         """
-        counters = _Counters()
-        samples_BCHW = self._denoise(share, counters, lambda _: None, combine)
+        parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
+        changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
+        config = self.config.model_copy(update=changes)
+        return Engine(config, self.mesh, self.model, self.decoder)
+
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
+        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+
+        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
+        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        would exceed ``cache.memory_limit``.
+        """
+        return self.denoise_counting(share, combine)[0]
+
+    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was."""
+        if self.config.cache.memory_limit is not None:
+            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
+            how = "a batch of"
+            agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
+        observed = Observation(TelemetryConfig(), None, self.mesh, None)
+        counters = self._start(observed)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
         return samples_BCHW, self._work(len(share), counters.cache).flops()
+
+    def combine(self) -> Corrected | None:
+        """What takes the place of guidance in one batch, where a calibration is configured."""
+        if self.calibration is None or self.policy is None:
+            return None
+        weights = self.calibration.weights
+        memory = OutputMemory(self.policy.is_full, weights.history)
+        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
-        options = self.config.cache.model_dump(mode="json", exclude_none=True)
+        # Defaults are left out, so that a calibration outlives options that it knows nothing of.
+        options = self.config.cache.model_dump(mode="json", exclude_defaults=True)
         cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
         if self.policy is not None:
             cache["full_steps"] = {half: self._full_steps(half) for half in self._halves}
@@ -168,6 +231,8 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
+        if self._gpu is not None:
+            self._gpu.close()
         self.mesh.close()
 
     @property
@@ -189,15 +254,11 @@ class Engine:
 
     def _read_calibration(self) -> Calibration | None:
         path = self.config.cache.calibration
-        return None if path is None else agreed(self.mesh, lambda: read_calibration(path, self.fitted_for()))
+        return None if path is None else agreed(self.mesh, lambda: fitting_calibration(path, self.fitted_for()))
 
-    def _combine(self) -> Corrected | None:
-        """What takes the place of guidance in one batch, where a calibration is configured."""
-        if self.calibration is None or self.policy is None:
-            return None
-        weights = self.calibration.weights
-        memory = OutputMemory(self.policy.is_full, weights.history)
-        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
+    @property
+    def _planned(self) -> bool:
+        return self.config.parallel.exchange == "planned"
 
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
@@ -213,7 +274,9 @@ class Engine:
             ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
         )
 
-    def _open_session(self, share: Sequence[Request], counters: _Counters) -> CacheSession | None:
+    def _open_session(
+        self, share: Sequence[Request], counters: _Counters, combine: Combine | None
+    ) -> CacheSession | None:
         """The caches of one round, or None for the exact path."""
         if self.policy is None:
             return None
@@ -225,12 +288,16 @@ class Engine:
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
+            timer=counters.observed.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
+            planned=self._planned,
+            storage=storage_of(self.config.cache.dtype),
+            bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        return self._to_samples(self._denoise(share, counters, on_step, self._combine()))
+        return self._to_samples(self._denoise(share, counters, on_step, self.combine()))
 
     def _denoise(
         self,
@@ -239,23 +306,25 @@ class Engine:
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
     ) -> Tensor:
-        session = self._open_session(share, counters)
+        session = self._open_session(share, counters, combine)
+        model = partial(self.model, timer=counters.observed.timer)
         started = time.perf_counter()
-        samples_BCHW = self.sampler.sample(
-            exact(self.model) if session is None else cached(self.model, session),
-            share,
-            cfg_scale=self.config.sampling.cfg_scale,
-            num_steps=self.num_steps,
-            device=self.mesh.device,
-            on_step=on_step,
-            combine=combine,
-        )
+        with counters.observed.timer.section("other"):
+            samples_BCHW = self.sampler.sample(
+                exact(model) if session is None else cached(model, session),
+                share,
+                cfg_scale=self.config.sampling.cfg_scale,
+                num_steps=self.num_steps,
+                device=self.mesh.device,
+                on_step=on_step,
+                combine=combine,
+            )
         if samples_BCHW.is_cuda:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
         if session is not None:
-            session.note_peak(combine.memory.num_bytes if isinstance(combine, Corrected) else 0)
+            session.note_peak()
         return samples_BCHW
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
@@ -271,19 +340,28 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _forget_traffic(self) -> None:
+    def _start(self, observed: Observation) -> _Counters:
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic()
+            self.mesh.expert_group.reset_traffic(observed.timer)
+        return _Counters(observed)
 
     def _work(self, num_images: int, statistics: CacheStatistics) -> Work:
         return Work(self.model.spec, num_images * len(self._halves) * self.num_steps, self.policy, statistics)
 
-    def _report(self, num_images: int, counters: _Counters) -> Report:
+    def _report(self, requests: Sequence[Request], counters: _Counters) -> Report:
+        num_images = len(requests)
         mesh, group = self.mesh, self.mesh.expert_group
-        mine = (counters, group.traffic.bytes_sent if group else 0, int(group.traffic.bytes_exact) if group else 0)
+        mine = _RankResult(
+            counters.cache,
+            counters.denoise_s,
+            counters.observed.seconds.per_step(),
+            group.traffic.bytes_sent if group else 0,
+            int(group.traffic.bytes_exact) if group else 0,
+            counters.observed.gpu_record(),
+        )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
-        for theirs, *_ in ranks:
+        for theirs in ranks:
             statistics.merge(theirs.cache)
         work = self._work(num_images, statistics)
         wall_s = time.perf_counter() - counters.started
@@ -297,25 +375,33 @@ class Engine:
             dp_size=mesh.dp_size,
             num_steps=self.num_steps,
             wall_s=wall_s,
-            denoise_s=max(theirs.denoise_s for theirs, *_ in ranks),
+            denoise_s=max(theirs.denoise_s for theirs in ranks),
             images_per_s=num_images / wall_s,
             flops=work.flops(),
             branches=work.branches(),
             exchange=ExchangeReport(
-                mode=self.config.parallel.exchange if group else "local",
+                mode=self.config.parallel.exchange if group or self._planned else "local",
                 placement=self.placement,
-                bytes_sent=sum(sent for _, sent, _ in ranks),
-                bytes_full=work.extrapolated(sum(exact for *_, exact in ranks)),
+                bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
+                bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
+                agreements=group.traffic.agreements if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
-            cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
+            cache=CacheReport(
+                self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
+            ),
+            seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
+            telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
+            requests=describe_requests(requests),
         )
 
 
 # Options of the cache section that change what is computed where, or how full steps are named, but no value.
-_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "placement", "interval", "full_steps", "schedule"})
+_WITHOUT_EFFECT_ON_VALUES = frozenset(
+    {"calibration", "placement", "memory_limit", "interval", "full_steps", "schedule"}
+)
 
 
 def join(config: Config) -> Mesh:
@@ -335,16 +421,24 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
-    build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
+    check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec
+
+
+def check_cache_fits(config: Config, spec: ModelSpec, mesh: Mesh, num_images: int) -> None:
+    """Raise UserError where this rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    per_round = min(num_images, mesh.world_size * config.sampling.batch_size)
+    most = -(-per_round // mesh.world_size)
+    check_memory(cache_size(config, spec, num_steps, mesh.ep_size), config.cache, most, mesh.device)
 
 
 def check_requests(requests: Sequence[Request], spec: ModelSpec) -> None:

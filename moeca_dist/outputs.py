@@ -3,7 +3,7 @@
 ``OUT/`` holds ``images/000000.png ...``, ``grid.png``, ``samples.npz`` (``arr_0``, uint8 [N, H, W, C], the field's FID
 input), ``config.yaml`` and ``report.json``; for latents without a decoder ``latents.npz`` (``arr_0``, float32
 [N, C, H, W]) takes the place of the pictures. A compared run adds ``uncached/`` with the exact samples, and
-``comparison.png`` with both grids.
+``comparison.png`` with both grids; a profiled run adds ``traces/rank_000.json.gz ...``.
 """
 
 import math
@@ -104,6 +104,12 @@ class OutputFolder:
         """Append samples of the exact run with the same requests."""
         assert self._uncached is not None
         self._uncached.add(requests, samples)
+
+    def add_trace(self, rank: int, trace: bytes) -> None:
+        """Keep one rank's profile: gzipped JSON."""
+        folder = self._partial / "traces"
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{rank:03d}.json.gz").write_bytes(trace)
 
     def quality(self) -> dict[str, float] | None:
         """How near the samples are to the uncached ones; None without any, and for latents."""

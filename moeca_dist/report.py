@@ -1,8 +1,13 @@
 """What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from moeca_dist.timing import Seconds
+from moeca_dist.types import Request
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,10 @@ class FlopsReport:
 
 @dataclass(frozen=True)
 class BranchReport:
-    """Branches (token x routed expert) of all ranks and steps."""
+    """Branches (token x routed expert) of all ranks and steps.
+
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
+    """
 
     routed: int
     refreshed: int
@@ -24,19 +32,24 @@ class BranchReport:
     reused: int
     forecast: int
     reuse_ratio: float
+    full_step: int = 0
+    score: int = 0
+    forced: int = 0
 
 
 @dataclass(frozen=True)
 class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together.
 
-    ``mode`` is ``local`` where every rank holds all experts. ``placement``: which side keeps branch values, ``home``
-    or ``owner``; None without a branch cache or where every rank holds all experts. Collectives are counted per rank.
+    ``mode`` is ``planned`` where each step decides for the next, else ``local`` where every rank holds all experts.
+    ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
+    rank holds all experts. Collectives are counted per rank.
 
     ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
-    divides ``bytes_sent``.
+    divides ``bytes_sent``. ``agreements``: how often each rank's row counts were gathered, which tells all ranks what
+    travels; their few bytes are not counted.
     """
 
     mode: str
@@ -45,24 +58,32 @@ class ExchangeReport:
     bytes_full: int
     collectives: int
     collectives_elided: int
+    agreements: int = 0
     bytes_per_step: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``."""
+    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``.
+
+    ``modules``: tokens by module, see ``work.Work.modules``. ``remark``: what the policy has to say about the run, such
+    as a threshold that never fired.
+    """
 
     policy: str
     bytes_peak: int
     per_layer: tuple[dict[str, Any], ...] = ()
+    modules: dict[str, dict[str, int]] = field(default_factory=dict)
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's.
 
-    ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality`` (against the uncached images) are there where the
-    uncached run was made as well.
+    ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
+    (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
+    they are, see ``describe_requests``.
     """
 
     num_images: int
@@ -77,9 +98,11 @@ class Report:
     branches: BranchReport
     exchange: ExchangeReport
     cache: CacheReport
+    seconds: Seconds
     wall_speedup: float | None = None
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None
+    requests: dict[str, Any] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
         """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
@@ -122,6 +145,14 @@ class Report:
         if self.quality is not None:
             rows.append(("  quality", f"{self.quality['psnr_db']:.1f} dB PSNR, SSIM {self.quality['ssim']:.4f}"))
         return rows
+
+
+def describe_requests(requests: Sequence[Request]) -> dict[str, Any]:
+    """The seeds, and a digest of every (index, label, seed) in order: runs that agree made images of the same noise."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(f"{request.index} {request.label} {request.seed}\n".encode())
+    return {"seeds": sorted({request.seed for request in requests}), "sha256": digest.hexdigest()}
 
 
 def scaled(value: float, base: int) -> str:

@@ -172,7 +172,7 @@ def test_all_mistakes_are_told_at_once_with_their_place(write) -> None:
     text = message(path, "sampling.num_steps=-1")
     assert text == (
         f"{path}: model.dtype must be 'float32', 'bfloat16' or 'float16', not 'half'; "
-        "unknown key foo; known there are model, parallel, cache, sampling, quality; "
+        "unknown key foo; known there are model, parallel, cache, sampling, telemetry, quality; "
         "--set: sampling.num_steps must be greater than or equal to 1, not -1"
     )
 

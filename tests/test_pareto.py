@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.pareto_bytes import count
 from benchmarks.pareto_cases import CASES, QUICK, Case, checked
-from benchmarks.pareto_report import frechet_distance, mark_frontier, unpacked
+from benchmarks.pareto_report import mark_frontier, unpacked
 from benchmarks.pareto_run import Job, Settings, packed
 from moeca_dist import UserError
 from moeca_dist.config import CacheConfig
@@ -165,18 +165,26 @@ def test_only_what_nothing_else_beats_is_marked() -> None:
     assert [row["name"] for row in rows if row["non_dominated"]] == ["a", "b", "c", "twin"]
 
 
-def test_frechet_distance_of_known_gaussians() -> None:
-    """For diagonal covariances it is the squared distance of means and of standard deviations."""
-    rng = np.random.default_rng(0)
-    first_NF = rng.standard_normal((4000, 3)) * [1.0, 2.0, 0.5]
-    assert frechet_distance(first_NF, first_NF) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(first_NF, first_NF * 3 + 1) == pytest.approx(
-        ((first_NF.mean(0) * 2 + 1) ** 2).sum() + 4 * first_NF.var(0, ddof=1).sum(), rel=1e-9
-    )
-    second_NF = rng.standard_normal((4000, 3)) * [2.0, 2.0, 1.5] + [3.0, 0.0, 0.0]
-    assert frechet_distance(first_NF, second_NF) == pytest.approx(9 + 1 + 0 + 1, rel=0.05)
-
-
 def test_pictures_survive_the_partial_file() -> None:
     images_NHWC = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
     assert np.array_equal(unpacked(json.loads(json.dumps(packed(images_NHWC)))), images_NHWC)
+
+
+def test_calibrated_configurations_get_a_file_of_their_own(pareto, tmp_path: Path, monkeypatch) -> None:
+    fitting = importlib.import_module("pareto_calibration")
+    monkeypatch.setattr(fitting, "NUM_IMAGES", 4)
+    plain = CacheConfig(policy="network_forecast", interval=4)
+    configs = {"net, calibrated: every 4": plain, "net: every 4": plain}
+    arguments = (configs, ["net, calibrated: every 4"], str(SHIPPED_CHECKPOINT), 8, 1.5, tmp_path / "fitted")
+    found = fitting.with_calibrations(*arguments)
+    assert found["net: every 4"] == plain
+    path = found["net, calibrated: every 4"].calibration
+    assert path == tmp_path / "fitted" / "net_calibrated_every_4.json"
+    written = path.stat().st_mtime_ns
+    assert fitting.with_calibrations(*arguments) == found and path.stat().st_mtime_ns == written
+    assert Job("net", found["net, calibrated: every 4"], 8).options["calibration"] == "fitted"
+
+
+def test_images_that_calibrations_were_fitted_on_are_not_measured(pareto, tmp_path: Path, capsys) -> None:
+    assert pareto.main(["--seeds", "7", "101", "--quick", "--out", str(tmp_path / "x")]) == 2
+    assert "measure others" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import yaml
 from moeca_dist import Engine
 from moeca_dist.cli import main, tune_main
 from moeca_dist.config import QUALITY_NAMES, load_config
-from moeca_dist.sampling.calibration import parse_calibration
+from moeca_dist.sampling.calibration import read_calibration
 from tests.golden_files import load_golden
 from tests.test_cli import refuse
 
@@ -50,7 +50,7 @@ def test_the_demo_is_the_balanced_file_and_faster_files_are_less_exact() -> None
     figures = []
     for name in QUALITY_NAMES:
         calibration = load_config(getattr(demo.quality, name)).cache.calibration
-        figures.append(parse_calibration(calibration).fitted_on["after"])
+        figures.append(read_calibration(calibration).fitted_on["after"])
     assert figures[0]["mean_db"] < figures[1]["mean_db"] < figures[2]["mean_db"]
     assert figures[0]["speedup"] > figures[1]["speedup"] > figures[2]["speedup"]
     assert figures[0]["mean_db"] >= 45 and figures[1]["speedup"] >= 4.3
@@ -74,7 +74,7 @@ def test_a_target_takes_the_fastest_file_that_meets_it(tmp_path: Path) -> None:
     for name in ("draft", "balanced"):
         calibration = load_config(CONFIGS / "tuned" / f"demo_{name}.yaml").cache.calibration
         assert calibration is not None
-        bounds[name] = parse_calibration(calibration).fitted_on["after"]["bound_db"]
+        bounds[name] = read_calibration(calibration).fitted_on["after"]["bound_db"]
     between = (bounds["draft"] + bounds["balanced"]) / 2
     for target, name in ((bounds["draft"] - 0.1, "draft"), (between, "balanced")):
         generate(DEMO, tmp_path / name, "--target-psnr", str(target))
@@ -137,7 +137,7 @@ def test_tune_writes_a_config_that_reproduces_the_run(folder: Path, tmp_path: Pa
         (moved / "tuned.yaml").read_text().replace("checkpoint: ", f"checkpoint: {tmp_path}/")
     )
     report = generate(str(moved / "tuned.yaml"), tmp_path / "run")
-    measured = parse_calibration(moved / "tuned.calibration.json").fitted_on["after"]
+    measured = read_calibration(moved / "tuned.calibration.json").fitted_on["after"]
     assert report["flops"]["speedup"] == pytest.approx(measured["speedup"], rel=0.05)
     page = (tmp_path / "tuned.md").read_text()
     assert "# Tuned for 2x fewer FLOPs" in page and "(chosen)" in page and "| uniform |" in page

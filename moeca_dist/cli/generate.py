@@ -62,13 +62,14 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
     output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
     """
     tell_deepspeed_the_device()
-    from moeca_dist.engine import check_config, join
+    from moeca_dist.engine import check_cache_fits, check_config, join
     from moeca_dist.parallel.agreement import agreed
 
     mesh = join(config)
     try:
         highest = [labels[-1] for labels in args.labels or ()]
-        agreed(mesh, lambda: check_config(config, highest))
+        spec = agreed(mesh, lambda: check_config(config, highest))
+        agreed(mesh, lambda: check_cache_fits(config, spec, mesh, args.num_images))
         folder = agreed(
             mesh,
             lambda: _open_folder(args) if mesh.rank == 0 else None,
@@ -100,7 +101,12 @@ def _generate_into(
     if args.compare_uncached:
         add = folder.add_uncached if folder else _drop
         uncached = engine.without_cache().generate_into(add, requests, progress=True)
-    report = engine.generate_into(folder.add if folder else _drop, requests, progress=True)
+    report = engine.generate_into(
+        folder.add if folder else _drop,
+        requests,
+        progress=True,
+        trace_sink=folder.add_trace if folder else _drop_trace,
+    )
     if folder is None:
         return
     if uncached is not None:
@@ -130,6 +136,10 @@ def _open_folder(args: argparse.Namespace) -> "OutputFolder":
 
 def _drop(requests: Sequence["Request"], samples: "NDArray[np.generic]") -> None:
     """Where samples go on ranks that write nothing."""
+
+
+def _drop_trace(rank: int, trace: bytes) -> None:
+    """Where traces go on ranks that write nothing."""
 
 
 def tell_deepspeed_the_device() -> None:

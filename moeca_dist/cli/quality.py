@@ -65,12 +65,12 @@ def with_wish(config: Config, args: argparse.Namespace) -> tuple[Config, Wish]:
 
 
 def _fastest(files: dict[QualityName, Path], target_psnr_db: float) -> Path:
-    from moeca_dist.sampling.calibration import parse_calibration
+    from moeca_dist.sampling.calibration import read_calibration
 
     reached: list[tuple[float, float, QualityName, Path]] = []
     for name, path in files.items():
         calibration = load_config(path).cache.calibration
-        measured = {} if calibration is None else parse_calibration(calibration).fitted_on.get("after", {})
+        measured = {} if calibration is None else read_calibration(calibration).fitted_on.get("after", {})
         if not {"speedup", "bound_db"} <= measured.keys():
             raise UserError(f"{path}: no figures of moeca tune in its calibration: tune it anew")
         reached.append((measured["speedup"], measured["bound_db"], name, path))
