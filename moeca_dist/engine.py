@@ -188,23 +188,29 @@ class Engine:
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
+        return self.with_cache(CacheConfig())
+
+    def with_cache(self, cache: CacheConfig) -> "Engine":
+        """Another cache over the same network and ranks.
+
+        Without telemetry, and with the exact exchange, which all policies offer.
+        """
         parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
-        changes = {"cache": CacheConfig(), "parallel": parallel, "telemetry": TelemetryConfig()}
+        changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
-    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
-        """Another cache over the same network and ranks, corrected by ``calibration`` or what the section names."""
-        config = self.config.model_copy(update={"cache": cache})
-        return Engine(config, self.mesh, self.model, self.decoder, calibration)
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
+        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
 
-    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """This rank's part of one batch as the solver leaves it, and its work.
-
-        float32 [B, C, H, W] on the model's device. ``combine`` takes the place of guidance and of a configured
-        calibration. A collective of the world: all ranks call it together, those without images with an empty share.
-        Raises UserError, on all of them, where the cache would exceed ``cache.memory_limit``.
+        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
+        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        would exceed ``cache.memory_limit``.
         """
+        return self.denoise_counting(share, combine)[0]
+
+    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was."""
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
             how = "a batch of"
@@ -224,6 +230,7 @@ class Engine:
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
+        # Defaults are left out, so that a calibration outlives options that it knows nothing of.
         options = self.config.cache.model_dump(mode="json", exclude_defaults=True)
         cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
         if self.policy is not None:
