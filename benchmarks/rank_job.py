@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeca_dist.config import CacheConfig, load_config
-from moeca_dist.engine import Engine, join
+from moeca_dist.engine import Engine, join, read_placement
 from moeca_dist.errors import PeerLostError, UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
@@ -86,7 +86,7 @@ def main(path: str) -> int:
 def run(job: Job, folder: Path) -> None:
     config = load_config(job.config, job.overrides)
     mesh = join(config)
-    model = agreed(mesh, lambda: load_weights(config.model, mesh))
+    model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
     classes = model.spec.num_classes
     requests = [Request(index, index % classes, job.seed) for index in range(job.num_images)]
     for cell in job.cells:

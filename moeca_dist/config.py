@@ -55,6 +55,8 @@ class ParallelConfig(_Section):
     ep_size: int | None = Field(None, ge=1)
     """None: the whole world."""
     exchange: Literal["exact"] = "exact"
+    expert_placement: _PathField | None = None
+    """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: float = Field(120.0, gt=0, le=86_400)
     """A peer that stays silent for longer ends the run."""
