@@ -40,9 +40,8 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
     ids, refreshed = (np.concatenate(arrays, axis=3) for arrays in zip(*parts, strict=True))
     spec = engine.model.spec
     row_bytes = spec.hidden_size * next(engine.model.parameters()).element_size()
-    return RoutingTrace(
-        ids, refreshed, spec.moe_blocks, spec.num_experts, row_bytes, engine.config.cache.policy, source
-    )
+    keeps = engine.policy is not None and engine.policy.unit == "branch"
+    return RoutingTrace(ids, refreshed, spec.moe_blocks, spec.num_experts, row_bytes, keeps, source)
 
 
 def _check(engine: Engine) -> None:

@@ -52,7 +52,7 @@ def placement_effect(trace: RoutingTrace, table: PlacementTable, num_ranks: int)
     """Replay ``trace`` on ``num_ranks`` ranks with its images dealt as a run deals them; branches kept at home."""
     home_N = homes(trace, num_ranks)
     sent, slowest, mean = 0, 0, 0.0
-    returns: Returns = "sums" if trace.policy == "none" else "branches"
+    returns: Returns = "branches" if trace.keeps_branches else "sums"
     for place, block in enumerate(trace.blocks):
         owner_E = np.array(table.by_block[block].owner_of_expert)
         for step in range(trace.num_steps):

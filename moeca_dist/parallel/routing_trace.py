@@ -25,8 +25,8 @@ class RoutingTrace:
     """``expert_ids_SLHBTK``: uint8 or uint16. ``refreshed_SLHBTK``: bool, the branches that were computed.
 
     Where no router ran (a policy served the module as a whole) nothing is refreshed and the ids mean nothing.
-    ``blocks``: the index of each MoE block. ``row_bytes``: size of a hidden row. ``policy``: what was recorded,
-    a policy's name or "none"; ``source``: the configuration, for people.
+    ``blocks``: the index of each MoE block. ``row_bytes``: size of a hidden row. ``keeps_branches``: whether
+    branches return one by one to be kept at home, and not in sums. ``source``: what was recorded, for people.
     """
 
     expert_ids_SLHBTK: NDArray[np.unsignedinteger]
@@ -34,7 +34,7 @@ class RoutingTrace:
     blocks: tuple[int, ...]
     num_experts: int
     row_bytes: int
-    policy: str
+    keeps_branches: bool
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class RoutingTrace:
             blocks=np.array(self.blocks),
             num_experts=self.num_experts,
             row_bytes=self.row_bytes,
-            policy=self.policy,
+            keeps_branches=self.keeps_branches,
             source=self.source,
         )
         partial = path.with_name(path.name + ".partial")
@@ -93,6 +93,6 @@ class RoutingTrace:
                 refreshed = np.unpackbits(stored["refreshed"], count=ids.size).astype(bool).reshape(ids.shape)
                 blocks = tuple(int(block) for block in stored["blocks"])
                 sizes = int(stored["num_experts"]), int(stored["row_bytes"])
-                return cls(ids, refreshed, blocks, *sizes, str(stored["policy"]), str(stored["source"]))
+                return cls(ids, refreshed, blocks, *sizes, bool(stored["keeps_branches"]), str(stored["source"]))
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"{path} is no routing trace ({error}): record it with `moeca trace`") from error
