@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher, weighted_sum
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing
@@ -41,17 +41,16 @@ class Setup:
 
 
 def ours(setup: Setup) -> Layer:
-    """The dispatcher and experts of ``moeca_dist.moe.layer.MoELayer``, called as it calls them."""
+    """The dispatcher and experts of ``moeca_dist.moe.layer.MoELayer``, called as it calls them without a cache."""
     group = setup.mesh.expert_group
     local = LocalDispatcher(setup.case.shape.num_experts)
     dispatcher = local if group is None else AllToAllDispatcher(group, setup.placement)
 
     def run(x_TD: Tensor) -> Tensor:
         routing = setup.routing
-        dispatched = dispatcher.dispatch(x_TD, routing.all_branches())
-        fresh_RD = setup.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        rows_ND = dispatcher.combine(fresh_RD, dispatched)
-        return weighted_sum(rows_ND, dispatched.slot_of_branch_N.view_as(routing.expert_ids_TK), routing.gates_TK)
+        dispatched = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        outputs_RD = setup.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+        return dispatcher.combine_sums(outputs_RD, dispatched, routing)
 
     return run
 

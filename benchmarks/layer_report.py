@@ -79,7 +79,7 @@ both on the first rank.
   which the others are not charged for) is the column *classic gate*.
 - **autoep**: `AutoEPMoELayer` in its default configuration (grouped GEMM), its router replaced by the given routing.
 - **naive**: all-gather of all tokens, loop over the rank's experts (nonzero, index_select, FFN, index_add),
-  reduce-scatter. It sends P - 1 rows per token and leg, ours k (P - 1) / P: on fewer than k ranks P it sends less.
+  reduce-scatter. It sends P - 1 rows per token and leg, ours one for each other rank that has experts of the token.
 
 *others' cores*: how many of the machine's cores worked for somebody else while the case was measured."""
 

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import queue
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from hardware import commit, conditions
 from pareto_bytes import bytes_sent
+from pareto_calibration import check_seeds, with_calibrations
 from pareto_cases import CASES, EXACT, QUICK, checked
 from pareto_report import summarise, write_results
 from pareto_run import EXACT_EVERY, Job, Record, Settings, Unit, records, seconds_per_run, sha256
@@ -76,7 +78,11 @@ def benchmark(args: argparse.Namespace) -> None:
     if min(args.num_images, args.batch_size, args.workers) < 1 or args.num_images < 2:
         raise UserError("--num-images must be at least 2, --batch-size and --workers at least 1")
     configs = checked(cases, args.num_steps, guided=args.cfg_scale != 1)
+    check_seeds(args.seeds)
     settings = settings_of(args)
+    calibrations = args.out.with_name(args.out.name + ".calibrations.partial")
+    calibrated = [case.name for case in cases if case.calibrated]
+    configs = with_calibrations(configs, calibrated, settings.checkpoint, args.num_steps, args.cfg_scale, calibrations)
     exact_job = Job(EXACT.name, CacheConfig(policy="none"), args.num_steps)
     jobs = [Job(case.name, configs[case.name], case.num_steps or args.num_steps) for case in cases]
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +96,7 @@ def benchmark(args: argparse.Namespace) -> None:
     setting |= {"bytes_measured_on_images": args.bytes_images, "threads_per_worker": 1}
     write_results(rows, setting, args.out)
     partial.unlink()
+    shutil.rmtree(calibrations, ignore_errors=True)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -1,7 +1,7 @@
 """What ``benchmarks/pareto.py`` compares: every caching policy over its knobs, and fewer steps as the control."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeca_dist.cache.policies import POLICIES, build_policy
@@ -19,13 +19,15 @@ EIGHT = [0, 1, 7, 16, 25, 33, 40, 47]
 class Case:
     """One row: ``series`` is the line it belongs to in the plot, ``cache`` the ``cache:`` section of the configuration.
 
-    ``num_steps``: of a run with fewer steps and no cache; None for the benchmark's own number.
+    ``num_steps``: of a run with fewer steps and no cache; None for the benchmark's own number. ``calibrated``: output
+    weights are fitted for it before the run, on images of another seed.
     """
 
     series: str
     label: str
     cache: dict[str, Any] = field(default_factory=dict)
     num_steps: int | None = None
+    calibrated: bool = False
 
     @property
     def name(self) -> str:
@@ -42,6 +44,20 @@ def uniform(series: str, policy: str, intervals: Sequence[int], **options: Any) 
 def placed(series: str, label: str, policy: str, steps: list[int] | dict[str, list[int]], **options: Any) -> Case:
     return Case(series, label, {"policy": policy, "full_steps": steps, **options})
 
+
+def calibrated(case: Case) -> Case:
+    return replace(case, series=f"{case.series}, calibrated", calibrated=True)
+
+
+CALIBRATED = (
+    Case("fora", "every 5", {"policy": "fora", "interval": 5}),
+    placed("taylorseer order 1", "default steps", "taylorseer", list(DEFAULT_STEPS), order=1),
+    placed("taylorseer order 2", "default steps", "taylorseer", list(DEFAULT_STEPS), order=2),
+    Case("moeca_forecast placed", "default", {"policy": "moeca_forecast"}),
+    placed("network_forecast", "default steps", "network_forecast", list(DEFAULT_STEPS)),
+    *uniform("network_forecast", "network_forecast", [5, 6, 8]),
+    Case("moeca", "5% every 4", {"policy": "moeca", "refresh_ratio": 0.05}),
+)
 
 CASES: tuple[Case, ...] = (
     *uniform("fora", "fora", [2, 3, 4]),
@@ -62,9 +78,21 @@ CASES: tuple[Case, ...] = (
     Case("random branches", "5% every 4, attention too", {"policy": "random", "ratio": 0.05, "attention_sync": True}),
     *(Case("moeca", f"{ratio:.0%} every 4", {"policy": "moeca", "refresh_ratio": ratio}) for ratio in (0.05, 0.15)),
     Case("moeca", "5% attention not refreshed", {"policy": "moeca", "refresh_ratio": 0.05, "attention_sync": False}),
+    *uniform("network_forecast", "network_forecast", [4, 5]),
+    placed("network_forecast", "default steps", "network_forecast", list(DEFAULT_STEPS)),
+    *map(calibrated, CALIBRATED),
     *uniform("toca", "toca", [3]),
     *(Case("teacache", f"delta {delta}", {"policy": "teacache", "delta": delta}) for delta in (0.05, 0.1)),
     Case("dice_skip", "every 2", {"policy": "dice_skip"}),
+    *(
+        Case("smaller storage", f"{policy} {dtype}", {"policy": policy, "dtype": dtype} | options)
+        for policy, options in (
+            ("moeca_forecast", {}),
+            ("taylorseer", {"full_steps": list(DEFAULT_STEPS)}),
+            ("moeca", {}),
+        )
+        for dtype in ("bfloat16", "float16", "float8_e4m3fn")
+    ),
     *(Case("fewer steps", f"{steps} steps", {"policy": "none"}, steps) for steps in (10, 13, 25)),
 )
 

@@ -69,7 +69,9 @@ class Job:
     @property
     def options(self) -> dict[str, Any]:
         """What tells two configurations of one name apart, as JSON keeps it."""
-        return {"num_steps": self.num_steps} | self.cache.model_dump(mode="json", exclude_none=True)
+        options = {"num_steps": self.num_steps} | self.cache.model_dump(mode="json", exclude_none=True)
+        # Where the file lies is this machine's business.
+        return options | ({"calibration": "fitted"} if self.cache.calibration else {})
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class ParallelConfig(_Section):
 
     ep_size: int | None = Field(None, ge=1)
     """None: the whole world."""
+    exchange: Literal["exact", "planned"] = "exact"
+    """When the ranks agree on what travels: in every layer, or once per step on what the step before decided."""
     exchange: Literal["exact"] = "exact"
     expert_placement: _PathField | None = None
     """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
@@ -73,7 +75,16 @@ class CacheConfig(_Section):
     """What is reused between denoising steps. Each policy reads some of the options and refuses the others."""
 
     policy: Literal[
-        "none", "fora", "taylorseer", "moeca", "moeca_forecast", "toca", "teacache", "dice_skip", "random"
+        "none",
+        "fora",
+        "taylorseer",
+        "moeca",
+        "moeca_forecast",
+        "network_forecast",
+        "toca",
+        "teacache",
+        "dice_skip",
+        "random",
     ] = "none"
     """``none`` is the exact path."""
     interval: int | None = Field(None, ge=1)
@@ -110,6 +121,8 @@ class CacheConfig(_Section):
     """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
+    calibration: _PathField | None = None
+    """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
     dtype: Literal["model", "bfloat16", "float16", "float8_e4m3fn"] = "model"
     """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
     memory_limit: str | float | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
@@ -27,18 +28,20 @@ from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, choose_placement
+from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import CacheReport, ExchangeReport, Report
+from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
+from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.telemetry import GpuRecord, merge
-from moeca_dist.timing import Seconds, Section, Timer
+from moeca_dist.timing import Seconds, Section
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -86,7 +89,9 @@ class Engine:
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
+        check_exchange(config, self.policy)
         self.placement = self._choose_placement()
+        self.calibration = self._read_calibration()
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -143,9 +148,8 @@ class Engine:
         check_requests(requests, self.model.spec)
         self.check_memory(len(requests))
         observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
-        counters = _Counters(observed)
+        counters = self._start(observed)
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        self._forget_traffic(observed.timer)
         num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
         with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
@@ -171,8 +175,40 @@ class Engine:
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
-        config = self.config.model_copy(update={"cache": CacheConfig(), "telemetry": TelemetryConfig()})
+        parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
+        changes = {"cache": CacheConfig(), "parallel": parallel, "telemetry": TelemetryConfig()}
+        config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
+
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
+        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+
+        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
+        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        would exceed ``cache.memory_limit``.
+        """
+        if self.config.cache.memory_limit is not None:
+            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
+            how = "a batch of"
+            agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
+        observed = Observation(TelemetryConfig(), None, self.mesh, None)
+        return self._denoise(share, self._start(observed), lambda step: observed.end_step(step.index), combine)
+
+    def combine(self) -> Corrected | None:
+        """What takes the place of guidance in one batch, where a calibration is configured."""
+        if self.calibration is None or self.policy is None:
+            return None
+        weights = self.calibration.weights
+        memory = OutputMemory(self.policy.is_full, weights.history)
+        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
+
+    def fitted_for(self) -> FittedFor:
+        """What calibrated weights of this run depend on."""
+        options = self.config.cache.model_dump(mode="json", exclude_none=True)
+        cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
+        if self.policy is not None:
+            cache["full_steps"] = {half: self._full_steps(half) for half in self._halves}
+        return FittedFor(cache, self.num_steps, self.config.sampling.cfg_scale, weight_norms(self.model))
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
@@ -188,6 +224,23 @@ class Engine:
     def _guided(self) -> bool:
         return self.config.sampling.cfg_scale != 1
 
+    @property
+    def _halves(self) -> tuple[Half, ...]:
+        return HALVES if self._guided else HALVES[:1]
+
+    def _full_steps(self, half: Half) -> list[int]:
+        policy, num_steps = self.policy, self.num_steps
+        assert policy is not None
+        return [index for index in range(num_steps) if policy.is_full(StepContext(index, num_steps, 0.0), half)]
+
+    def _read_calibration(self) -> Calibration | None:
+        path = self.config.cache.calibration
+        return None if path is None else agreed(self.mesh, lambda: fitting_calibration(path, self.fitted_for()))
+
+    @property
+    def _planned(self) -> bool:
+        return self.config.parallel.exchange == "planned"
+
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
             return None
@@ -196,13 +249,15 @@ class Engine:
             self.config.cache,
             self.policy,
             self.num_steps,
-            HALVES if self._guided else HALVES[:1],
+            self._halves,
             spec.num_experts_per_tok,
             spec.hidden_size * next(self.model.parameters()).element_size(),
             ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
         )
 
-    def _open_session(self, share: Sequence[Request], counters: _Counters) -> CacheSession | None:
+    def _open_session(
+        self, share: Sequence[Request], counters: _Counters, combine: Combine | None
+    ) -> CacheSession | None:
         """The caches of one round, or None for the exact path."""
         if self.policy is None:
             return None
@@ -217,11 +272,22 @@ class Engine:
             timer=counters.observed.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
+            planned=self._planned,
             storage=storage_of(self.config.cache.dtype),
+            bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        session = self._open_session(share, counters)
+        return self._to_samples(self._denoise(share, counters, on_step, self.combine()))
+
+    def _denoise(
+        self,
+        share: Sequence[Request],
+        counters: _Counters,
+        on_step: Callable[[StepContext], None],
+        combine: Combine | None,
+    ) -> Tensor:
+        session = self._open_session(share, counters, combine)
         model = partial(self.model, timer=counters.observed.timer)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):
@@ -232,6 +298,7 @@ class Engine:
                 num_steps=self.num_steps,
                 device=self.mesh.device,
                 on_step=on_step,
+                combine=combine,
             )
         if samples_BCHW.is_cuda:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
@@ -239,7 +306,7 @@ class Engine:
         counters.denoise_s += time.perf_counter() - started
         if session is not None:
             session.note_peak()
-        return self._to_samples(samples_BCHW)
+        return samples_BCHW
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
         if self.decoder is not None:
@@ -254,9 +321,10 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _forget_traffic(self, timer: Timer) -> None:
+    def _start(self, observed: Observation) -> _Counters:
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic(timer)
+            self.mesh.expert_group.reset_traffic(observed.timer)
+        return _Counters(observed)
 
     def _report(self, num_images: int, counters: _Counters) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
@@ -289,12 +357,13 @@ class Engine:
             flops=work.flops(),
             branches=work.branches(),
             exchange=ExchangeReport(
-                mode=self.config.parallel.exchange if group else "local",
+                mode=self.config.parallel.exchange if group or self._planned else "local",
                 placement=self.placement,
                 bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
                 bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
+                agreements=group.traffic.agreements if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
             cache=CacheReport(
@@ -303,6 +372,12 @@ class Engine:
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
             telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
         )
+
+
+# Options of the cache section that change what is computed where, or how full steps are named, but no value.
+_WITHOUT_EFFECT_ON_VALUES = frozenset(
+    {"calibration", "placement", "memory_limit", "interval", "full_steps", "schedule"}
+)
 
 
 def join(config: Config) -> Mesh:
@@ -328,13 +403,13 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
-    build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
+    check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

@@ -4,7 +4,7 @@ Counted is what is kept between steps. A step needs some more for one block at a
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.report import scaled
+from moeca_dist.sampling.calibration import read_calibration
+from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Routing, StepContext
 
 _ROW_GROWTH = 17 / 16  # an owner's rows grow by a sixteenth at least, see cache.owned.RowPool
@@ -30,7 +32,9 @@ class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
     Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing.
-    ``element_bytes``: of a value as the network computes it.
+    ``element_bytes``: of a value as the network computes it. ``planned``: each step decides for the next one.
+    ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
+    ``output_bytes``: size of one of them for one image.
     """
 
     spec: ModelSpec
@@ -41,20 +45,38 @@ class CacheSize:
     num_steps: int
     placement: Placement | None
     ep_size: int
+    planned: bool
+    output_history: int | None
+    output_bytes: int
 
     def of(self, images: int) -> int:
         """For so many images on every rank: the most that is kept after any step."""
-        if self.policy.unit == "network":
-            return images * len(self.halves) * self.spec.num_tokens * self._row
-        timelines = [self._modules(half, block) for half in self.halves for block in range(self.spec.depth)]
-        modules = max(sum(at_step) for at_step in zip(*timelines, strict=True))
-        others = len(self.halves) * len(self.spec.moe_blocks) * self._branches
-        others += len(self.halves) * self.spec.depth * self._keys_values
-        owned = 0
+        kept_per_image = max(sum(at_step) for at_step in zip(*self._timelines(), strict=True))
+        tokens = images * self.spec.num_tokens
+        kept = (
+            tokens
+            * len(self.halves)
+            * (len(self.spec.moe_blocks) * self._branches + self.spec.depth * self._keys_values)
+        )
         if self.placement == "owner":
-            rows = images * self.ep_size * self.spec.num_tokens * len(self.halves) * self._entries_at_an_owner
-            owned = len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
-        return images * self.spec.num_tokens * (modules + others) + owned
+            rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
+            kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
+        return images * kept_per_image + kept
+
+    def _timelines(self) -> Iterator[list[int]]:
+        """Bytes per image after each step, of everything that does not keep its size from the first step on."""
+        for half in self.halves:
+            yield self._outputs(half)
+            for per_token in self._per_token(half):
+                yield [bytes_ * self.spec.num_tokens for bytes_ in per_token]
+
+    def _per_token(self, half: Half) -> Iterator[list[int]]:
+        if self.policy.unit == "network":
+            yield self._kept_rows(half, False) if self.policy.delta is None else [self._row] * self.num_steps
+            return
+        yield from (self._modules(half, block) for block in range(self.spec.depth))
+        if self.planned:
+            yield self._plans(half)
 
     @property
     def _row(self) -> int:
@@ -88,11 +110,35 @@ class CacheSize:
         """Bytes per token of one ``RowCache`` after each step; ``by_rows``: cache steps store single rows."""
         kept, held = 0, []
         for index in range(self.num_steps):
-            full = self.policy.is_full(StepContext(index, self.num_steps, 0.0), half)
+            full = self._is_full(index, half)
             if full or by_rows:
                 kept = min(kept + 1, self._values)
             held.append(kept * self._row + (4 if by_rows and not full else 0))
         return held
+
+    def _plans(self, half: Half) -> list[int]:
+        """Bytes per token of all blocks' plans after each step: its own and the next one's."""
+        expert_id, entry, found, reason = 8, 8, 1, 1
+        branches = len(self.spec.moe_blocks) * self.spec.num_experts_per_tok
+        served = [not self._is_full(index, half) for index in range(self.num_steps)]
+        return [
+            branches * (expert_id + entry + found + reason) * sum(both)
+            for both in zip(served, [*served[1:], False], strict=True)
+        ]
+
+    def _outputs(self, half: Half) -> list[int]:
+        """Bytes per image of the outputs that a calibrated run remembers, after each step."""
+        if self.output_history is None:
+            return [0] * self.num_steps
+        full_steps, held = 0, []
+        for index in range(self.num_steps):
+            full = self._is_full(index, half)
+            full_steps += full
+            held.append((min(full_steps, self.output_history) + (not full)) * self.output_bytes)
+        return held
+
+    def _is_full(self, index: int, half: Half) -> bool:
+        return self.policy.is_full(StepContext(index, self.num_steps, 0.0), half)
 
     @property
     def _keys_values(self) -> int:
@@ -132,19 +178,36 @@ def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) ->
         config.cache, policy, num_steps, halves, spec.num_experts_per_tok, spec.hidden_size * element_bytes,
         ExpertPlacement.contiguous(spec.num_experts, ep_size),
     )  # fmt: skip
-    storage = storage_of(config.cache.dtype)
-    return CacheSize(spec, policy, storage, element_bytes, halves, num_steps, placement, ep_size)
+    calibration = config.cache.calibration
+    return CacheSize(
+        spec,
+        policy,
+        storage_of(config.cache.dtype),
+        element_bytes,
+        halves,
+        num_steps,
+        placement,
+        ep_size,
+        planned=config.parallel.exchange == "planned",
+        output_history=None if calibration is None else read_calibration(calibration).weights.history,
+        output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
+    )
 
 
-def check_memory(size: CacheSize | None, config: CacheConfig, images: int, device: torch.device) -> None:
-    """Raise UserError where one rank's cache of ``images`` images would exceed ``cache.memory_limit``."""
+def check_memory(
+    size: CacheSize | None, config: CacheConfig, images: int, device: torch.device, fewer: str = "sampling.batch_size"
+) -> None:
+    """Raise UserError where one rank's cache of ``images`` images would exceed ``cache.memory_limit``.
+
+    ``fewer``: how the user takes fewer images at once.
+    """
     if size is None or config.memory_limit is None:
         return
     limit, needed = _limit_bytes(config, device), size.of(images)
     if needed <= limit:
         return
-    fitting = next((fewer for fewer in range(images - 1, 0, -1) if size.of(fewer) <= limit), 0)
-    batch = f"take sampling.batch_size {fitting}" if fitting else "one image is too much already; take a larger limit"
+    fitting = next((count for count in range(images - 1, 0, -1) if size.of(count) <= limit), 0)
+    batch = f"take {fewer} {fitting}" if fitting else "one image is too much already; take a larger limit"
     smaller = ", cache.dtype float8_e4m3fn or bfloat16" if config.dtype == "model" else ""
     bound = " at most" if size.placement == "owner" else ""
     raise UserError(

@@ -38,13 +38,15 @@ class BranchReport:
 class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together.
 
-    ``mode`` is ``local`` where every rank holds all experts. ``placement``: which side keeps branch values, ``home``
-    or ``owner``; None without a branch cache or where every rank holds all experts. Collectives are counted per rank.
+    ``mode`` is ``planned`` where each step decides for the next, else ``local`` where every rank holds all experts.
+    ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
+    rank holds all experts. Collectives are counted per rank.
 
     ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
-    divides ``bytes_sent``.
+    divides ``bytes_sent``. ``agreements``: how often each rank's row counts were gathered, which tells all ranks what
+    travels; their few bytes are not counted.
     """
 
     mode: str
@@ -53,6 +55,7 @@ class ExchangeReport:
     bytes_full: int
     collectives: int
     collectives_elided: int
+    agreements: int = 0
     bytes_per_step: tuple[int, ...] = ()
 
 

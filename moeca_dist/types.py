@@ -62,3 +62,14 @@ class StepContext:
     index: int  # 0 for the first (noisiest) step, num_steps - 1 for the last, whatever the time convention
     num_steps: int
     time: float  # the value the network gets for every image: in [0, 1] (flow) or an integer in 0..999 (DDPM)
+
+
+def positions(mask_N: Tensor, count: int | None = None) -> Tensor:
+    """Where ``mask_N`` is true, int64, ascending; where the ``count`` is known, without a host synchronisation."""
+    if count is None:
+        # NOTE: a host synchronisation on CUDA: the count decides the shape.
+        return mask_N.nonzero().squeeze(1)
+    if count == 0:
+        # Without tokens too, where nonzero_static of torch 2.9 fails on CUDA.
+        return torch.empty(0, dtype=torch.int64, device=mask_N.device)
+    return torch.nonzero_static(mask_N, size=count).squeeze(1)

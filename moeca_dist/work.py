@@ -85,9 +85,13 @@ class Work:
 
     def extrapolated(self, while_routed: int) -> int:
         """What was counted where the routers ran -> over all evaluations; the same where they ran in all of them."""
+        if self._policy is None:
+            return while_routed
         every = self._evaluations * len(self._spec.moe_blocks) * self._spec.num_tokens
         ran = self._statistics.modules["router"] + self._statistics.modules["moe"]
-        if self._policy is None or ran in (0, every):
+        if self._policy.unit == "network":
+            ran = every - self._statistics.skipped * len(self._spec.moe_blocks) * self._spec.num_tokens
+        if ran in (0, every):
             return while_routed
         return round(while_routed * every / ran)
 

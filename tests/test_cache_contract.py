@@ -3,6 +3,7 @@
 Shape suffixes: N images, T tokens, K routed experts per token.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.config import CacheConfig, HalvesConfig
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
+from moeca_dist.moe.router import Router
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.sampler import sampler_for
@@ -261,8 +263,14 @@ def count_products(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch)
     def experts(module: torch.nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         counted.append(6 * inputs[0].shape[0] * spec.hidden_size * spec.expert_width)
 
-    def router(module: torch.nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-        counted.append(2 * inputs[0].shape[0] * spec.hidden_size * spec.num_experts)
+    def scores(router: Router) -> Callable[[Tensor], Tensor]:
+        compute = router.scores
+
+        def counting(x_TD: Tensor) -> Tensor:
+            counted.append(2 * x_TD.shape[0] * spec.hidden_size * spec.num_experts)
+            return compute(x_TD)
+
+        return counting
 
     def patches(module: torch.nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         counted.append(2 * output.numel() * module.weight[0].numel())
@@ -273,7 +281,7 @@ def count_products(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     for _, layer in model.moe_layers():
         layer.experts.register_forward_hook(experts)
-        layer.gate.register_forward_hook(router)
+        layer.gate.scores = scores(layer.gate)
     model.x_embedder.proj.register_forward_hook(patches)
     return counted
 

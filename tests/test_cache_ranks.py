@@ -119,7 +119,7 @@ def test_reported_work_is_what_hooks_count(request, model, policy: str, placemen
     assert report.branches.reuse_ratio > 0
     if ep_size == 1:
         assert report.exchange.collectives == 0
-    elif policy not in ("fora", "taylorseer", "toca", "teacache"):
+    elif policy not in ("fora", "taylorseer", "toca", "teacache", "network_forecast"):
         rounds, layers = -(-5 // (2 * ep_size)), 2
         assert report.exchange.collectives + report.exchange.collectives_elided == 2 * rounds * layers * NUM_STEPS
 

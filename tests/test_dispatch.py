@@ -13,7 +13,12 @@ from torch import Tensor
 
 from moeca_dist.errors import UserError
 from moeca_dist.moe.experts import RoutedExperts
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher, weighted_sum
+from moeca_dist.parallel.dispatch import (
+    BRANCH_HEADER_BYTES,
+    SUM_HEADER_BYTES,
+    AllToAllDispatcher,
+    LocalDispatcher,
+)
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing
@@ -35,7 +40,8 @@ def make_experts(owned: Sequence[int]) -> RoutedExperts:
 
 def make_input(num_tokens: int, routing: Sequence[Sequence[int]], seed: int) -> tuple[Tensor, Routing]:
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.tensor(routing, dtype=torch.int64).reshape(num_tokens, 2)
+    k = len(routing[0]) if routing else 2
+    ids = torch.tensor(routing, dtype=torch.int64).reshape(num_tokens, k)
     return torch.randn(num_tokens, HIDDEN, generator=draw), Routing(ids, torch.rand(ids.shape, generator=draw))
 
 
@@ -62,51 +68,79 @@ def test_local_matches_the_loop(routing: list[list[int]]) -> None:
     dispatcher = LocalDispatcher(EXPERTS)
     sent = dispatcher.dispatch(x_TD, decided.all_branches())
     assert int(sent.rows_per_expert_L.sum()) == decided.expert_ids_TK.numel() == sent.rows_RD.shape[0]
-    rows_ND = dispatcher.combine(make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L), sent)
-    y_TD = weighted_sum(rows_ND, sent.slot_of_branch_N.view_as(decided.expert_ids_TK), decided.gates_TK)
+    outputs_RD = make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L)
+    y_TD = dispatcher.combine_sums(outputs_RD, sent, decided)
     torch.testing.assert_close(y_TD, naive(x_TD, decided), atol=1e-5, rtol=1e-5)
+    assert torch.equal(y_TD, dispatcher.weighted_sum(dispatcher.combine(outputs_RD, sent), sent, decided))
 
 
 def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> dict[str, object]:
-    """Runs on every rank: its own tokens through the all-to-all; returns output, reference and traffic."""
+    """Runs on every rank: its own tokens there and back, summed up by the owners and branch by branch."""
     env = LauncherEnv.read()
     mesh = Mesh.create(env, device_type="cpu", timeout_s=60)
-    assert mesh.expert_group is not None
-    mesh.expert_group.reset_traffic()
+    group = mesh.expert_group
+    assert group is not None
     placement = ExpertPlacement(owners, env.world_size)
-    dispatcher = AllToAllDispatcher(mesh.expert_group, placement)
+    dispatcher = AllToAllDispatcher(group, placement)
+    experts = make_experts(placement.experts_of(env.rank))
     mine = routings[env.rank]
     x_TD, decided = make_input(len(mine), mine, 10 + env.rank)
+    group.reset_traffic()
+    dispatcher.count_exact(decided, x_TD)
+    sent = dispatcher.dispatch(x_TD, decided.all_branches(), decided.gates_TK.flatten())
+    sums_TD = dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, decided)
+    summed = group.traffic
+    group.reset_traffic()
     sent = dispatcher.dispatch(x_TD, decided.all_branches())
-    experts = make_experts(placement.experts_of(env.rank))
     rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent)
-    y_TD = weighted_sum(rows_ND, sent.slot_of_branch_N.view_as(decided.expert_ids_TK), decided.gates_TK)
-    away = sum(owners[expert] != env.rank for token in mine for expert in token)
-    arrived = sum(owners[expert] == env.rank for tokens in routings for token in tokens for expert in token)
-    back = sum(
-        owners[expert] == env.rank
-        for rank, tokens in enumerate(routings)
-        for token in tokens
-        for expert in token
-        if rank != env.rank
-    )
-    assert sent.rows_RD.shape[0] == arrived
+    reference_TD = naive(x_TD, decided)
+    assert sent.rows_RD.shape[0] == sum(owners[e] == env.rank for tokens in routings for token in tokens for e in token)
     return {
-        "error": (y_TD - naive(x_TD, decided)).abs().max().item() if len(mine) else 0.0,
-        "bytes": mesh.expert_group.traffic.bytes_sent,
-        "expected_bytes": (away + back) * HIDDEN * 4,
-        "collectives": mesh.expert_group.traffic.collectives,
-        "elided": mesh.expert_group.traffic.collectives_elided,
+        "error": (sums_TD - reference_TD).abs().max().item() if len(mine) else 0.0,
+        "same": torch.equal(sums_TD, dispatcher.weighted_sum(rows_ND, sent, decided)),
+        "branches": [expert_rows(x_TD, decided), rows_ND.index_select(0, sent.slot_of_branch_N)],
+        "exact": int(summed.bytes_exact),
+        "bytes": [summed.bytes_sent, group.traffic.bytes_sent],
+        "collectives": [(traffic.collectives, traffic.collectives_elided) for traffic in (summed, group.traffic)],
     }
+
+
+def expert_rows(x_TD: Tensor, routing: Routing) -> Tensor:
+    """[T * K, D]: every branch on its own, unweighted."""
+    alone = [Routing(ids_TK, torch.ones(len(ids_TK), 1)) for ids_TK in routing.expert_ids_TK.split(1, dim=1)]
+    return torch.stack([naive(x_TD, one) for one in alone], 1).flatten(0, 1)
+
+
+def bytes_there_and_back(owners: Sequence[int], routings: list[list[list[int]]], rank: int) -> tuple[int, int, int]:
+    """What ``rank`` sends with sums and branch by branch, and what its tokens make all ranks send with sums."""
+    row, summed, single, for_mine = HIDDEN * 4, 0, 0, 0
+    for home, tokens in enumerate(routings):
+        for token in tokens:
+            for owner in {owners[e] for e in token} - {home}:
+                branches = sum(owners[e] == owner for e in token)
+                if home == rank:  # there: a header for each branch, the hidden row once
+                    summed += branches * SUM_HEADER_BYTES + row
+                    single += branches * BRANCH_HEADER_BYTES + row
+                    for_mine += branches * SUM_HEADER_BYTES + 2 * row
+                if owner == rank:  # back: one sum, or every branch
+                    summed += row
+                    single += branches * row
+    return summed, single, for_mine
 
 
 def check_exchange(pool, owners: tuple[int, ...], routings: list[list[list[int]]]) -> None:
     nothing = not any(routings)
-    for outcome in pool.run(exchange_once, owners, routings):
-        assert outcome["error"] < 1e-5
-        assert outcome["bytes"] == outcome["expected_bytes"]
-        assert outcome["collectives"] == (0 if nothing else 2)
-        assert outcome["elided"] == (2 if nothing else 0)
+    for rank, outcome in enumerate(pool.run(exchange_once, owners, routings)):
+        assert outcome["error"] < 1e-5 and outcome["same"]
+        torch.testing.assert_close(*outcome["branches"], atol=1e-5, rtol=1e-5)
+        assert (*outcome["bytes"], outcome["exact"]) == bytes_there_and_back(owners, routings, rank)
+        assert outcome["collectives"] == [(0, 2) if nothing else (2, 0)] * 2
+
+
+@given(st.lists(tokens_routing(7, 4), min_size=2, max_size=2), st.lists(st.integers(0, 1), min_size=6, max_size=6))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_several_experts_of_a_token_share_a_rank(two_ranks, routings: list[list[list[int]]], owners: list[int]) -> None:
+    check_exchange(two_ranks, tuple(owners), routings)
 
 
 @given(st.lists(tokens_routing(), min_size=4, max_size=4), st.lists(st.integers(0, 3), min_size=6, max_size=6))

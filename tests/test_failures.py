@@ -22,14 +22,18 @@ GRACE_S = 30
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+def write_config(folder: Path, parallel: str = "", more: str = "", **options: object) -> Path:
     """An endless run: more steps than any test waits for."""
     golden = load_golden("dsmoe_e8")
-    golden.write_checkpoint(tmp_path / "model.pt")
-    options = "".join(f"  {name}: {value}\n" for name, value in golden.options.items())
-    path = tmp_path / "config.yaml"
+    golden.write_checkpoint(folder / "model.pt")
+    model = "".join(f"  {name}: {value}\n" for name, value in (golden.options | options).items())
+    path = folder / "config.yaml"
     path.write_text(
-        f"model:\n  checkpoint: model.pt\n  device: cpu\n{options}"
-        f"parallel:\n  timeout_s: {TIMEOUT_S}\nsampling:\n  num_steps: 1000000\n"
+        f"model:\n  checkpoint: model.pt\n  device: cpu\n{model}"
+        f"parallel:\n  timeout_s: {TIMEOUT_S}\n{parallel}sampling:\n  num_steps: 1000000\n{more}"
     )
     return path
 
@@ -65,6 +69,18 @@ def wait_until_denoising(out: Path, ranks: list[subprocess.Popen[str]]) -> None:
 @pytest.mark.parametrize("lost", [0, 1], ids=["rank 0", "rank 1"])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, blow: signal.Signals, lost: int) -> None:
+    lose_a_rank(config, tmp_path, blow, lost, "lost contact while")
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_rank_lost_in_the_agreement_of_a_step(tmp_path: Path, blow: signal.Signals) -> None:
+    """All experts for every token: no route changes, so after step 0 the ranks meet once per step and nowhere else."""
+    cache = "cache:\n  policy: moeca_forecast\n  full_steps: [0]\n"
+    config = write_config(tmp_path, "  exchange: planned\n", cache, num_experts_per_tok=8)
+    lose_a_rank(config, tmp_path, blow, 1, "lost contact while agreeing on row counts")
+
+
+def lose_a_rank(config: Path, tmp_path: Path, blow: signal.Signals, lost: int, said: str) -> None:
     out = tmp_path / "out"
     ranks = start_ranks(config, out)
     try:
@@ -80,7 +96,7 @@ def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, blow: signal.Sig
             rank.wait()
     log = (tmp_path / f"rank{1 - lost}.log").read_text()
     message = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert len(message) == 1 and "lost contact while" in message[0], log
+    assert len(message) == 1 and said in message[0], log
     assert "Traceback" not in log
     assert not out.exists()
     if lost == 1:

@@ -8,6 +8,7 @@ import torch
 
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.policies import POLICIES
+from moeca_dist.calibrate import calibrate
 from moeca_dist.cli import main
 from moeca_dist.config import Config, parse_size
 from moeca_dist.engine import check_cache_fits
@@ -63,8 +64,34 @@ def test_the_prediction_is_the_peak(knobs: dict[str, Any], network: str, tmp_pat
         assert report.cache.bytes_peak == predicted[2]  # two rounds, of two images and of one
 
 
+@pytest.mark.parametrize("full_steps", [[0], [0, 1, 4], [0, 2, 4, 6], APART], ids=str)
+@pytest.mark.parametrize("policy", ["moeca_forecast", "moeca", "random", "dice_skip"])
+def test_plans_for_the_next_step_are_predicted(policy: str, full_steps: Any, two_ranks: Any, tmp_path: Path) -> None:
+    config = make_config(tmp_path, policy=policy, full_steps=full_steps)
+    at_once = generate(config, 3)[1][2]
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"exchange": "planned"})})
+    report, predicted = generate(config, 3)
+    assert report.cache.bytes_peak == predicted[2] > at_once
+    report, predicted = two_ranks.run(generate, config, 3)[0]
+    assert report.cache.bytes_peak == predicted[1] + predicted[2]
+
+
+@pytest.mark.parametrize("full_steps", [[0], [0, 1, 4], [0, 1, 2, 3, 7], APART], ids=str)
+@pytest.mark.parametrize("network", ["dsmoe_e12", "dit_moe_flash"])
+@pytest.mark.parametrize("policy", ["network_forecast", "moeca_forecast", "fora"])
+def test_remembered_outputs_are_predicted(policy: str, network: str, full_steps: Any, tmp_path: Path) -> None:
+    config = make_config(tmp_path, network, policy=policy, full_steps=full_steps)
+    plain = generate(config, 3)[1][2]
+    requests = [Request(index, index % 10) for index in range(2)]
+    outcome = calibrate(Engine.from_config(config), requests, requests)
+    (tmp_path / "fitted.json").write_text(outcome.calibration.to_json())
+    cache = config.cache.model_copy(update={"calibration": tmp_path / "fitted.json"})
+    report, predicted = generate(config.model_copy(update={"cache": cache}), 3)
+    assert report.cache.bytes_peak == predicted[2] > plain
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
-@pytest.mark.parametrize("policy", ["moeca", "moeca_forecast", "taylorseer", "toca", "dice_skip"])
+@pytest.mark.parametrize("policy", ["moeca", "moeca_forecast", "network_forecast", "taylorseer", "toca", "dice_skip"])
 def test_the_prediction_knows_the_dtype(policy: str, dtype: str, tmp_path: Path) -> None:
     report, predicted = generate(make_config(tmp_path, policy=policy, dtype=dtype), 2)
     assert report.cache.bytes_peak == predicted[2]
@@ -148,6 +175,17 @@ def test_a_share_is_one_of_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     check_cache_fits(config, spec, on_gpu, 1)
     with pytest.raises(UserError, match="a rank with 2 images"):
         check_cache_fits(config, spec, on_gpu, 2)
+
+
+def test_a_batch_to_calibrate_on_is_limited_too(tmp_path: Path) -> None:
+    config = make_config(tmp_path, policy="moeca_forecast")
+    size = generate(config, 1)[1]
+    cache = config.cache.model_copy(update={"memory_limit": f"{size[2]}B"})
+    engine = Engine.from_config(config.model_copy(update={"cache": cache}))
+    requests = [Request(index, 0) for index in range(3)]
+    calibrate(engine, requests[:2], requests[:2])
+    with pytest.raises(UserError, match=r"a rank with 3 images.*take a batch of 2, cache\.dtype"):
+        calibrate(engine, requests, requests[:2])
 
 
 def test_sizes() -> None:

@@ -21,8 +21,9 @@ from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.moe.cached import LayerPlan, decide, segment_parts
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.pairs import HEADER_BYTES, PairExchange, _packed, _unpacked
+from moeca_dist.parallel.pairs import HEADER_BYTES, PairExchange
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.wire import _packed, _unpacked
 from moeca_dist.types import Request, Routing, StepContext
 from tests.test_dispatch import EXPERTS, HIDDEN, make_experts, make_weights
 
@@ -264,9 +265,9 @@ def test_rows_of_odd_bytes_are_packed_and_unpacked() -> None:
     """Five bf16 numbers are ten bytes: headers behind them lie off the boundaries that their words want."""
     header_N3 = torch.arange(12, dtype=torch.int32).view(4, 3)
     rows_MD = torch.arange(10).bfloat16().view(2, 5)
-    packed, sizes = _packed(header_N3, rows_MD, [1, 0, 3], [1, 0, 1])
-    assert sizes == [HEADER_BYTES + 10, 0, 3 * HEADER_BYTES + 10] and packed.shape[0] == sum(sizes)
-    headers, rows = _unpacked(packed, [1, 0, 3], [1, 0, 1], rows_MD)
+    packed = _packed(header_N3, rows_MD, [1, 0, 3], [1, 0, 1])
+    assert packed.shape[0] == 4 * HEADER_BYTES + 2 * 10
+    headers, rows = _unpacked(packed, header_N3, rows_MD, [1, 0, 3], [1, 0, 1])
     assert torch.equal(headers, header_N3) and torch.equal(rows, rows_MD)
 
 

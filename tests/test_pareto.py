@@ -180,3 +180,23 @@ def test_frechet_distance_of_known_gaussians() -> None:
 def test_pictures_survive_the_partial_file() -> None:
     images_NHWC = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
     assert np.array_equal(unpacked(json.loads(json.dumps(packed(images_NHWC)))), images_NHWC)
+
+
+def test_calibrated_configurations_get_a_file_of_their_own(pareto, tmp_path: Path, monkeypatch) -> None:
+    fitting = importlib.import_module("pareto_calibration")
+    monkeypatch.setattr(fitting, "NUM_IMAGES", 4)
+    plain = CacheConfig(policy="network_forecast", interval=4)
+    configs = {"net, calibrated: every 4": plain, "net: every 4": plain}
+    arguments = (configs, ["net, calibrated: every 4"], str(SHIPPED_CHECKPOINT), 8, 1.5, tmp_path / "fitted")
+    found = fitting.with_calibrations(*arguments)
+    assert found["net: every 4"] == plain
+    path = found["net, calibrated: every 4"].calibration
+    assert path == tmp_path / "fitted" / "net_calibrated_every_4.json"
+    written = path.stat().st_mtime_ns
+    assert fitting.with_calibrations(*arguments) == found and path.stat().st_mtime_ns == written
+    assert Job("net", found["net, calibrated: every 4"], 8).options["calibration"] == "fitted"
+
+
+def test_images_that_calibrations_were_fitted_on_are_not_measured(pareto, tmp_path: Path, capsys) -> None:
+    assert pareto.main(["--seeds", "7", "101", "--quick", "--out", str(tmp_path / "x")]) == 2
+    assert "measure others" in capsys.readouterr().err

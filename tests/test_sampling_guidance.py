@@ -61,7 +61,7 @@ def test_scale_one_computes_the_conditional_half_only():
     network = RecordingNetwork()
     output = guided(network, LABELS, cfg_scale=1.0, null_label=NULL, guided_channels=4)(x_BCHW, t_B, STEP)
     ((x_NCHW, _, y_N, step),) = network.calls
-    assert x_NCHW is x_BCHW and torch.equal(y_N, LABELS) and step is STEP
+    assert torch.equal(x_NCHW, x_BCHW) and torch.equal(y_N, LABELS) and step is STEP
     assert torch.equal(output, RecordingNetwork()(x_BCHW, t_B, LABELS, STEP))
 
 

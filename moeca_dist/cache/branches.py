@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
 
@@ -134,13 +135,15 @@ class BranchCache(EntryTable):
 
     def weighted_sum(self, gates_TK: Tensor, served_TK: Tensor, match: Match, step: int) -> Tensor:
         """[T, D]: sum of the *current* gate x stored (or forecast) value over the branches in ``served_TK``."""
+        # Bags of rows take a third of the time of a batched product of weights and entries on CPU.
         weights_TK = (gates_TK * served_TK).to(self._values_TJD.dtype)
-        weights_TJ = weights_TK.new_zeros(self._steps_TJ.shape).scatter_(1, match.entry_TK, weights_TK)
-        total_T1D = torch.bmm(weights_TJ[:, None], self._values_TJD.unpack())
+        first_T1 = torch.arange(0, self._steps_TJ.numel(), self.num_entries, device=weights_TK.device)[:, None]
+        at_TK = match.entry_TK + first_T1
+        total_TD = _weighted_rows(at_TK, self._values_TJD, weights_TK)
         if self.forecast:
-            ahead_TJ = weights_TJ * (step - self._steps_TJ)
-            total_T1D.baddbmm_(ahead_TJ[:, None], self._slopes_TJD.unpack())
-        return total_T1D.squeeze(1)
+            ahead_TK = weights_TK * (step - self._steps_TJ.gather(1, match.entry_TK))
+            total_TD += _weighted_rows(at_TK, self._slopes_TJD, ahead_TK)
+        return total_TD
 
     def reference(self, match: Match) -> Reference | None:
         """What was kept of the branches of a routing; arbitrary where they are unmatched. None without gates."""
@@ -173,6 +176,12 @@ class BranchCache(EntryTable):
         if with_reference:
             self._gates_TJ = torch.zeros(shape, device=like_TKD.device)
             self._norms_TJ = torch.zeros(shape, device=like_TKD.device)
+
+
+def _weighted_rows(at_TK: Tensor, stored_TJD: Packed, weights_TK: Tensor) -> Tensor:
+    """[T, D]: sum over k of weight x the row ``at`` of all stored ones."""
+    rows = stored_TJD.unpack().view(-1, stored_TJD.shape[-1])
+    return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
 
 
 def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ class Policy(Protocol):
     ``order`` of the forecast: 0 reuses stored values. ``attention_sync``: a token with a refreshed branch refreshes its
     rows of attention and of the shared expert with it, and of the dense blocks that follow. ``computes_modules``:
     attention, shared expert and dense blocks are computed in cache steps too. ``refreshes_rows``: ``rows`` chooses
-    tokens of the feed-forward. ``delta``: threshold of a policy that skips the network. ``usage_decay``: of the moving
-    average of expert usage, None without one.
+    tokens of the feed-forward. ``delta``: threshold of a policy that skips the network while its input changes little,
+    None where the step alone says what is skipped. ``usage_decay``: of the moving average of expert usage, None
+    without one.
     """
 
     @property
@@ -91,7 +92,7 @@ class Policy(Protocol):
     def refreshes_rows(self) -> bool: ...
 
     @property
-    def delta(self) -> float: ...
+    def delta(self) -> float | None: ...
 
     @property
     def usage_decay(self) -> float | None: ...

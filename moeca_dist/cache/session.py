@@ -16,6 +16,7 @@ from torch import Tensor
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
+from moeca_dist.cache.planned import Ahead, StepPlans
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
@@ -73,7 +74,8 @@ class Followed:
 class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
-    ``owned``: this rank's part of placement ``owner``; None in placement ``home``.
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
+    ahead, None where each step decides for itself.
     """
 
     block: int
@@ -85,6 +87,7 @@ class BlockStep:
     statistics: CacheStatistics
     followed: Followed
     owned: OwnedBlock | None = None
+    ahead: Ahead | None = None
     timer: Timer = UNTIMED
 
     @property
@@ -198,7 +201,7 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``.
+    sessions together; None in placement ``home``. ``planned``: each step decides for the next one.
     """
 
     def __init__(
@@ -213,12 +216,15 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
+        planned: bool = False,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
+        bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
         self.timer = timer
         self.statistics = statistics
+        self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
         self._num_images = len(requests)
         self._image_ids_B = torch.tensor(
@@ -229,6 +235,9 @@ class CacheSession:
             for _ in range(num_blocks)
         ]
         self.network = NetworkCache(storage)
+        self.changes = tuple(RowCache(policy.order, storage) for _ in self._halves)  # of the whole network, by schedule
+        # By step: of the current one and the next.
+        self._plans: dict[int, StepPlans] | None = {} if planned else None
         self._owned = [
             None
             if owner_ranks is None
@@ -248,7 +257,13 @@ class CacheSession:
             )
             for index, half in enumerate(self._halves)
         )
-        return StepCache(step, self, segments, self._image_ids_B)
+        return StepCache(step, self, segments, self._image_ids_B, ahead=self._ahead(step.index))
+
+    def _ahead(self, step: int) -> Ahead | None:
+        if self._plans is None:
+            return None
+        self._plans = {step: self._plans.get(step, StepPlans()), step + 1: StepPlans()}
+        return Ahead(self._plans[step], self._plans[step + 1])
 
     def block(self, index: int) -> tuple[SegmentCache, ...]:
         return self._blocks[index]
@@ -257,9 +272,12 @@ class CacheSession:
         return self._owned[index]
 
     def note_peak(self) -> None:
-        """Record how much the session holds; asked before every step and at its end."""
+        """Record how much the session holds, and what is kept beside it; asked before every step and at its end."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
+        held += sum(change.num_bytes for change in self.changes)
         held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
+        # At the end of a step both its own plans and the next one's are held.
+        held += sum(plans.num_bytes for plans in (self._plans or {}).values()) + self._bytes_beside()
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -272,6 +290,7 @@ class StepCache:
     segments: tuple[Segment, ...]
     image_ids_B: Tensor
     followed: Followed = field(default_factory=Followed)
+    ahead: Ahead | None = None
 
     def block(self, index: int) -> BlockStep:
         session = self.session
@@ -285,6 +304,7 @@ class StepCache:
             session.statistics,
             self.followed,
             session.owned(index),
+            self.ahead,
             session.timer,
         )
 
@@ -293,16 +313,46 @@ class StepCache:
         """Whether the blocks are computed or skipped all together."""
         return self.session.policy.unit == "network"
 
-    def serve_network(self, x_BTD: Tensor, signal_S: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the last change."""
+    def serve_network(self, x_BTD: Tensor, signal: Callable[[], Tensor], compute: Callable[[slice], Tensor]) -> Tensor:
+        """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the expected change.
+
+        ``compute(images)`` runs the blocks for a slice of the batch and measures itself; ``signal()`` is the time alone
+        [S], asked where a threshold on its change decides. Which of them run is the same on all ranks.
+        """
+        delta = self.session.policy.delta
+        return self._by_schedule(x_BTD, compute) if delta is None else self._by_change(x_BTD, signal(), delta, compute)
+
+    def _by_change(self, x_BTD: Tensor, signal_S: Tensor, delta: float, compute: Callable[[slice], Tensor]) -> Tensor:
         session, network = self.session, self.session.network
         session.statistics.signals += 1
         with session.timer.section("bookkeeping"):
-            if not network.is_due(signal_S, session.policy.delta):
+            if not network.is_due(signal_S, delta):
                 session.statistics.skipped += x_BTD.shape[0]
                 return network.apply(x_BTD)
         session.statistics.reached += self.step.index > 0
-        out_BTD = compute()
+        out_BTD = compute(slice(None))
         with session.timer.section("bookkeeping"):
             network.store(out_BTD - x_BTD)
+        return out_BTD
+
+    def _by_schedule(self, x_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
+        changes, index, timer = self.session.changes, self.step.index, self.session.timer
+        if all(segment.full for segment in self.segments):
+            out_BTD = compute(slice(None))
+            with timer.section("bookkeeping"):
+                for segment, change in zip(self.segments, changes, strict=True):
+                    change.store(out_BTD[segment.images] - x_BTD[segment.images], index)
+            return out_BTD
+        out_BTD = torch.empty_like(x_BTD)
+        for segment, change in zip(self.segments, changes, strict=True):
+            here_BTD = x_BTD[segment.images]
+            if segment.full:
+                out_BTD[segment.images] = compute(segment.images)
+                with timer.section("bookkeeping"):
+                    change.store(out_BTD[segment.images] - here_BTD, index)
+                continue
+            with timer.section("bookkeeping"):
+                change.forecast_into(out_BTD[segment.images], index)
+                out_BTD[segment.images] += here_BTD
+            self.session.statistics.skipped += here_BTD.shape[0]
         return out_BTD

@@ -55,10 +55,12 @@ class CacheStatistics:
     def count_branches(
         self, step: StepContext, block: int, expert_ids_TK: Tensor, reason: Tensor | Reason, num_experts: int
     ) -> None:
-        """Count branches by expert; ``reason``: of each [T, K], or of all of them."""
+        """Count branches by expert; ``reason``: of each [T, K], in any integer dtype, or of all of them."""
         if block not in self.branches:
             shape = (step.num_steps, len(Reason), num_experts)
             self.branches[block] = torch.zeros(shape, dtype=torch.int64, device=expert_ids_TK.device)
+        if isinstance(reason, Tensor):
+            reason = reason.long()
         cell_N = (reason * num_experts + expert_ids_TK).flatten()
         self.branches[block][step.index].view(-1).index_add_(0, cell_N, torch.ones_like(cell_N))
 

@@ -46,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    validate_world(config, _launcher_number("WORLD_SIZE", 1))
+    validate_world(config, launcher_number("WORLD_SIZE", 1))
     if args.compare_uncached and config.cache.policy == "none":
         raise UserError("--compare-uncached has no effect with cache.policy none: name a policy, or leave it away")
     run_generate(config, args)
@@ -137,7 +137,7 @@ def tell_deepspeed_the_device() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _launcher_number(name: str, default: int) -> int:
+def launcher_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise UserError(f"the environment variable {name} is {text!r}, not a number: start the ranks with torchrun")

@@ -57,9 +57,11 @@ class DiffusionTransformer(nn.Module):
         tokens_BTD, rotary = self.add_positions(tokens_BTD, rows, columns)
         c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
         if cache is not None and cache.per_network:
-            signal_S = self._time_signal(cache.step.time, t_B.device)
+            step, entering_BTD = cache.step, tokens_BTD
             tokens_BTD = cache.serve_network(
-                tokens_BTD, signal_S, lambda: self._through_blocks(tokens_BTD, c_BD, rotary, None, timer)
+                entering_BTD,
+                lambda: self._time_signal(step.time, t_B.device),
+                lambda images: self._through_blocks(entering_BTD[images], c_BD[images], rotary, None, timer),
             )
         else:
             tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer)

@@ -15,7 +15,7 @@ from moeca_dist.cache.policy import LayerView
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.statistics import Reason
-from moeca_dist.types import Branches, Routing
+from moeca_dist.types import Routing, StepContext, positions
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,35 @@ class Part:
 class Decision:
     """``served_TD``: the weighted sum of the branches that are not refreshed, zero where all are.
 
-    None in placement ``owner``, where the sums are made beside the experts. ``reason_TK`` holds a ``Reason`` for every
-    branch.
+    None in placement ``owner``, where the sums are made beside the experts. ``reason_TK``: uint8, a ``Reason`` for
+    every branch. ``num_refreshed`` counts ``refresh_TK``; not in placement ``owner``, where no shape depends on it.
     """
 
     match: Match
     refresh_TK: Tensor
     reason_TK: Tensor
-    served_TD: Tensor | None
+    served_TD: Tensor | None = None
+    num_refreshed: int = 0
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer does in one step; decided before anything is computed. No decisions where all segments are full."""
+    """What a layer does in one step; decided before anything is computed. No decisions where all segments are full.
+
+    In exchange mode ``planned`` the ``routing`` of served segments is one step old and ``current`` is what the router
+    chooses now; ``traffic`` is what all ranks send, where they have agreed on it already.
+    """
 
     routing: Routing
     parts: Sequence[Part]
     decisions: Sequence[Decision]
+    current: Routing | None = None
+    traffic: Tensor | None = None
+
+    def refreshed_branches(self) -> Tensor:
+        """Positions int64 [N] of the refreshed ones among all branches, ascending."""
+        refresh_TK = torch.cat([decision.refresh_TK for decision in self.decisions])
+        return positions(refresh_TK.flatten(), sum(decision.num_refreshed for decision in self.decisions))
 
     def refreshed_rows(self) -> Rows:
         """Tokens of the segments that are served from the cache with at least one refreshed branch."""
@@ -94,47 +106,72 @@ def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
     mine, kept = part.routing(routing), part.kept
     observe(part, mine)
     match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
-    refresh_TK, reason_TK = _choose(part, mine, match, cache)
+    if part.segment.full:
+        return computed(part, match, at_home=cache.owned is None)
+    reason_TK = choose(part, mine, match, cache.step, cache)
     if cache.owned is not None:
-        return Decision(match, refresh_TK, reason_TK, None)
-    if part.segment.full:
-        return Decision(match, refresh_TK, reason_TK, kept.branches.nothing(mine.num_tokens))
-    served_TD = kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
-    return Decision(match, refresh_TK, reason_TK, served_TD)
+        return Decision(match, reason_TK != Reason.SERVED, reason_TK)
+    return served(part, mine, match, reason_TK, cache)
 
 
-def _choose(part: Part, mine: Routing, match: Match, cache: BlockStep) -> tuple[Tensor, Tensor]:
-    """[T, K] twice: which branches of a segment are refreshed, and why each is or is not."""
+def computed(part: Part, match: Match, *, at_home: bool = True) -> Decision:
+    """All branches of a full segment."""
+    refresh_TK = torch.ones_like(match.found_TK)
+    reason_TK = torch.full_like(refresh_TK, Reason.FULL, dtype=torch.uint8)
+    if not at_home:
+        return Decision(match, refresh_TK, reason_TK)
+    nothing_TD = part.kept.branches.nothing(refresh_TK.shape[0])
+    return Decision(match, refresh_TK, reason_TK, nothing_TD, refresh_TK.numel())
+
+
+def served(
+    part: Part, mine: Routing, match: Match, reason_TK: Tensor, cache: BlockStep, num_refreshed: int | None = None
+) -> Decision:
+    """The branches of a segment in a cache step, kept at home; ``num_refreshed`` where the host knows it already."""
+    refresh_TK = reason_TK != Reason.SERVED
+    if num_refreshed is None:
+        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
+        num_refreshed = int(refresh_TK.sum())
+    served_TD = part.kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
+    return Decision(match, refresh_TK, reason_TK, served_TD, num_refreshed)
+
+
+def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:
+    """uint8 [T, K]: which branches of a segment the policy refreshes in ``step``, this one or the next, and why."""
     found_TK = match.found_TK
-    if part.segment.full:
-        return torch.ones_like(found_TK), torch.full_like(mine.expert_ids_TK, Reason.FULL)
-    plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
+    plan = cache.policy.plan(step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == found_TK.shape
-    reason_TK = torch.full_like(mine.expert_ids_TK, Reason.SERVED).masked_fill_(plan.refresh_TK, Reason.SCORE)
+    reason_TK = torch.full_like(found_TK, Reason.SERVED, dtype=torch.uint8)
+    reason_TK.masked_fill_(plan.refresh_TK, Reason.SCORE)
     if plan.forced_TK is not None:
         reason_TK.masked_fill_(plan.forced_TK, Reason.FORCED)
-    return plan.refresh_TK, reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
+    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
 
 
-def store_fresh(plan: LayerPlan, branches: Branches, fresh_ND: Tensor, cache: BlockStep) -> None:
-    """Write what was refreshed back to the segments' caches; branches are ordered by token, so by segment."""
-    start = 0
+def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None:
+    """Enter a layer's branches into the statistics, without a host synchronisation."""
+    reason = torch.cat([decision.reason_TK for decision in plan.decisions]) if plan.decisions else Reason.FULL
+    cache.statistics.count_branches(cache.step, cache.block, plan.routing.expert_ids_TK, reason, num_experts)
+
+
+def store_fresh(plan: LayerPlan, branch_N: Tensor, fresh_ND: Tensor, cache: BlockStep) -> None:
+    """Write what was refreshed (``branch_N`` among all branches) back to the segments' caches, which lie in order."""
+    k, start = plan.routing.num_experts_per_tok, 0
     for part, decision in zip(plan.parts, plan.decisions, strict=True):
-        fresh_TK = decision.refresh_TK
-        gates_TK = cache.policy.reference_gates(part.routing(plan.routing))
-        count = int(fresh_TK.sum())
-        window = slice(start, start + count)
+        window = slice(start, start + decision.num_refreshed)
+        mine, routing = branch_N[window] - part.tokens.start * k, part.routing(plan.routing)
+        gates_TK = cache.policy.reference_gates(routing)
         part.kept.branches.store(
-            branches.token_N[window] - part.tokens.start,
-            decision.match.entry_TK[fresh_TK],
-            decision.match.found_TK[fresh_TK],
-            branches.expert_ids_N[window],
+            mine // k,
+            decision.match.entry_TK.flatten()[mine],
+            decision.match.found_TK.flatten()[mine],
+            routing.expert_ids_TK.flatten()[mine],
             fresh_ND[window],
             cache.step.index,
-            None if gates_TK is None else gates_TK[fresh_TK],
+            None if gates_TK is None else gates_TK.flatten()[mine],
         )
         part.kept.branches.touch(decision.match, cache.step.index)
-        start += count
+        start += decision.num_refreshed
 
 
 def _view(part: Part, routing: Routing, match: Match, cache: BlockStep) -> LayerView:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.cache.statistics import Reason
-from moeca_dist.moe.cached import LayerPlan, decide, observe, segment_parts, store_fresh
+from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, weighted_sum
-from moeca_dist.types import Branches, Routing
+from moeca_dist.moe.planned import plan_next, planned_layer
+from moeca_dist.moe.router import Router
+from moeca_dist.parallel.dispatch import AllToAllDispatcher, DispatchedRows, Dispatcher, LocalDispatcher
+from moeca_dist.types import Branches
 
 
 class MoELayer(nn.Module):
@@ -25,7 +26,7 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, router: nn.Module, num_experts: int, expert_width: int, shared_width: int
+        self, hidden_size: int, router: Router, num_experts: int, expert_width: int, shared_width: int
     ) -> None:
         super().__init__()
         self.gate = router
@@ -42,12 +43,23 @@ class MoELayer(nn.Module):
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
-        routed_TD = self._all_branches(x_TD, routing)[0]
+        # Nothing is kept: what returns is summed up where the experts are.
+        dispatched = self.dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+        routed_TD = self.dispatcher.combine_sums(outputs_RD, dispatched, routing)
         return (routed_TD + self._shared(x_TD)).view_as(x_BTD)
 
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
-        """Route, and ask the policy which branches are computed now."""
+        """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
+        plan = (
+            self._plan(x_TD, cache) if cache.ahead is None else planned_layer(x_TD, self.gate, cache, self.dispatcher)
+        )
+        with cache.timer.section("bookkeeping"):
+            count_reasons(plan, cache, self.num_experts)
+        return plan
+
+    def _plan(self, x_TD: Tensor, cache: BlockStep) -> LayerPlan:
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         cache.count("router", x_TD)
@@ -55,16 +67,15 @@ class MoELayer(nn.Module):
             parts = segment_parts(x_TD, cache)
             # At home a full step needs no decisions; owners are told what to keep in every step.
             decided = cache.owned is not None or not cache.all_full
-            decisions = [decide(part, routing, cache) for part in parts] if decided else []
-            reason = torch.cat([decision.reason_TK for decision in decisions]) if decided else Reason.FULL
-            statistics = cache.statistics
-            statistics.count_branches(cache.step, cache.block, routing.expert_ids_TK, reason, self.num_experts)
-            return LayerPlan(routing, parts, decisions)
+            return LayerPlan(routing, parts, [decide(part, routing, cache) for part in parts] if decided else [])
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
         routed_TD = self._routed(x_TD, plan, cache)
+        if cache.ahead is not None:
+            with cache.timer.section("bookkeeping"):
+                plan_next(plan, cache, self.dispatcher)
 
         def shared(images: slice) -> Tensor:
             with cache.timer.section("experts"):
@@ -86,21 +97,20 @@ class MoELayer(nn.Module):
         # A layer whose shared expert is disabled adds its own input in its place.
         return self.shared_experts(x) if self.shared_experts is not None else x
 
-    def _compute(self, x_TD: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
-        """Outputs [N, D] of some branches, wherever their experts are, and the position of each branch among them."""
-        dispatched = self.dispatcher.dispatch(x_TD, branches)
+    def _compute(
+        self, x_TD: Tensor, branches: Branches, traffic: Tensor | None = None
+    ) -> tuple[Tensor, DispatchedRows]:
+        """Outputs [N, D] of some branches, wherever their experts are, and how they were dispatched."""
+        dispatched = self.dispatcher.dispatch(x_TD, branches, traffic=traffic)
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        return self.dispatcher.combine(outputs_RD, dispatched), dispatched.slot_of_branch_N
-
-    def _all_branches(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-        rows_ND, slot_N = self._compute(x_TD, routing.all_branches())
-        return weighted_sum(rows_ND, slot_N.view_as(routing.expert_ids_TK), routing.gates_TK), rows_ND, slot_N
+        return self.dispatcher.combine(outputs_RD, dispatched), dispatched
 
     def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         routing = plan.routing
-        routed_TD, rows_ND, slot_N = self._all_branches(x_TD, routing)
+        rows_ND, dispatched = self._compute(x_TD, routing.all_branches())
+        routed_TD = self.dispatcher.weighted_sum(rows_ND, dispatched, routing)
         with cache.timer.section("bookkeeping"):
-            self._keep_all(rows_ND.index_select(0, slot_N), plan, cache)
+            self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, cache)
         return routed_TD
 
     def _keep_all(self, fresh_ND: Tensor, plan: LayerPlan, cache: BlockStep) -> None:
@@ -118,15 +128,13 @@ class MoELayer(nn.Module):
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
         with cache.timer.section("bookkeeping"):
-            refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
-            # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-            branch_N = refresh_TK.flatten().nonzero().squeeze(1)
+            branch_N = plan.refreshed_branches()
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        rows_ND, slot_N = self._compute(x_TD, branches)
+        rows_ND, dispatched = self._compute(x_TD, branches, plan.traffic)
         with cache.timer.section("bookkeeping"):
-            fresh_ND = rows_ND.index_select(0, slot_N)
+            fresh_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
             routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
             gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
             routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-            store_fresh(plan, branches, fresh_ND, cache)
+            store_fresh(plan, branch_N, fresh_ND, cache)
         return routed_TD

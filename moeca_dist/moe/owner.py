@@ -12,6 +12,7 @@ from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.pairs import ArrivedPairs, Asked, PairExchange
+from moeca_dist.parallel.wire import token_sums
 
 
 def routed_at_owners(
@@ -30,7 +31,7 @@ def routed_at_owners(
         sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step, fresh)
     rows_MD = pairs.combine(sums_SD, arrived)
     with cache.timer.section("bookkeeping"):
-        fresh_TD = torch.zeros_like(x_TD).index_add_(0, arrived.plan.token_M, rows_MD)
+        fresh_TD = token_sums(rows_MD, arrived.sent.token_M, x_TD.shape[0])
         touched_T, changed_T = asked.refresh_TK.any(1), (~asked.found_TK).any(1)
         served = [
             part.kept.home.serve(touched_T[part.tokens], changed_T[part.tokens], fresh_TD[part.tokens], step)

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.config import CacheConfig
+from moeca_dist.config import CacheConfig, Config
+from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.predict import Load, home_bytes, owner_bytes
 from moeca_dist.types import StepContext
@@ -12,6 +13,23 @@ Placement = Literal["home", "owner"]
 
 TYPICAL_REFRESH_SHARE = 0.02
 """Share of its branches that a cache step finds unmatched, as on the shipped model with the default schedule."""
+
+
+def check_exchange(config: Config, policy: Policy | None) -> None:
+    """Raise UserError where ``parallel.exchange planned`` would have no effect, or cannot be carried out."""
+    if config.parallel.exchange != "planned":
+        return
+    if policy is None or policy.unit != "branch":
+        keeps = "caches nothing" if policy is None else "decides on no single branches"
+        raise UserError(
+            f"parallel.exchange planned has no effect with cache.policy {config.cache.policy}, which {keeps}: "
+            "remove it, or choose moeca_forecast, moeca or random"
+        )
+    if config.cache.placement not in (None, "home"):
+        raise UserError(
+            f"parallel.exchange planned keeps branch values at home, not where cache.placement "
+            f"{config.cache.placement} may put them: remove cache.placement, or use parallel.exchange exact"
+        )
 
 
 def choose_placement(

@@ -10,7 +10,30 @@ from torch.nn import functional as F
 from moeca_dist.types import Routing
 
 
-class SoftmaxRouter(nn.Module):
+class Router(nn.Module):
+    """Scores of all experts, the choice among them, and the gates of chosen ones."""
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        return self.route(self.scores(x_TD))
+
+    def route(self, scores_TE: Tensor) -> Routing:
+        expert_ids_TK = self.choose(scores_TE)
+        return Routing(expert_ids_TK, self.gates(scores_TE, expert_ids_TK))
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """[T, E]"""
+        raise NotImplementedError
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        """int64 [T, K] ids of the experts with the highest scores."""
+        raise NotImplementedError
+
+    def gates(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """[T, K] weights of any distinct experts, normalised over them as the model does it over the chosen ones."""
+        raise NotImplementedError
+
+
+class SoftmaxRouter(Router):
     """DiT-MoE: raw softmax probabilities of the top-k, not renormalised, in the activation dtype."""
 
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
@@ -18,13 +41,17 @@ class SoftmaxRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.num_experts_per_tok = num_experts_per_tok
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        probabilities_TE = F.linear(x_TD, self.weight).softmax(dim=-1)
-        gates_TK, expert_ids_TK = probabilities_TE.topk(self.num_experts_per_tok, dim=-1)
-        return Routing(expert_ids_TK, gates_TK)
+    def scores(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight).softmax(dim=-1)
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE.topk(self.num_experts_per_tok, dim=-1).indices
+
+    def gates(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        return scores_TE.gather(-1, expert_ids_TK)
 
 
-class SigmoidRouter(nn.Module):
+class SigmoidRouter(Router):
     """DSMoE (after DeepSeek-V3, arXiv 2412.19437, section 2.1.2): sigmoid scores, all in fp32.
 
     The correction bias and the groups decide which experts are chosen; the weights are the scores *without* the bias,
@@ -50,13 +77,16 @@ class SigmoidRouter(nn.Module):
         self.topk_group = topk_group
         self.routed_scaling_factor = routed_scaling_factor
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+    def scores(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float()).sigmoid()
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
         choice_TE = self._within_best_groups(scores_TE + self.e_score_correction_bias)
-        expert_ids_TK = choice_TE.topk(self.num_experts_per_tok, dim=-1).indices
+        return choice_TE.topk(self.num_experts_per_tok, dim=-1).indices
+
+    def gates(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         chosen_TK = scores_TE.gather(-1, expert_ids_TK)
-        gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self.routed_scaling_factor
-        return Routing(expert_ids_TK, gates_TK)
+        return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self.routed_scaling_factor
 
     def _within_best_groups(self, choice_TE: Tensor) -> Tensor:
         """Zero the choice scores outside the ``topk_group`` groups whose two best experts score highest."""

@@ -1,12 +1,14 @@
 """Moving branches to the ranks that hold their experts, and their outputs back.
 
 A dispatcher turns branches (tokens and the experts that they go to) into rows grouped by local expert, and brings the
-expert outputs home. What combine needs travels in the frozen ``DispatchedRows``.
+expert outputs home: branch by branch where they are kept there, else summed up. What the way back needs travels in the
+frozen ``DispatchedRows``.
 
 Rows are gathered with ``index_select``: on CPU it takes a quarter of the time of advanced indexing.
 
 Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, E experts, L experts held here,
-N branches of this rank, P ranks of the group, R rows received and computed here.
+N branches of this rank, M pairs of a token of this rank and an owner, P ranks of the group, R rows received and
+computed here, S pairs received.
 """
 
 from dataclasses import dataclass
@@ -19,51 +21,93 @@ from torch.nn import functional as F
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.types import Branches, Routing
+from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, legs, pair_sums, paired, send, send_back, token_sums
+from moeca_dist.types import Branches, Routing, positions
+
+BRANCH_HEADER_BYTES = WORD_BYTES  # expert, and whether a pair starts
+SUM_HEADER_BYTES = 2 * WORD_BYTES  # and the gate
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How the rows of one dispatch were ordered and where they went.
+    """Where the branches of one dispatch went: this rank's ``pairs``, and what it was sent as an owner.
 
-    ``computed_of_received_R``: for each received row, its position among the computed rows; None where rows stayed
-    local. ``sent_splits`` and ``received_splits``: rows per rank. ``payload``: whether any rank of the group sends
-    anything, the same on all of them.
+    ``branches`` and ``leg``: branches and pairs there and here, rank by rank. ``payload``: whether any rank of the
+    group sends anything, the same on all of them. ``starts_S``: the first received branch of each pair; ``gates_R``:
+    their gates, None where branches return one by one.
     """
 
-    computed_of_received_R: Tensor | None
-    sent_splits: tuple[int, ...]
-    received_splits: tuple[int, ...]
+    pairs: Pairs
+    branches: Leg
+    leg: Leg
     payload: bool
+    starts_S: Tensor
+    gates_R: Tensor | None
 
 
 @dataclass(frozen=True)
 class DispatchedRows:
     """Hidden rows grouped by local expert, with what combine needs to bring the outputs home.
 
-    ``slot_of_branch_N``: position of each branch among the rows that combine returns.
+    ``slot_of_branch_N``: position of each branch among the rows that combine returns. ``row_of_received_R``: for each
+    received branch, its row. ``plan`` None: all experts are here.
     """
 
     rows_RD: Tensor
     rows_per_expert_L: Tensor
     slot_of_branch_N: Tensor
-    plan: RowPlan
+    row_of_received_R: Tensor
+    plan: RowPlan | None = None
 
 
 class Dispatcher(Protocol):
+    """``rank``: this rank in its group; ``num_counts``: how many numbers ``counts`` returns."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def num_counts(self) -> int: ...
+
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
         ...
 
-    def dispatch(self, x_TD: Tensor, branches: Branches) -> DispatchedRows: ...
+    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
+        """int64 [C], on the device: what the ranks must know of some branches before they travel."""
+        ...
+
+    def agree(self, counts_LC: Tensor) -> Tensor:
+        """Every rank's counts of L layers [P, L, C], on the host: a collective, and a host synchronisation."""
+        ...
+
+    def dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
+    ) -> DispatchedRows:
+        """``branches`` in the order of their tokens; with ``gates_N`` the owners return weighted sums.
+
+        ``traffic`` [P, C]: the counts of these branches, where the ranks have agreed on them already.
+        """
+        ...
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
         """[R, D] expert outputs -> [N, D] outputs of this rank's branches, in the order of ``slot_of_branch_N``."""
         ...
 
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+        """[R, D] outputs of all branches of ``routing``, dispatched with their gates -> [T, D] weighted sums."""
+        ...
+
+    def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+        """[T, D]: what ``combine_sums`` returns, bit for bit, from all branches as ``combine`` returned them."""
+        ...
+
 
 class LocalDispatcher:
     """All experts are here: order the rows by expert, nothing travels."""
+
+    rank = 0
+    num_counts = 0
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -71,88 +115,135 @@ class LocalDispatcher:
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         pass  # nothing travels
 
-    def dispatch(self, x_TD: Tensor, branches: Branches) -> DispatchedRows:
-        branch_of_slot_N, slot_of_branch_N = _sort(branches.expert_ids_N)
+    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64, device=refresh_TK.device)
+
+    def agree(self, counts_LC: Tensor) -> Tensor:
+        return counts_LC.cpu()[None]
+
+    def dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
+    ) -> DispatchedRows:
+        branch_of_slot_N = branches.expert_ids_N.argsort(stable=True)
+        slot_of_branch_N = _inverse(branch_of_slot_N)
         rows_ND = x_TD.index_select(0, branches.token_N.index_select(0, branch_of_slot_N))
         counts_E = torch.bincount(branches.expert_ids_N, minlength=self.num_experts)
-        plan = RowPlan(None, (rows_ND.shape[0],), (rows_ND.shape[0],), payload=False)
-        return DispatchedRows(rows_ND, counts_E, slot_of_branch_N, plan)
+        return DispatchedRows(rows_ND, counts_E, slot_of_branch_N, slot_of_branch_N)
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
         return outputs_RD
+
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+        return self.weighted_sum(outputs_RD, dispatched, routing)
+
+    def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+        """A token's branches are added in the order of the slots, without materialising [T, K, D]."""
+        slots_TK = dispatched.slot_of_branch_N.view_as(routing.expert_ids_TK)
+        gates_TK = routing.gates_TK.to(rows_ND.dtype)
+        return F.embedding_bag(slots_TK, rows_ND, per_sample_weights=gates_TK, mode="sum")
 
 
 class AllToAllDispatcher:
     """Experts are spread over the ranks of a group: exact exchange with variable splits.
 
     The ranks first gather the whole traffic matrix, so that all of them agree on every split, and on whether any row
-    travels at all: a zero matrix issues no payload collective.
+    travels at all: a zero matrix issues no payload collective. A token's hidden row goes to each owner once.
     """
 
     def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
         self.exchange = exchange
         self.pairs = PairExchange(exchange, placement)
-        self.num_experts = placement.num_experts
-        self.experts_per_rank = tuple(len(placement.experts_of(rank)) for rank in range(placement.num_ranks))
-        position_of_expert = [0] * placement.num_experts
-        for position, expert in enumerate(placement.send_order):
-            position_of_expert[expert] = position
-        self.position_of_expert_E = torch.tensor(position_of_expert)
+        self.num_ranks = placement.num_ranks
+        self.num_local = len(placement.experts_of(exchange.rank))
+
+    @property
+    def rank(self) -> int:
+        return self.exchange.rank
+
+    @property
+    def num_counts(self) -> int:
+        return 2 * self.num_ranks
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
-        owner_TK = self.pairs.owners(routing.expert_ids_TK.device)[routing.expert_ids_TK]
-        away = (owner_TK != self.exchange.rank).sum()
-        # Every branch that lives elsewhere: its hidden row there, its output back. Stays on the device, unread.
-        self.exchange.traffic.bytes_exact += away * (2 * x_TD.shape[1] * x_TD.element_size())
+        branches_P, pairs_P = self.counts(routing.expert_ids_TK, torch.ones_like(routing.expert_ids_TK)).chunk(2)
+        away = branches_P.sum() - branches_P[self.rank]
+        away_pairs = pairs_P.sum() - pairs_P[self.rank]
+        # Every branch that lives elsewhere has a header, every pair a hidden row there and a sum back. Stays on the
+        # device, unread.
+        rows = away_pairs * (2 * x_TD.shape[1] * x_TD.element_size())
+        self.exchange.traffic.bytes_exact += away * SUM_HEADER_BYTES + rows
 
-    def dispatch(self, x_TD: Tensor, branches: Branches) -> DispatchedRows:
-        # The table moves once, to wherever routing is computed.
-        self.position_of_expert_E = self.position_of_expert_E.to(branches.expert_ids_N.device)
-        positions_N = self.position_of_expert_E.index_select(0, branches.expert_ids_N)
-        branch_of_slot_N, slot_of_branch_N = _sort(positions_N)
-        counts_E = torch.bincount(positions_N, minlength=self.num_experts)
-        traffic_PE = self.exchange.gather_counts(counts_E)
-        per_rank = traffic_PE.split(self.experts_per_rank, dim=1)
-        counts_PL = per_rank[self.exchange.rank]
-        sent = tuple(counts[self.exchange.rank].sum().item() for counts in per_rank)
-        received = tuple(counts_PL.sum(1).tolist())
-        order_R = _group_by_expert(counts_PL).to(x_TD.device)
-        plan = RowPlan(_inverse(order_R), sent, received, payload=bool(traffic_PE.any()))
-        rows_ND = x_TD.index_select(0, branches.token_N.index_select(0, branch_of_slot_N))
-        rows_RD = self._travel(rows_ND, sent, received, plan.payload).index_select(0, order_R)
-        return DispatchedRows(rows_RD, counts_PL.sum(0).to(x_TD.device), slot_of_branch_N, plan)
+    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
+        """[2 * P]: branches for each owner, then pairs."""
+        owner_TK = self.pairs.owners(expert_ids_TK.device)[expert_ids_TK]
+        branches_TP = torch.zeros(len(owner_TK), self.num_ranks, dtype=torch.int64, device=owner_TK.device)
+        branches_TP.scatter_add_(1, owner_TK, refresh_TK.long())
+        return torch.cat([branches_TP.sum(0), (branches_TP > 0).sum(0)])
+
+    def agree(self, counts_LC: Tensor) -> Tensor:
+        return self.exchange.gather_counts(counts_LC.flatten()).view(self.num_ranks, *counts_LC.shape)
+
+    def dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
+    ) -> DispatchedRows:
+        owner_N = self.pairs.owners(branches.expert_ids_N.device).index_select(0, branches.expert_ids_N)
+        if traffic is None:
+            pairs = paired(owner_N, branches.token_N)
+            traffic = self.exchange.gather_counts(pairs.counts(self.num_ranks).flatten())
+        else:
+            pairs = paired(owner_N, branches.token_N, int(traffic[self.rank, self.num_ranks :].sum()))
+        return self._dispatch(x_TD, branches, gates_N, pairs, traffic.view(self.num_ranks, 2, self.num_ranks))
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
         plan = dispatched.plan
-        assert plan.computed_of_received_R is not None
-        by_source_RD = outputs_RD.index_select(0, plan.computed_of_received_R)
-        return self._travel(by_source_RD, plan.received_splits, plan.sent_splits, plan.payload)
+        assert plan is not None
+        rows_RD = outputs_RD.index_select(0, dispatched.row_of_received_R)
+        return send_back(self.exchange, rows_RD, plan.branches, payload=plan.payload)
 
-    def _travel(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], payload: bool) -> Tensor:
-        if not payload:
-            self.exchange.elide()
-            return rows
-        return self.exchange.all_to_all_rows(rows, sent, received)
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+        plan = dispatched.plan
+        assert plan is not None and plan.gates_R is not None
+        sums_SD = pair_sums(dispatched.row_of_received_R, outputs_RD, plan.starts_S, plan.gates_R)
+        rows_MD = send_back(self.exchange, sums_SD, plan.leg, payload=plan.payload)
+        return token_sums(rows_MD, plan.pairs.token_M, routing.num_tokens)
 
+    def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+        """Pair by pair, then over the pairs: the order of the sum is that in which the owners and home share it."""
+        assert dispatched.plan is not None
+        pairs = dispatched.plan.pairs
+        gates_N = routing.gates_TK.flatten().index_select(0, pairs.branch_N)
+        slot_N = torch.arange(rows_ND.shape[0], device=rows_ND.device)
+        rows_MD = pair_sums(slot_N, rows_ND, pairs.first_M, gates_N)
+        return token_sums(rows_MD, pairs.token_M, routing.num_tokens)
 
-def weighted_sum(rows_ND: Tensor, slot_of_branch_TK: Tensor, gates_TK: Tensor) -> Tensor:
-    """y_t = sum over k of gate_tk * row[slot_tk], without materialising [T, K, D]; slots are summed in order."""
-    return F.embedding_bag(slot_of_branch_TK, rows_ND, per_sample_weights=gates_TK.to(rows_ND.dtype), mode="sum")
+    def _dispatch(
+        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None, pairs: Pairs, traffic_P2P: Tensor
+    ) -> DispatchedRows:
+        branch_leg, leg = legs(traffic_P2P, self.exchange.rank)
+        payload = bool(traffic_P2P.any())
+        header_NW = self._headers(branches, gates_N, pairs)
+        rows_MD = x_TD.index_select(0, pairs.token_M)
+        header_RW, hidden_SD = send(self.exchange, header_NW, rows_MD, branch_leg, leg, payload=payload)
+        code_R = header_RW[:, 0]
+        starts_R = (code_R & 1) != 0
+        expert_R, order_R = (code_R >> 1).sort(stable=True)
+        rows_RD = hidden_SD.index_select(0, (starts_R.cumsum(0) - 1).index_select(0, order_R))
+        starts_S = positions(starts_R, hidden_SD.shape[0])
+        gates_R = None if gates_N is None else header_RW[:, 1].contiguous().view(torch.float32)
+        plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R)
+        counts_L = torch.bincount(expert_R, minlength=self.num_local)
+        return DispatchedRows(rows_RD, counts_L, _inverse(pairs.branch_N), _inverse(order_R), plan)
 
-
-def _sort(keys_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Branches ordered by key: (branch of each slot, slot of each branch); ties keep their order."""
-    branch_of_slot_N = keys_N.argsort(stable=True)
-    return branch_of_slot_N, _inverse(branch_of_slot_N)
+    def _headers(self, branches: Branches, gates_N: Tensor | None, pairs: Pairs) -> Tensor:
+        """int32 [N, 1 or 2]: expert among the owner's own and whether a pair starts; the bits of the fp32 gate."""
+        expert_N = self.pairs.local_id_E[branches.expert_ids_N.index_select(0, pairs.branch_N)]
+        code_N = (expert_N * 2 + pairs.starts_N).to(torch.int32)
+        if gates_N is None:
+            return code_N[:, None]
+        gate_N = gates_N.index_select(0, pairs.branch_N).float().view(torch.int32)
+        return torch.stack([code_N, gate_N], 1)
 
 
 def _inverse(order_N: Tensor) -> Tensor:
     """Where each element went: ``inverse[order[i]] = i``."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.shape[0], device=order_N.device))
-
-
-def _group_by_expert(counts_PL: Tensor) -> Tensor:
-    """Order that turns rows sorted by (source rank, local expert) into rows sorted by (local expert, source rank)."""
-    num_ranks, num_local = counts_PL.shape
-    expert_of_row_R = torch.arange(num_local).repeat(num_ranks).repeat_interleave(counts_PL.flatten())
-    return expert_of_row_R.argsort(stable=True)

@@ -3,7 +3,7 @@
 Every method is a collective of the group: all its ranks call it, in the same order. A peer that dies or stays silent
 past the timeout raises ``PeerLostError`` here.
 
-Shape suffixes: E experts, P ranks of the group, D hidden size.
+Shape suffixes: C counts of a rank, P ranks of the group, D hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,14 @@ class Traffic:
     """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself.
 
     ``bytes_exact``: what would have crossed for this rank's tokens, both ways, with every routed branch computed.
+    ``agreements``: gatherings of row counts, whose few bytes are not counted.
     """
 
     bytes_sent: int = 0
     bytes_exact: int | Tensor = 0
     collectives: int = 0
     collectives_elided: int = 0
+    agreements: int = 0
 
 
 class Exchange:
@@ -45,12 +47,13 @@ class Exchange:
         self.traffic = Traffic()
         self.timer: Timer = UNTIMED
 
-    def gather_counts(self, counts_E: Tensor) -> Tensor:
-        """Every rank's int64 counts [E] -> the matrix [P, E] on the host, the same on all ranks."""
-        gathered = torch.empty(self.size, counts_E.shape[0], dtype=counts_E.dtype, device=self.device)
+    def gather_counts(self, counts_C: Tensor) -> Tensor:
+        """Every rank's int64 counts [C] -> the matrix [P, C] on the host, the same on all ranks."""
+        self.traffic.agreements += 1
+        gathered = torch.empty(self.size, counts_C.shape[0], dtype=counts_C.dtype, device=self.device)
         with self.timer.section("wait"):
             with self._watching("agreeing on row counts"):
-                dist.all_gather_into_tensor(gathered.view(-1), counts_E.to(self.device), group=self.group)
+                dist.all_gather_into_tensor(gathered.view(-1), counts_C.to(self.device), group=self.group)
             # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
             return gathered.cpu()
 

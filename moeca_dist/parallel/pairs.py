@@ -1,8 +1,8 @@
 """The exchange of placement ``owner``: headers and hidden rows to the owners, pre-summed rows back.
 
-A pair is a token and a rank that owns some of its experts. A token travels ("touched") if any of its branches is
-refreshed; then every owner of its experts gets a header that names its branches, the owners where something is
-refreshed get the hidden row, once, and each owner returns one row: the weighted sum of the branches it holds.
+A token travels ("touched") if any of its branches is refreshed; then every owner of its experts gets a header that
+names its branches, the owners where something is refreshed get the hidden row, once, and each owner returns one row:
+the weighted sum of the branches it holds.
 
 Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, E experts, P ranks of the group,
 N branches sent, M pairs sent, H hidden rows received, R branches received, S pairs received.
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, legs, paired, send, send_back
 
-HEADER_BYTES = 12  # per branch: expert and flags, row, gate; three words
+HEADER_BYTES = 3 * WORD_BYTES  # per branch: expert and flags, row, gate
 _STARTS_PAIR, _REFRESH, _FOUND, _EXPERT_SHIFT = 1, 2, 4, 3
 
 
@@ -37,22 +38,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class PairPlan:
-    """Where the pairs of one exchange went: splits in pairs per rank; ``payload`` is the same on all ranks."""
-
-    token_M: Tensor
-    sent_splits: tuple[int, ...]
-    received_splits: tuple[int, ...]
-    payload: bool
-
-
-@dataclass(frozen=True)
 class ArrivedPairs:
     """Branches that an owner is asked for, pair by pair, in the order of the home ranks.
 
     ``starts_S``: the first branch of each pair. ``hidden_row_R``: the hidden row of each branch, meaningful where it
     is refreshed. ``local_expert_R``: positions among the owner's experts. ``capacities``: rows that each home rank
-    uses of this rank's cache.
+    uses of this rank's cache. ``sent`` and ``leg``: this rank's own pairs as a home, and how many went where;
+    ``payload`` is the same on all ranks.
     """
 
     hidden_HD: Tensor
@@ -65,7 +57,9 @@ class ArrivedPairs:
     found_R: Tensor
     row_R: Tensor
     capacities: tuple[int, ...]
-    plan: PairPlan
+    sent: Pairs
+    leg: Leg
+    payload: bool
 
 
 class PairExchange:
@@ -86,87 +80,47 @@ class PairExchange:
 
     def dispatch(self, x_TD: Tensor, asked: Asked, capacities: Sequence[int]) -> ArrivedPairs:
         """``capacities``: rows that this rank uses of each rank's cache."""
-        header_N3, owner_N, token_N, starts_N, refresh_N = self._headers(asked)
-        pair_N = starts_N.cumsum(0) - 1
-        token_M, owner_M = token_N[starts_N], owner_N[starts_N]
-        hidden_M = torch.zeros_like(token_M, dtype=torch.bool).index_fill_(0, pair_N[refresh_N], True)
-        counts = [torch.bincount(owner, minlength=self.num_ranks) for owner in (owner_N, owner_M, owner_M[hidden_M])]
-        counts_4P = torch.stack([*counts, torch.tensor(capacities, device=owner_N.device)])
-        traffic_P4P = self.exchange.gather_counts(counts_4P.flatten()).view(self.num_ranks, 4, self.num_ranks)
-        branches, pairs, hidden, _ = traffic_P4P[self.exchange.rank].tolist()
-        from_branches, from_pairs, from_hidden, wanted = traffic_P4P[:, :, self.exchange.rank].T.tolist()
-        plan = PairPlan(token_M, tuple(pairs), tuple(from_pairs), payload=bool(traffic_P4P[:, 0].any()))
-        hidden_rows_MD = x_TD.index_select(0, token_M[hidden_M])
-        if plan.payload:
-            packed, sent = _packed(header_N3, hidden_rows_MD, branches, hidden)
-            received = _sizes(from_branches, from_hidden, hidden_rows_MD)
-            arrived = self.exchange.all_to_all_rows(packed[:, None], sent, received)
-            header_R3, hidden_HD = _unpacked(arrived.squeeze(1), from_branches, from_hidden, hidden_rows_MD)
-        else:
-            self.exchange.elide()
-            header_R3, hidden_HD = header_N3, hidden_rows_MD
-        return _read(header_R3, hidden_HD, from_branches, tuple(wanted), plan)
+        header_N3, pairs, hidden_M = self._headers(asked)
+        device = header_N3.device
+        hidden_P = torch.bincount(pairs.owner_M[hidden_M], minlength=self.num_ranks)
+        counts = [*pairs.counts(self.num_ranks), hidden_P, torch.tensor(capacities, device=device)]
+        gathered = self.exchange.gather_counts(torch.stack(counts).flatten())
+        traffic_P4P = gathered.view(self.num_ranks, 4, self.num_ranks)
+        branches, leg, hidden, wanted = legs(traffic_P4P, self.exchange.rank)
+        payload = bool(traffic_P4P[:, 0].any())
+        rows_HD = x_TD.index_select(0, pairs.token_M[hidden_M])
+        header_R3, hidden_HD = send(self.exchange, header_N3, rows_HD, branches, hidden, payload=payload)
+        return _read(header_R3, hidden_HD, branches.received, wanted.received, (pairs, leg, payload))
 
     def combine(self, sums_SD: Tensor, arrived: ArrivedPairs) -> Tensor:
-        """[S, D] sums at the owner -> [M, D] rows of this rank's pairs, in the order of ``plan.token_M``."""
-        plan = arrived.plan
-        if not plan.payload:
-            self.exchange.elide()
-            return sums_SD
-        return self.exchange.all_to_all_rows(sums_SD, plan.received_splits, plan.sent_splits)
+        """[S, D] sums at the owner -> [M, D] rows of this rank's pairs, in the order of ``sent.token_M``."""
+        return send_back(self.exchange, sums_SD, arrived.leg, payload=arrived.payload)
 
-    def _headers(self, asked: Asked) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Branches of touched tokens by (owner, token, slot): headers [N, 3], owners, tokens, pair starts, refresh."""
+    def _headers(self, asked: Asked) -> tuple[Tensor, Pairs, Tensor]:
+        """Headers [N, 3] of the branches of touched tokens, their pairs, and bool [M]: whose hidden row is needed."""
         k = asked.refresh_TK.shape[1]
         owner_of_expert_E = self.owners(asked.refresh_TK.device)
         touched_T = asked.refresh_TK.any(1)
         # NOTE: a host synchronisation on CUDA: the number of touched tokens decides the shapes.
         branch_N = touched_T.repeat_interleave(k).nonzero().squeeze(1)
-        owner_N, order_N = owner_of_expert_E[asked.expert_ids_TK.flatten()[branch_N]].sort(stable=True)
-        branch_N = branch_N[order_N]
-        token_N = branch_N // k
-        starts_N = torch.ones_like(token_N, dtype=torch.bool)
-        starts_N[1:] = (token_N[1:] != token_N[:-1]) | (owner_N[1:] != owner_N[:-1])
+        pairs = paired(owner_of_expert_E[asked.expert_ids_TK.flatten()[branch_N]], branch_N // k)
+        branch_N = branch_N[pairs.branch_N]
         refresh_N, found_N = asked.refresh_TK.flatten()[branch_N], asked.found_TK.flatten()[branch_N]
+        pair_N = pairs.starts_N.cumsum(0) - 1
+        hidden_M = torch.zeros_like(pairs.first_M, dtype=torch.bool).index_fill_(0, pair_N[refresh_N], True)
         code_N = self.local_id_E[asked.expert_ids_TK.flatten()[branch_N]] << _EXPERT_SHIFT
-        code_N = code_N + starts_N * _STARTS_PAIR + refresh_N * _REFRESH + found_N * _FOUND
+        code_N = code_N + pairs.starts_N * _STARTS_PAIR + refresh_N * _REFRESH + found_N * _FOUND
         gate_N = asked.gates_TK.flatten()[branch_N].float().view(torch.int32)
         row_N = asked.rows_TK.flatten()[branch_N]
-        header_N3 = torch.stack([code_N.to(torch.int32), row_N.to(torch.int32), gate_N], 1)
-        return header_N3, owner_N, token_N, starts_N, refresh_N
-
-
-def _sizes(branches: Sequence[int], hidden: Sequence[int], like_HD: Tensor) -> list[int]:
-    """Bytes per rank: its headers and hidden rows share one collective."""
-    row_bytes = like_HD.shape[1] * like_HD.element_size()
-    return [headers * HEADER_BYTES + rows * row_bytes for headers, rows in zip(branches, hidden, strict=True)]
-
-
-def _packed(
-    header_N3: Tensor, hidden_MD: Tensor, branches: Sequence[int], hidden: Sequence[int]
-) -> tuple[Tensor, list[int]]:
-    """uint8: for each rank its headers, then its hidden rows; and the bytes per rank."""
-    parts = []
-    headers = header_N3.view(torch.uint8).split(list(branches))
-    rows = hidden_MD.view(torch.uint8).split(list(hidden))
-    for header, row in zip(headers, rows, strict=True):
-        parts += [header.flatten(), row.flatten()]
-    return torch.cat(parts), _sizes(branches, hidden, hidden_MD)
-
-
-def _unpacked(
-    arrived: Tensor, branches: Sequence[int], hidden: Sequence[int], like_HD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The inverse of ``_packed`` on the other side; concatenating also restores the alignment that views need."""
-    row_bytes = like_HD.shape[1] * like_HD.element_size()
-    sizes = [size for b, h in zip(branches, hidden, strict=True) for size in (b * HEADER_BYTES, h * row_bytes)]
-    parts = arrived.split(sizes)
-    header_R3 = torch.cat(parts[::2]).view(torch.int32).view(sum(branches), 3)
-    return header_R3, torch.cat(parts[1::2]).view(like_HD.dtype).view(sum(hidden), like_HD.shape[1])
+        return torch.stack([code_N.to(torch.int32), row_N.to(torch.int32), gate_N], 1), pairs, hidden_M
 
 
 def _read(
-    header_R3: Tensor, hidden_HD: Tensor, from_branches: Sequence[int], capacities: tuple[int, ...], plan: PairPlan
+    header_R3: Tensor,
+    hidden_HD: Tensor,
+    from_branches: Sequence[int],
+    capacities: tuple[int, ...],
+    sent: tuple[Pairs, Leg, bool],
 ) -> ArrivedPairs:
     code_R, row_R, gate_R = header_R3.unbind(1)
     starts_R = (code_R & _STARTS_PAIR) != 0
@@ -175,6 +129,7 @@ def _read(
     starts_S = starts_R.nonzero().squeeze(1)
     hidden_S = torch.zeros_like(starts_S).index_fill_(0, pair_R[refresh_R], 1)
     homes = torch.arange(len(from_branches), device=code_R.device)
+    pairs, leg, payload = sent
     return ArrivedPairs(
         hidden_HD=hidden_HD,
         hidden_row_R=(hidden_S.cumsum(0) - 1)[pair_R],
@@ -186,5 +141,7 @@ def _read(
         found_R=(code_R & _FOUND) != 0,
         row_R=row_R.long(),
         capacities=capacities,
-        plan=plan,
+        sent=pairs,
+        leg=leg,
+        payload=payload,
     )

@@ -6,6 +6,7 @@ Counted in bytes per token of one MoE layer and step, averaged over the ranks as
 from dataclasses import dataclass
 from math import comb
 
+from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement
 
@@ -21,16 +22,24 @@ class Load:
 
 
 def home_bytes(load: Load, placement: ExpertPlacement) -> float:
-    """Every refreshed branch that lives elsewhere: one row there and one back."""
-    ranks = placement.num_ranks
-    refreshed = load.full_share + (1 - load.full_share) * load.refresh_share
-    return load.num_experts_per_tok * refreshed * (ranks - 1) / ranks * 2 * load.row_bytes
+    """Every refreshed branch that lives elsewhere: a header there and a row back; its hidden row once per owner."""
+    full = _home_step(load, placement, 1.0)
+    return load.full_share * full + (1 - load.full_share) * _home_step(load, placement, load.refresh_share)
 
 
 def owner_bytes(load: Load, placement: ExpertPlacement) -> float:
     """Of touched tokens: all headers and one row back per owner; one row there where something is refreshed."""
     full = _owner_step(load, placement, 1.0)
     return load.full_share * full + (1 - load.full_share) * _owner_step(load, placement, load.refresh_share)
+
+
+def _home_step(load: Load, placement: ExpertPlacement, refresh: float) -> float:
+    k, ranks = load.num_experts_per_tok, placement.num_ranks
+    hidden = sum(
+        1 - _none_chosen(k, len(placement.experts_of(owner)), placement.num_experts, refresh) for owner in range(ranks)
+    )
+    per_branch = load.row_bytes + BRANCH_HEADER_BYTES
+    return (ranks - 1) / ranks * (hidden * load.row_bytes + k * refresh * per_branch)
 
 
 def _owner_step(load: Load, placement: ExpertPlacement, refresh: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.session import CacheSession, StepCache
+from moeca_dist.sampling.combine import Combine, Guidance
 from moeca_dist.sampling.step import Denoiser
 from moeca_dist.types import StepContext
 
@@ -49,29 +50,32 @@ def cached(model: CachedModel, session: CacheSession) -> Network:
     return network
 
 
-def guided(network: Network, labels_B: Tensor, *, cfg_scale: float, null_label: int, guided_channels: int) -> Denoiser:
+def guided(
+    network: Network,
+    labels_B: Tensor,
+    *,
+    cfg_scale: float,
+    null_label: int,
+    guided_channels: int,
+    combine: Combine | None = None,
+) -> Denoiser:
     """Bind ``labels_B`` (int64) and guidance to ``network``.
 
     One call of the denoiser is one call of the network on 2B rows: rows 0..B-1 conditional, rows B..2B-1 the same
-    images with ``null_label``. The first ``guided_channels`` output channels become
-    ``uncond + cfg_scale * (cond - uncond)``; the others (a variance, or the fourth noise channel of DiT-MoE's DDPM
-    path) are those of the conditional half, as in the published samplers, which keep only that half's images.
-    With ``cfg_scale == 1`` the unconditional half would have no weight and is not computed: one call on B rows.
+    images with ``null_label``. With ``cfg_scale == 1`` the unconditional half would have no weight and is not computed:
+    one call on B rows. The first ``guided_channels`` output channels are what ``combine`` makes of the halves, plain
+    guidance by default; the others (a variance, or the fourth noise channel of DiT-MoE's DDPM path) are those of the
+    conditional half, as in the published samplers, which keep only that half's images.
     """
-    if cfg_scale == 1.0:
+    labels = [labels_B] if cfg_scale == 1 else [labels_B, torch.full_like(labels_B, null_label)]
+    labels_N = torch.cat(labels)
+    combine = combine or Guidance(cfg_scale)
 
-        def conditional(x_BCHW: Tensor, t_B: Tensor, step: StepContext, /) -> Tensor:
-            return network(x_BCHW, t_B, labels_B, step)
+    def denoise(x_BCHW: Tensor, t_B: Tensor, step: StepContext, /) -> Tensor:
+        x_NCHW, t_N = torch.cat([x_BCHW] * len(labels)), torch.cat([t_B] * len(labels))
+        halves = network(x_NCHW, t_N, labels_N, step).chunk(len(labels))
+        guided_BCHW = combine([half[:, :guided_channels] for half in halves], x_BCHW[:, :guided_channels], step)
+        others_BCHW = halves[0][:, guided_channels:]
+        return torch.cat([guided_BCHW, others_BCHW.to(guided_BCHW.dtype)], dim=1)
 
-        return conditional
-
-    labels_N = torch.cat([labels_B, torch.full_like(labels_B, null_label)])
-
-    def both_halves(x_BCHW: Tensor, t_B: Tensor, step: StepContext, /) -> Tensor:
-        output_NCHW = network(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), labels_N, step)
-        cond_BCHW, uncond_BCHW = output_NCHW.chunk(2)
-        guided_cond, other = cond_BCHW[:, :guided_channels], cond_BCHW[:, guided_channels:]
-        guided_uncond = uncond_BCHW[:, :guided_channels]
-        return torch.cat([guided_uncond + cfg_scale * (guided_cond - guided_uncond), other], dim=1)
-
-    return both_halves
+    return denoise

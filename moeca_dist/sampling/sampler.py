@@ -13,10 +13,14 @@ from torch import Tensor
 from moeca_dist.errors import UserError
 from moeca_dist.models.spec import ModelSpec, TimeConvention
 from moeca_dist.sampling import ddpm, flow
+from moeca_dist.sampling.combine import Combine
 from moeca_dist.sampling.guidance import Network, guided
 from moeca_dist.sampling.noise import NoiseSource
 from moeca_dist.sampling.step import Denoiser, OnStep
 from moeca_dist.types import Request
+
+StateGain = Callable[[int, int], float]
+"""(step index, number of steps) -> a / b where the solver's next state is a * state + b * output + noise."""
 
 
 class Solver(Protocol):
@@ -42,6 +46,7 @@ class Sampler:
     shape_CHW: tuple[int, int, int]
     null_label: int
     guided_channels: int
+    state_gain: StateGain
 
     @torch.no_grad()
     def sample(
@@ -53,11 +58,13 @@ class Sampler:
         num_steps: int | None = None,
         device: torch.device | str = "cpu",
         on_step: OnStep | None = None,
+        combine: Combine | None = None,
     ) -> Tensor:
         """Denoise one batch: float32 ``[B, C, H, W]`` latents or pixels in the order of ``requests``, on ``device``.
 
         ``num_steps`` defaults to the published count. ``network`` is called exactly once per step, with 2B rows (B
         where ``cfg_scale`` is 1), whatever B is: ranks without images pass an empty ``requests`` and stay in step.
+        ``combine`` replaces plain guidance; it may remember the batch's outputs, so each batch has its own.
 
         Raises:
             UserError: the solver does not offer ``num_steps``.
@@ -71,6 +78,7 @@ class Sampler:
             cfg_scale=cfg_scale,
             null_label=self.null_label,
             guided_channels=self.guided_channels,
+            combine=combine,
         )
         return self.solve(denoise, NoiseSource(requests, device), self.shape_CHW, num_steps, on_step)
 
@@ -90,9 +98,18 @@ def sampler_for(spec: ModelSpec) -> Sampler:
                 f"DDPM sampling needs a network with {2 * spec.in_channels} output channels (noise and variance), this "
                 f"one has {spec.out_channels}; state a rectified-flow time convention if it was trained for one"
             )
-        return Sampler(ddpm.sample, ddpm.check_num_steps, 250, shape_CHW, spec.null_label, min(3, spec.in_channels))
+        return Sampler(
+            ddpm.sample,
+            ddpm.check_num_steps,
+            250,
+            shape_CHW,
+            spec.null_label,
+            min(3, spec.in_channels),
+            ddpm.state_gain,
+        )
     solve: Solver = flow.sample_noise_to_data
+    gain: StateGain = flow.gain_noise_to_data
     default_num_steps = 250
     if spec.time_convention is TimeConvention.FLOW_DATA_TO_NOISE:
-        solve, default_num_steps = flow.sample_data_to_noise, 50
-    return Sampler(solve, flow.check_num_steps, default_num_steps, shape_CHW, spec.null_label, spec.in_channels)
+        solve, gain, default_num_steps = flow.sample_data_to_noise, flow.gain_data_to_noise, 50
+    return Sampler(solve, flow.check_num_steps, default_num_steps, shape_CHW, spec.null_label, spec.in_channels, gain)

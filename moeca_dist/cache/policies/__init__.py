@@ -8,6 +8,7 @@ from moeca_dist.cache.policies import (
     fora,
     moeca,
     moeca_forecast,
+    network_forecast,
     random_branches,
     taylorseer,
     teacache,
@@ -26,6 +27,7 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
         "taylorseer": (taylorseer.build, taylorseer.OPTIONS),
         "moeca": (moeca.build, moeca.OPTIONS),
         "moeca_forecast": (moeca_forecast.build, moeca_forecast.OPTIONS),
+        "network_forecast": (network_forecast.build, network_forecast.OPTIONS),
         "toca": (toca.build, toca.OPTIONS),
         "teacache": (teacache.build, teacache.OPTIONS),
         "dice_skip": (dice_skip.build, dice_skip.OPTIONS),
@@ -35,7 +37,7 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
 
 
 # Options that are no policy's own.
-_FOR_ALL = frozenset({"placement", "dtype", "memory_limit"})
+_FOR_ALL = frozenset({"placement", "calibration", "dtype", "memory_limit"})
 
 
 def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
@@ -59,6 +61,8 @@ def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy
     if config.interval is not None and config.full_steps is not None:
         raise UserError("cache.interval and cache.full_steps both place the full steps: keep one of them")
     policy = build(config, num_steps, guided)
+    if "calibration" in given and policy.delta is not None:
+        raise UserError(f"cache.calibration: policy {config.policy} places its full steps while it runs; remove it")
     if "placement" in given and policy.unit != "branch":
         raise UserError(f"cache.placement has no effect with cache.policy {config.policy}, which keeps no branches")
     if config.placement == "owner" and policy.usage_decay is not None:

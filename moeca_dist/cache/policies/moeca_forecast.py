@@ -33,15 +33,18 @@ def scaled_steps(num_steps: int) -> list[int]:
     return sorted({int(part * num_steps + 1e-6) for part in DEFAULT_FRACTIONS})
 
 
-def build(config: CacheConfig, num_steps: int, guided: bool) -> MoecaForecast:
+def default_or_stated(config: CacheConfig, num_steps: int, guided: bool) -> FullSteps:
+    """The full steps that the configuration states, else the searched ones."""
     if config.full_steps is not None:
-        schedule = FullSteps.listed(config.full_steps, num_steps, guided=guided)
-    elif config.interval is not None:
-        schedule = FullSteps.every(config.interval, num_steps)
-    else:
-        schedule = FullSteps.listed(scaled_steps(num_steps), num_steps, guided=guided)
+        return FullSteps.listed(config.full_steps, num_steps, guided=guided)
+    if config.interval is not None:
+        return FullSteps.every(config.interval, num_steps)
+    return FullSteps.listed(scaled_steps(num_steps), num_steps, guided=guided)
+
+
+def build(config: CacheConfig, num_steps: int, guided: bool) -> MoecaForecast:
     return MoecaForecast(
-        schedule=schedule,
+        schedule=default_or_stated(config, num_steps, guided),
         order=branch_order(config, DEFAULT_ORDER),
         extra_entries=config.extra_entries or 0,
         attention_sync=bool(config.attention_sync),

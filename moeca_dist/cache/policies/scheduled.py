@@ -22,7 +22,7 @@ class Defaults:
     order: int = 0
     extra_entries: int = 0
     attention_sync: bool = False
-    delta: float = 0.0
+    delta: float | None = None
     usage_decay: float | None = None
 
     computes_modules: ClassVar[bool] = False

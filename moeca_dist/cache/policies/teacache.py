@@ -27,6 +27,8 @@ class TeaCache(Defaults):
     name: ClassVar[str] = "teacache"
     unit: ClassVar[Unit] = "network"
 
+    delta: float
+
     def is_full(self, step: StepContext, half: Half) -> bool:
         """A step that is not skipped computes everything."""
         return True
