@@ -31,7 +31,8 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
     recorder = RoutingRecorder(engine.model)
     with recorder:
         engine.generate_into(lambda _, batch: None, requests)
-    mine, world = recorder.rounds(engine.num_steps, 2 if engine.config.sampling.cfg_scale != 1 else 1), engine.mesh.world
+    num_halves = 2 if engine.config.sampling.cfg_scale != 1 else 1
+    mine, world = recorder.rounds(engine.num_steps, num_halves), engine.mesh.world
     ranks = [mine] if world is None else world.gather_objects(mine)
     if engine.mesh.rank:
         return None

@@ -171,7 +171,8 @@ def made_trace(ids: np.ndarray, num_experts: int) -> RoutingTrace:
 def test_hot_experts_are_spread_and_companions_meet() -> None:
     # Experts 0 and 1 take half of all branches; equal runs put both on rank 0.
     rng = np.random.default_rng(0)
-    hot = np.where(rng.random((4, 4, 32, 1)) < 0.5, rng.integers(0, 2, (4, 4, 32, 1)), rng.integers(2, 8, (4, 4, 32, 1)))
+    shape = (4, 4, 32, 1)
+    hot = np.where(rng.random(shape) < 0.5, rng.integers(0, 2, shape), rng.integers(2, 8, shape))
     trace, equal = made_trace(hot, 8), PlacementTable.contiguous((0,), 8, 4)
     placed = assign_experts(trace, 4, balance=1.0)
     assert placement_effect(trace, placed, 4).slowest_load < 0.8 * placement_effect(trace, equal, 4).slowest_load

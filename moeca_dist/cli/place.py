@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from moeca_dist.parallel.routing_trace import RoutingTrace
 
 HELP = (
-    "Assign experts to ranks from a routing trace (`moeca trace`), so that all ranks compute alike and experts that are "
-    "chosen together share a rank. Use the file with parallel.expert_placement."
+    "Assign experts to ranks from a routing trace (`moeca trace`), so that all ranks compute alike and experts that "
+    "are chosen together share a rank. Use the file with parallel.expert_placement."
 )
 
 

@@ -96,7 +96,7 @@ def _assign(
     load_SE: NDArray[np.float64], together_EE: NDArray[np.float64], num_ranks: int, balance: float
 ) -> tuple[int, ...]:
     """Exchange pairs of experts between ranks while that helps, from equal runs and from a greedy even start."""
-    equal = np.array(ExpertPlacement.contiguous(load_SE.shape[1], num_ranks).owner_of_expert)
+    equal = np.array(ExpertPlacement.contiguous(load_SE.shape[1], num_ranks).owner_of_expert, np.int64)
     starts = (equal, _spread(load_SE.sum(0), np.bincount(equal, minlength=num_ranks)))
     found = [_improved(start, load_SE, together_EE, num_ranks, balance) for start in starts]
     return tuple(min(found, key=lambda outcome: outcome[0])[1].tolist())
@@ -114,7 +114,7 @@ def _spread(load_E: NDArray[np.float64], capacity_P: NDArray[np.integer]) -> NDA
 
 
 def _improved(
-    owner_E: NDArray[np.integer],
+    start_E: NDArray[np.int64],
     load_SE: NDArray[np.float64],
     together_EE: NDArray[np.float64],
     num_ranks: int,
@@ -125,7 +125,7 @@ def _improved(
     Cost: ``balance`` x (load of the slowest rank over the mean) - (1 - ``balance``) x (pairs of branches that share
     a rank, per branch).
     """
-    owner_E = owner_E.astype(np.int64)
+    owner_E = start_E.copy()
     mean, branches = max(load_SE.sum() / num_ranks, 1.0), max(load_SE.sum(), 1.0)
 
     def cost_of(owner_E: NDArray[np.int64]) -> float:

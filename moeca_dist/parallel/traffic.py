@@ -1,7 +1,7 @@
 """What one exchange of a MoE layer moves and computes, counted from its routing: the bytes that the exchange sends.
 
 The same rules as ``dispatch.py`` and ``pairs.py`` follow, without tensors on their way: a hidden row travels once per
-pair (a token and a rank that owns some of its experts), a header per branch. What a rank sends to itself counts nothing.
+pair (a token and a rank that owns some of its experts), a header per branch. What a rank sends to itself is left out.
 
 Shape suffixes: T tokens of all ranks, K routed experts per token, E experts, P ranks as homes, O owners.
 """
@@ -24,14 +24,13 @@ class LayerTraffic:
     """Bytes ``there_PO`` from homes to owners and ``back_PO`` from owners to homes, by pair of ranks.
 
     ``owners_O``: the rank of each column; ranks without experts have none. ``rows_E``: branches computed by expert.
-    ``pairs_P`` and ``branches_P``: of each home, those that stay among them, with everything that it sends a header for.
+    ``branches_P``: what each home asks for, a header each, those that stay at home among them.
     """
 
     there_PO: NDArray[np.int64]
     back_PO: NDArray[np.int64]
     owners_O: NDArray[np.int64]
     rows_E: NDArray[np.int64]
-    pairs_P: NDArray[np.int64]
     branches_P: NDArray[np.int64]
 
     @property
@@ -53,7 +52,9 @@ def layer_traffic(
     owners_O, column_E = np.unique(owner_of_expert_E, return_inverse=True)
     column_TK = column_E[expert_ids_TK]
     shape = num_ranks, len(owners_O)
-    sent_TK = refreshed_TK if returns != "owner" else np.broadcast_to(refreshed_TK.any(1)[:, None], refreshed_TK.shape)
+    sent_TK = refreshed_TK
+    if returns == "owner":
+        sent_TK = np.repeat(np.any(refreshed_TK, axis=1, keepdims=True), refreshed_TK.shape[1], axis=1)
     branches_PO = _branches(column_TK, sent_TK, home_T, shape)
     hidden_PO = _pairs(column_TK, refreshed_TK, home_T, shape)
     answers_PO = hidden_PO if returns != "owner" else _pairs(column_TK, sent_TK, home_T, shape)
@@ -65,7 +66,6 @@ def layer_traffic(
         back_PO * away_PO,
         owners_O,
         np.bincount(expert_ids_TK[refreshed_TK], minlength=len(owner_of_expert_E)),
-        answers_PO.sum(1),
         branches_PO.sum(1),
     )
 
