@@ -128,6 +128,7 @@ def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.gen
         "batch_size": engine.config.sampling.batch_size,
         "peak_bytes_per_rank": [peak for peak, *_ in ranks],
         "interface_bytes": sum(sent for _, sent, _ in ranks),
+        "cpu_s_per_rank": [work for *_, work in ranks],
         # What the kernel did for these ranks' traffic outside of their system calls counts as others' work too.
         "cores_used_by_others": max(0.0, all_work - sum(work for *_, work in ranks)) / seconds,
     }

@@ -41,8 +41,8 @@ def load_model(
 
     ``model(x_BCHW, t_B, y_B)`` is the raw network output [B, C_out, H, W]; ``model.spec`` says what was loaded.
 
-    With a ``mesh`` of ``ep_size`` > 1 this rank materialises only the experts that ``placement`` (default: equal runs; a
-    table places the experts of every block apart) gives it. A mesh without an expert group (``Mesh(rank, n, n, device,
+    With a ``mesh`` of ``ep_size`` > 1 this rank materialises only the experts that ``placement`` (default: equal runs;
+    a table places every block's experts apart) gives it. A mesh without an expert group (``Mesh(rank, n, n, device,
     None, None, None)``) loads a rank's weights without any process group; such a model cannot run.
 
     Options, where the checkpoint does not tell or is to be overridden: ``family``, ``num_heads``,
