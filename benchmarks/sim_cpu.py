@@ -101,15 +101,15 @@ def _micro(path: Path, num_ranks: int, overrides: Sequence[str]) -> dict[str, An
         return found
 
 
-def record(path: Path, policy: str, num_images: int, overrides: Sequence[str]) -> RoutingTrace:
-    """The trace of what ``network.py`` generates: its labels, its seed."""
+def record(path: Path, policy: str, num_images: int, overrides: Sequence[str], seed: int = 0) -> RoutingTrace:
+    """The trace of what ``network.py`` generates: its labels, and with seed 0 its noise."""
     config = load_config(path, ["model.device=cpu", f"sampling.batch_size={num_images}", *overrides])
     (cell,) = chosen([policy], 1)
     engine = Engine.from_config(
         config.model_copy(update={"cache": CacheConfig.model_validate(cell.cache)}), mesh=Mesh.single()
     )
     classes = engine.model.spec.num_classes
-    requests = [Request(index, index % classes, 0) for index in range(num_images)]
+    requests = [Request(index, index % classes, seed) for index in range(num_images)]
     trace = record_routing(engine, requests, f"{path.name}, {policy}")
     assert trace is not None
     return trace
@@ -165,6 +165,9 @@ class CpuMachine:
             # What a layer's exchange costs a rank: once, and by byte; the least are noise around a constant.
             per_byte, fixed = np.polyfit(sizes, seconds, 1)
             self._per_byte, self._fixed = max(0.0, float(per_byte)), max(0.0, float(fixed))
+            # What the smallest exchange takes by the clock beyond its work: ranks that wake each other up.
+            work = self.together(np.full(num_ranks, self._fixed)) + self._micro["exchange"]["agree_s"]
+            self._wake_s = max(0.0, self._micro["exchange"]["layer_s"] - work)
         self._links = None
         if link is not None:
             goodput = probe_mbit or link.rate_mbit * (FRAME_BYTES - HEADER_BYTES) / FRAME_BYTES
@@ -194,11 +197,13 @@ class CpuMachine:
         return seconds
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool) -> float:
+        started = self._wake_s / 2  # there and back are one layer
         if self._links is None:
-            return 0.0  # what the kernel copies is in the handling
+            return started  # what the kernel copies is in the handling
+        self.pass_time(started)
         out_P, in_P = sent_PO.sum(1), np.zeros(self._num_ranks)
         np.add.at(in_P, owners_O, sent_PO.sum(0))
-        return self._links.transfer_s(*((in_P, out_P) if back else (out_P, in_P)))
+        return started + self._links.transfer_s(*((in_P, out_P) if back else (out_P, in_P)))
 
     def pass_time(self, seconds: float) -> None:
         if self._links is not None:

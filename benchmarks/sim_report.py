@@ -11,7 +11,7 @@ routing and refreshes of each policy. No constant is fitted to the runs below. E
 
 - **measured**: seconds of denoising, slowest rank, median of the repeats [lowest-highest].
 - **predicted parts**: home (attention, dense, router, cache) + routed experts + exchange + agreements on row counts.
-- **measured parts**: mean of the ranks; their waiting is in exchange and wait, so parts compare with parts only roughly.
+- **measured parts**: mean of the ranks; their waiting is in exchange and wait, so parts compare only roughly.
 - **others' cores**: how many cores worked for somebody else meanwhile, the kernel's work for the links among it."""
 
 HEADER = ("policy", "ranks", "link", "ms per step", "measured, s", "predicted, s", "error", "predicted parts, s",
@@ -30,8 +30,10 @@ def validation_markdown(
         f"{median(errors):.1%}, largest {max(errors):.1%}."
     )
     facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in setting.items() if value != ""]
-    facts += [f"- measured: {source['file']}, {source['date']}, commit {source['commit']}, {source['note']}".rstrip(", ")
-              for source in sources]  # fmt: skip
+    for source in sources:
+        facts.append(
+            f"- measured: {source['file']}, {source['date']}, commit {source['commit']} {source['note']}".rstrip()
+        )
     parts = ["# Simulator against measured runs", verdict, "\n".join(facts), METHOD]
     for config in dict.fromkeys(row["config"] for row in rows):
         mine = [row for row in rows if row["config"] == config]

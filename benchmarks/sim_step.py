@@ -120,7 +120,7 @@ def simulate_step(
         _phase(time, "home", work_P, machine)
         if traffic is None:
             continue
-        if num_ranks > 1 and mode == "exact" or (mode == "planned" and full and num_ranks > 1):
+        if num_ranks > 1 and (mode == "exact" or (mode == "planned" and full)):
             time.agree += machine.agree(2 * num_ranks)
         if not payload:
             continue

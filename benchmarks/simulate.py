@@ -130,9 +130,7 @@ def predict_run(
     placement = "owner" if policy in ON_ONE_RANK else "home"
     steps = traffic_of_steps(trace, placed, num_ranks, placement)
     full_S = trace.refreshed_SLHBTK.all((1, 2, 3, 4, 5))
-    return [
-        simulate_step(step, layers, owners, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)
-    ]
+    return [simulate_step(step, layers, owners, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
 
 
 def predict(args: argparse.Namespace) -> None:
