@@ -119,10 +119,9 @@ def _row(
 def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> str:
     facts = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in setting.items() if value != "")
     about = (
-        f"Tables chosen on images of seed {FIT_SEED}, measured on the same number of images of seed {CHECK_SEED}. "
-        "Bytes are those that the exchange of the running ranks counted. Busiest rank: branches computed by the busiest "
-        "rank of each layer and step over the mean of the ranks, from the recorded routing of the measured images; 1 is "
-        "even."
+        f"Tables chosen on images of seed {FIT_SEED}, measured on as many images of seed {CHECK_SEED}. Bytes are those "
+        "that the exchange of the running ranks counted. Busiest rank: branches computed by the busiest rank of each "
+        "layer and step over the mean of the ranks, from the recorded routing of the measured images; 1 is even."
     )
     header = ("config", "policy", "ranks", "bytes, equal runs", "bytes, placed", "ratio", "busiest rank, equal runs",
               "busiest rank, placed", "relative L2 of the samples")  # fmt: skip

@@ -90,7 +90,7 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
         return max(found, key=lambda time: time.total)
 
     exact = mean_step("exact", "sums")
-    found = {mode: mean_step(mode, "branches") for mode in MODES}
+    found = {str(mode): mean_step(mode, "branches") for mode in MODES}
     found["owner"] = mean_step("exact", "owner")
     return {
         "model": shape.name,

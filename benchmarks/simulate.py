@@ -127,9 +127,8 @@ def predict_run(
     machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     owners = [np.array(placed.by_block[block].owner_of_expert) for block in trace.blocks]
-    placement = "owner" if policy in ON_ONE_RANK else "home"
-    steps = traffic_of_steps(trace, placed, num_ranks, placement)
-    full_S = trace.refreshed_SLHBTK.all((1, 2, 3, 4, 5))
+    steps = traffic_of_steps(trace, placed, num_ranks, "owner" if policy in ON_ONE_RANK else "home")
+    full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, owners, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
 
 
