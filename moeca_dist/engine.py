@@ -34,7 +34,7 @@ from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
-from moeca_dist.report import CacheReport, ExchangeReport, Report
+from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
@@ -163,7 +163,7 @@ class Engine:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
         observed.deliver_trace()
-        return self._report(len(requests), counters)
+        return self._report(requests, counters)
 
     def check_memory(self, num_images: int) -> None:
         """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
@@ -326,7 +326,8 @@ class Engine:
             self.mesh.expert_group.reset_traffic(observed.timer)
         return _Counters(observed)
 
-    def _report(self, num_images: int, counters: _Counters) -> Report:
+    def _report(self, requests: Sequence[Request], counters: _Counters) -> Report:
+        num_images = len(requests)
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
         mine = _RankResult(
             counters.cache,
@@ -371,6 +372,7 @@ class Engine:
             ),
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
             telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
+            requests=describe_requests(requests),
         )
 
 

@@ -7,7 +7,7 @@ import, and ``--help`` or a mistyped key must not wait for them.
 from collections.abc import Sequence
 
 from moeca_dist import __version__
-from moeca_dist.cli import calibrate, convert, generate, place, report, trace
+from moeca_dist.cli import calibrate, convert, evaluate, generate, place, report, trace
 from moeca_dist.cli.arguments import Parser, dispatch
 from moeca_dist.cli.outcomes import exit_code
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace.add_arguments(commands.add_parser("trace", help="record a run's routing", description=trace.HELP))
     place.add_arguments(commands.add_parser("place", help="place experts on ranks", description=place.HELP))
     report.add_arguments(commands.add_parser("report", help="show what a run did", description=report.HELP))
+    evaluate.add_arguments(commands.add_parser("evaluate", help="measure images", description=evaluate.HELP))
     return exit_code(lambda: dispatch(parser, argv))
 
 
