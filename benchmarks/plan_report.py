@@ -75,7 +75,7 @@ def plan_markdown(
                       ("date", "commit", "command", "zipf", "refresh_share"))  # fmt: skip
     low, high = sorted(check["implied_gb_s"])
     against = (
-        f"A published share to compare with: for {check['model']} on {check['ranks']} {check['gpu']} over PCIe, at 12.8 "
+        f"A published share: for {check['model']} on {check['ranks']} {check['gpu']} over PCIe, at 12.8 "
         f"GB/s per GPU, the model gives an exchange share of {check['exchange_share']:.0%}. DICE reports 61.7-73.3% "
         f"(arXiv 2411.16786), which the model gives at {low:.1f}-{high:.1f} GB/s. Cards without peer access copy "
         "through the host's memory, so such a rate is plausible, but it was not measured: the share confirms nothing."

@@ -86,13 +86,13 @@ class Topology:
     def _start_s(self, num_ranks: int) -> float:
         if num_ranks == 1:
             return 0.0
-        seconds, inner = 0.0, 1
+        messages, inner = 0.0, 1
         levels = self._used(num_ranks)
         for level in levels:
             peers = num_ranks if level is levels[-1] else level.ranks
-            seconds = max(seconds, level.latency_s) + level.message_s * (peers - inner)
+            messages += level.message_s * (peers - inner)
             inner = peers
-        return seconds
+        return max(level.latency_s for level in levels) + messages
 
     @staticmethod
     def _beyond(num_ranks: int, owners_O: NDArray[np.integer], ranks: int) -> NDArray[np.bool_]:
