@@ -35,11 +35,12 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
-from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
+from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, read_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.sampling.step import OnStep
 from moeca_dist.telemetry import GpuRecord, merge
 from moeca_dist.timing import Seconds, Section
 from moeca_dist.types import Request, StepContext
@@ -115,9 +116,7 @@ class Engine:
     @property
     def resolved_config(self) -> Config:
         """The configuration with the values that the model and the world decided: running it again is the same run."""
-        sampling = self.config.sampling.model_copy(update={"num_steps": self.num_steps})
-        parallel = self.config.parallel.model_copy(update={"ep_size": self.mesh.ep_size})
-        return self.config.model_copy(update={"sampling": sampling, "parallel": parallel})
+        return resolve(self.config, self.model.spec, self.mesh.world_size)
 
     @property
     def produces_pixels(self) -> bool:
@@ -136,11 +135,18 @@ class Engine:
         return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
 
     def generate_into(
-        self, sink: Sink, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+        self,
+        sink: Sink,
+        requests: Sequence[Request],
+        *,
+        progress: bool = False,
+        trace_sink: TraceSink | None = None,
+        watcher: OnStep | None = None,
     ) -> Report:
         """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
 
-        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end.
+        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end. ``watcher`` is
+        called on this rank after every step of every round.
 
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
         model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
@@ -156,6 +162,8 @@ class Engine:
             def on_step(step: StepContext) -> None:
                 bar.update()
                 observed.end_step(step.index)
+                if watcher is not None:
+                    watcher(step)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
@@ -382,6 +390,14 @@ _WITHOUT_EFFECT_ON_VALUES = frozenset(
 )
 
 
+def resolve(config: Config, spec: ModelSpec, world_size: int) -> Config:
+    """``config`` with what the model and the number of ranks decide where it leaves it open."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    sampling = config.sampling.model_copy(update={"num_steps": num_steps})
+    parallel = config.parallel.model_copy(update={"ep_size": config.parallel.ep_size or world_size})
+    return config.model_copy(update={"sampling": sampling, "parallel": parallel})
+
+
 def join(config: Config) -> Mesh:
     """The mesh of the ranks that the launcher started, as ``config`` wants it."""
     launcher = LauncherEnv.read()
@@ -405,13 +421,16 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode without effect, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, a calibration that is none, and a decoder that is not
+    there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
     check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
+    if config.cache.calibration is not None:
+        read_calibration(config.cache.calibration)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,7 @@ class Report:
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None
     requests: dict[str, Any] | None = None
+    batch: dict[str, Any] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
         """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
@@ -147,12 +148,13 @@ class Report:
         return rows
 
 
-def describe_requests(requests: Sequence[Request]) -> dict[str, Any]:
+def describe_requests(requests: Iterable[Request]) -> dict[str, Any]:
     """The seeds, and a digest of every (index, label, seed) in order: runs that agree made images of the same noise."""
-    digest = hashlib.sha256()
+    digest, seeds = hashlib.sha256(), set()
     for request in requests:
+        seeds.add(request.seed)
         digest.update(f"{request.index} {request.label} {request.seed}\n".encode())
-    return {"seeds": sorted({request.seed for request in requests}), "sha256": digest.hexdigest()}
+    return {"seeds": sorted(seeds), "sha256": digest.hexdigest()}
 
 
 def scaled(value: float, base: int) -> str:

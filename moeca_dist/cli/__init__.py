@@ -7,7 +7,7 @@ import, and ``--help`` or a mistyped key must not wait for them.
 from collections.abc import Sequence
 
 from moeca_dist import __version__
-from moeca_dist.cli import calibrate, convert, evaluate, generate, place, report, trace
+from moeca_dist.cli import batch, calibrate, convert, evaluate, generate, place, report, trace
 from moeca_dist.cli.arguments import Parser, dispatch
 from moeca_dist.cli.outcomes import exit_code
 
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"moeca {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_arguments(commands.add_parser("generate", help="generate images", description=generate.HELP))
+    batch.add_arguments(commands.add_parser("batch", help="generate many images on Ray", description=batch.HELP))
     convert.add_arguments(commands.add_parser("convert", help="rewrite a checkpoint", description=convert.HELP))
     calibrate.add_arguments(commands.add_parser("calibrate", help="correct a cache", description=calibrate.HELP))
     trace.add_arguments(commands.add_parser("trace", help="record a run's routing", description=trace.HELP))
@@ -31,4 +32,11 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     """``launch/generate.py``: the same as ``moeca generate``."""
     parser = Parser(description=generate.HELP)
     generate.add_arguments(parser)
+    return exit_code(lambda: dispatch(parser, argv))
+
+
+def batch_main(argv: Sequence[str] | None = None) -> int:
+    """``launch/ray_generate.py``: the same as ``moeca batch``."""
+    parser = Parser(description=batch.HELP)
+    batch.add_arguments(parser)
     return exit_code(lambda: dispatch(parser, argv))

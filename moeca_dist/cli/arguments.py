@@ -53,6 +53,16 @@ def seed(text: str) -> int:
     return _integer(text, 0, SEED_LIMIT - 1)
 
 
+def positive_seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
 def _integer(text: str, low: int, high: int | None) -> int:
     wanted = f"an integer in {low}..{high}" if high is not None else f"an integer of at least {low}"
     if (
