@@ -33,6 +33,7 @@ from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import CacheReport, ExchangeReport, FlopsReport, Report, describe_requests
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, read_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
@@ -111,7 +112,7 @@ class Engine:
         """
         config = config if isinstance(config, Config) else load_config(config, overrides)
         mesh = mesh or join(config)
-        model = agreed(mesh, lambda: load_weights(config.model, mesh))
+        model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
         return cls(config, mesh, model, agreed(mesh, lambda: _decoder(config, model.spec, mesh)))
 
     @property
@@ -431,6 +432,12 @@ def join(config: Config) -> Mesh:
         backend=config.parallel.backend,
         timeout_s=config.parallel.timeout_s,
     )
+
+
+def read_placement(config: Config) -> PlacementTable | None:
+    """The configured expert placement; UserError for a file that is none. Loading checks that it fits."""
+    path = config.parallel.expert_placement
+    return None if path is None else PlacementTable.read(path)
 
 
 def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
