@@ -1,0 +1,100 @@
+"""Residual + gate + forecast, and with it the norm and modulation of what comes next, in one pass.
+
+Shape suffixes: B images, T tokens of one image, D hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeca_dist.kernels.reference import NORM_EPS
+from moeca_dist.kernels.types import Forecast
+
+MAX_TERMS = 3  # the highest order of a module's forecast
+
+
+@triton.jit
+def _row(
+    x_BTD, gate_BD, value_BTD, first_BTD, second_BTD, third_BTD, factors, shift_BD, scale_BD, after_BTD, entering_BTD,
+    tokens, width, gate_stride, shift_stride, scale_stride, factor_stride, eps,
+    TERMS: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One token of one image; ``factors`` [terms, 1 or B * T] with a stride of 0 where all tokens share them."""
+    row = tl.program_id(0).to(tl.int64)
+    image = row // tokens
+    rows = tl.num_programs(0)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    at = row * width + column
+    branch = tl.load(value_BTD + at, mask=inside, other=0.0).to(tl.float32)
+    size = tl.where(factor_stride == 0, 1, rows)
+    if TERMS >= 1:
+        factor = tl.load(factors + row * factor_stride)
+        branch += factor * tl.load(first_BTD + at, mask=inside, other=0.0).to(tl.float32)
+    if TERMS >= 2:
+        factor = tl.load(factors + size + row * factor_stride)
+        branch += factor * tl.load(second_BTD + at, mask=inside, other=0.0).to(tl.float32)
+    if TERMS >= 3:
+        factor = tl.load(factors + 2 * size + row * factor_stride)
+        branch += factor * tl.load(third_BTD + at, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_BD + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    after = tl.load(x_BTD + at, mask=inside, other=0.0).to(tl.float32) + gate * branch
+    tl.store(after_BTD + at, after, mask=inside)
+    if NORM:
+        # The norm is that of what the residual stream holds, after rounding.
+        after = after.to(after_BTD.dtype.element_ty).to(tl.float32)
+        centred = tl.where(inside, after - tl.sum(after, axis=0) / width, 0.0)
+        normed = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+        shift = tl.load(shift_BD + image * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_BD + image * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(entering_BTD + at, normed * (1 + scale) + shift, mask=inside)
+
+
+def residual(
+    x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, modulation: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """``after`` and, with (shift, scale) [B, D], what enters the next module."""
+    x_BTD = x_BTD.contiguous()
+    images, tokens, width = x_BTD.shape
+    after_BTD = torch.empty_like(x_BTD)
+    entering_BTD = None if modulation is None else torch.empty_like(x_BTD)
+    if not x_BTD.numel():
+        return after_BTD, entering_BTD
+    value_BTD = forecast.value_BTD.contiguous()
+    terms = [difference_BTD.contiguous() for difference_BTD, _ in forecast.terms]
+    assert len(terms) <= MAX_TERMS
+    factors, stride = _factors([factor for _, factor in forecast.terms], x_BTD)
+    gate_BD = _rows_apart(gate_BD)
+    shift_BD, scale_BD = (gate_BD, gate_BD) if modulation is None else map(_rows_apart, modulation)
+    padded = terms + [value_BTD] * (MAX_TERMS - len(terms))
+    _row[(images * tokens,)](
+        x_BTD, gate_BD, value_BTD, *padded, factors, shift_BD, scale_BD, after_BTD,
+        after_BTD if entering_BTD is None else entering_BTD,
+        tokens, width, gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0), stride, NORM_EPS,
+        TERMS=len(terms), NORM=modulation is not None, WIDTH=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return after_BTD, entering_BTD
+
+
+def _factors(factors: Sequence[float | Tensor], like: Tensor) -> tuple[Tensor, int]:
+    """fp32 factors, one row per term, and how far the next token's is."""
+    if any(isinstance(factor, Tensor) for factor in factors):
+        rows = like.shape[0] * like.shape[1]
+        columns = [
+            factor.float().reshape(rows)
+            if isinstance(factor, Tensor)
+            else torch.full((rows,), factor, device=like.device)
+            for factor in factors
+        ]
+        return torch.stack(columns), 1
+    # Filled on the device: copying numbers there would make the host wait.
+    numbers = [torch.full((1,), float(factor), device=like.device) for factor in factors if isinstance(factor, float | int)]
+    return (torch.stack(numbers) if numbers else torch.zeros(1, device=like.device)), 0
+
+
+def _rows_apart(vectors_BD: Tensor) -> Tensor:
+    """The vectors with unit stride inside; chunks of a wider tensor are fine."""
+    return vectors_BD if vectors_BD.stride(-1) == 1 else vectors_BD.contiguous()
