@@ -84,6 +84,15 @@ CASES: tuple[Case, ...] = (
     *uniform("toca", "toca", [3]),
     *(Case("teacache", f"delta {delta}", {"policy": "teacache", "delta": delta}) for delta in (0.05, 0.1)),
     Case("dice_skip", "every 2", {"policy": "dice_skip"}),
+    *(
+        Case("smaller storage", f"{policy} {dtype}", {"policy": policy, "dtype": dtype} | options)
+        for policy, options in (
+            ("moeca_forecast", {}),
+            ("taylorseer", {"full_steps": list(DEFAULT_STEPS)}),
+            ("moeca", {}),
+        )
+        for dtype in ("bfloat16", "float16", "float8_e4m3fn")
+    ),
     *(Case("fewer steps", f"{steps} steps", {"policy": "none"}, steps) for steps in (10, 13, 25)),
 )
 

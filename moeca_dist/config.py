@@ -6,13 +6,14 @@ mistyped or out of range is a `UserError` that names the key, where it was writt
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -119,11 +120,30 @@ class CacheConfig(_Section):
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
     calibration: _PathField | None = None
     """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
+    dtype: Literal["model", "bfloat16", "float16", "float8_e4m3fn"] = "model"
+    """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
+    memory_limit: str | float | None = None
+    """Most that a rank's cache may keep: a size such as "2GiB", or a share (above 0, up to 1) of the device's memory.
+
+    On CPU a share of the host's. What would keep more is refused before sampling.
+    """
     placement: Literal["home", "owner", "auto"] | None = None
     """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes.
 
     None: ``home``, with which the images are those of one rank whatever the policy.
     """
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _check_memory_limit(cls, limit: str | float | None) -> str | float | None:
+        if isinstance(limit, str):
+            parse_size(limit)
+        elif limit is not None and not 0 < limit <= 1:
+            raise ValueError(
+                f"cache.memory_limit {limit:g} is neither a share of the memory, above 0 and up to 1, nor a size with "
+                'a unit such as "2GiB"'
+            )
+        return limit
 
 
 class SamplingConfig(_Section):
@@ -155,6 +175,8 @@ class Config(_Section):
             raise ValueError("model.random_init needs model.name, the published size to build")
         if model.random_init and model.family is not None:
             raise ValueError("model.family has no effect with model.random_init, where model.name decides: remove it")
+        if self.cache.dtype == model.dtype:
+            raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
         if self.parallel.backend == "nccl" and model.device == "cpu":
             raise ValueError("parallel.backend nccl needs model.device cuda; use gloo (or auto) on cpu")
         return self
@@ -162,6 +184,18 @@ class Config(_Section):
     def to_yaml(self) -> str:
         """The whole configuration as YAML that `load_config` reads back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``2GiB``, ``1.5 GB`` or ``300MB``; ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B\s*", text)
+    size = 0.0
+    if match is not None:
+        power = " KMGT".index(match[2] or " ")
+        size = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if size < 1:
+        raise ValueError(f'cache.memory_limit {text!r} is not a size: state "2GiB", "300MB" or a share such as 0.2')
+    return int(size)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,8 +21,10 @@ from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import CacheConfig, Config, load_config, validate_world
 from moeca_dist.errors import UserError
+from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
@@ -30,11 +33,12 @@ from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.report import CacheReport, ExchangeReport, Report
-from moeca_dist.sampling.calibration import Calibration, FittedFor, read_calibration, weight_norms
+from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.timing import Seconds, Section, SectionTimer
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -48,9 +52,21 @@ Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 class _Counters:
     """What one run did on this rank."""
 
+    timer: SectionTimer
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
+
+
+@dataclass(frozen=True)
+class _RankResult:
+    """What one rank tells the others at the end of a run."""
+
+    cache: CacheStatistics
+    denoise_s: float
+    seconds: dict[tuple[int, Section], float]
+    bytes_sent: int
+    bytes_exact: int
 
 
 class Engine:
@@ -117,15 +133,16 @@ class Engine:
         model does not have, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
-        counters = _Counters()
+        self.check_memory(len(requests))
+        counters = self._start()
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        self._forget_traffic()
         with tqdm(
             total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
         ) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
+                counters.timer.end_step(step.index)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
@@ -133,6 +150,14 @@ class Engine:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
         return self._report(len(requests), counters)
+
+    def check_memory(self, num_images: int) -> None:
+        """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
+
+        A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        """
+        if self.config.cache.memory_limit is not None:
+            agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks: the reference for this engine's images."""
@@ -144,9 +169,15 @@ class Engine:
         """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
 
         ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
-        call it together, those without images with an empty share.
+        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        would exceed ``cache.memory_limit``.
         """
-        return self._denoise(share, _Counters(), lambda _: None, combine)
+        if self.config.cache.memory_limit is not None:
+            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
+            how = "a batch of"
+            agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
+        counters = self._start()
+        return self._denoise(share, counters, lambda step: counters.timer.end_step(step.index), combine)
 
     def combine(self) -> Corrected | None:
         """What takes the place of guidance in one batch, where a calibration is configured."""
@@ -187,7 +218,7 @@ class Engine:
 
     def _read_calibration(self) -> Calibration | None:
         path = self.config.cache.calibration
-        return None if path is None else agreed(self.mesh, lambda: read_calibration(path, self.fitted_for()))
+        return None if path is None else agreed(self.mesh, lambda: fitting_calibration(path, self.fitted_for()))
 
     @property
     def _planned(self) -> bool:
@@ -207,7 +238,9 @@ class Engine:
             ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
         )
 
-    def _open_session(self, share: Sequence[Request], counters: _Counters) -> CacheSession | None:
+    def _open_session(
+        self, share: Sequence[Request], counters: _Counters, combine: Combine | None
+    ) -> CacheSession | None:
         """The caches of one round, or None for the exact path."""
         if self.policy is None:
             return None
@@ -219,9 +252,12 @@ class Engine:
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
+            timer=counters.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self._planned,
+            storage=storage_of(self.config.cache.dtype),
+            bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )
 
     def _sample(self, share: Sequence[Request], counters: _Counters, on_step: Callable[[StepContext], None]) -> Tensor:
@@ -234,23 +270,25 @@ class Engine:
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
     ) -> Tensor:
-        session = self._open_session(share, counters)
+        session = self._open_session(share, counters, combine)
+        model = partial(self.model, timer=counters.timer)
         started = time.perf_counter()
-        samples_BCHW = self.sampler.sample(
-            exact(self.model) if session is None else cached(self.model, session),
-            share,
-            cfg_scale=self.config.sampling.cfg_scale,
-            num_steps=self.num_steps,
-            device=self.mesh.device,
-            on_step=on_step,
-            combine=combine,
-        )
+        with counters.timer.section("other"):
+            samples_BCHW = self.sampler.sample(
+                exact(model) if session is None else cached(model, session),
+                share,
+                cfg_scale=self.config.sampling.cfg_scale,
+                num_steps=self.num_steps,
+                device=self.mesh.device,
+                on_step=on_step,
+                combine=combine,
+            )
         if samples_BCHW.is_cuda:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
         if session is not None:
-            session.note_peak(combine.memory.num_bytes if isinstance(combine, Corrected) else 0)
+            session.note_peak()
         return samples_BCHW
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
@@ -266,16 +304,24 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _forget_traffic(self) -> None:
+    def _start(self) -> _Counters:
+        counters = _Counters(SectionTimer(self.mesh.device))
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic()
+            self.mesh.expert_group.reset_traffic(counters.timer)
+        return counters
 
     def _report(self, num_images: int, counters: _Counters) -> Report:
         spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
-        mine = (counters, group.traffic.bytes_sent if group else 0, int(group.traffic.bytes_exact) if group else 0)
+        mine = _RankResult(
+            counters.cache,
+            counters.denoise_s,
+            counters.timer.per_step(),
+            group.traffic.bytes_sent if group else 0,
+            int(group.traffic.bytes_exact) if group else 0,
+        )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
-        for theirs, *_ in ranks:
+        for theirs in ranks:
             statistics.merge(theirs.cache)
         work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
         wall_s = time.perf_counter() - counters.started
@@ -289,26 +335,31 @@ class Engine:
             dp_size=mesh.dp_size,
             num_steps=self.num_steps,
             wall_s=wall_s,
-            denoise_s=max(theirs.denoise_s for theirs, *_ in ranks),
+            denoise_s=max(theirs.denoise_s for theirs in ranks),
             images_per_s=num_images / wall_s,
             flops=work.flops(),
             branches=work.branches(),
             exchange=ExchangeReport(
                 mode=self.config.parallel.exchange if group or self._planned else "local",
                 placement=self.placement,
-                bytes_sent=sum(sent for _, sent, _ in ranks),
-                bytes_full=work.extrapolated(sum(exact for *_, exact in ranks)),
+                bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
+                bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
                 collectives=group.traffic.collectives if group else 0,
                 collectives_elided=group.traffic.collectives_elided if group else 0,
                 agreements=group.traffic.agreements if group else 0,
                 bytes_per_step=work.bytes_per_step(),
             ),
-            cache=CacheReport(self.config.cache.policy, statistics.bytes_peak, work.per_layer()),
+            cache=CacheReport(
+                self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
+            ),
+            seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
         )
 
 
 # Options of the cache section that change what is computed where, or how full steps are named, but no value.
-_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "placement", "interval", "full_steps", "schedule"})
+_WITHOUT_EFFECT_ON_VALUES = frozenset(
+    {"calibration", "placement", "memory_limit", "interval", "full_steps", "schedule"}
+)
 
 
 def join(config: Config) -> Mesh:
@@ -338,6 +389,14 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec
+
+
+def check_cache_fits(config: Config, spec: ModelSpec, mesh: Mesh, num_images: int) -> None:
+    """Raise UserError where this rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    per_round = min(num_images, mesh.world_size * config.sampling.batch_size)
+    most = -(-per_round // mesh.world_size)
+    check_memory(cache_size(config, spec, num_steps, mesh.ep_size), config.cache, most, mesh.device)
 
 
 def check_requests(requests: Sequence[Request], spec: ModelSpec) -> None:

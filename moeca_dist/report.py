@@ -1,8 +1,10 @@
 """What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from moeca_dist.timing import Seconds
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,10 @@ class FlopsReport:
 
 @dataclass(frozen=True)
 class BranchReport:
-    """Branches (token x routed expert) of all ranks and steps."""
+    """Branches (token x routed expert) of all ranks and steps.
+
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
+    """
 
     routed: int
     refreshed: int
@@ -24,6 +29,9 @@ class BranchReport:
     reused: int
     forecast: int
     reuse_ratio: float
+    full_step: int = 0
+    score: int = 0
+    forced: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,19 +61,25 @@ class ExchangeReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``."""
+    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``.
+
+    ``modules``: tokens by module, see ``work.Work.modules``. ``remark``: what the policy has to say about the run, such
+    as a threshold that never fired.
+    """
 
     policy: str
     bytes_peak: int
     per_layer: tuple[dict[str, Any], ...] = ()
+    modules: dict[str, dict[str, int]] = field(default_factory=dict)
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's.
 
-    ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality`` (against the uncached images) are there where the
-    uncached run was made as well.
+    ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
+    (against the uncached images) are there where the uncached run was made as well.
     """
 
     num_images: int
@@ -80,6 +94,7 @@ class Report:
     branches: BranchReport
     exchange: ExchangeReport
     cache: CacheReport
+    seconds: Seconds
     wall_speedup: float | None = None
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None

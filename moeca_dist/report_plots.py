@@ -16,26 +16,23 @@ from moeca_dist.errors import UserError
 
 FOLDER = "plots"
 _COLOUR, _GUIDE = "#0072B2", "#555555"
+# Okabe and Ito's, which colour-blind readers can tell apart.
+_SECTION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
 
 
 def write_plots(report: Mapping[str, Any], out: Path) -> list[Path]:
     """Write every picture that the report has figures for into ``out/plots``; returns their paths.
 
-    Raises UserError where the report has none, or the folder cannot be written.
+    Raises UserError where the folder cannot be written.
     """
     per_layer = report["cache"]["per_layer"]
-    drawn: dict[str, Callable[[], Figure]] = {}
+    drawn: dict[str, Callable[[], Figure]] = {"seconds_per_step.png": lambda: seconds_bars(report)}
     if any(entry.get("refreshed_per_step") for entry in per_layer):
         drawn["refreshed_per_step.png"] = lambda: refreshed_heatmap(report)
     if any(entry.get("refreshed_per_expert") for entry in per_layer):
         drawn["refreshed_per_expert.png"] = lambda: expert_bars(report)
     if any(report["exchange"].get("bytes_per_step") or ()):
         drawn["bytes_per_step.png"] = lambda: bytes_bars(report)
-    if not drawn:
-        raise UserError(
-            f"--plots has nothing to draw: a run with cache.policy {report['cache']['policy']} on "
-            f"{report['ep_size']} expert-parallel rank(s) has no figures per step or expert"
-        )
     folder = out / FOLDER
     try:
         folder.mkdir(exist_ok=True)
@@ -50,7 +47,9 @@ def refreshed_heatmap(report: Mapping[str, Any]) -> Figure:
     """MoE block x step: share of the routed branches that were computed. Full steps stand out as columns."""
     per_layer = report["cache"]["per_layer"]
     computed_LS = np.array([entry["refreshed_per_step"] for entry in per_layer], dtype=float)
-    routed_L = np.array([sum(entry[kind] for kind in ("full", "unmatched", "chosen", "served")) for entry in per_layer])
+    routed_L = np.array(
+        [sum(entry[kind] for kind in ("full", "unmatched", "score", "forced", "served")) for entry in per_layer]
+    )
     # Every step routes the same number of branches.
     share_LS = 100 * computed_LS * computed_LS.shape[1] / routed_L[:, None]
     figure = Figure(figsize=(10, 1.8 + 0.25 * len(per_layer)), layout="constrained")
@@ -95,5 +94,21 @@ def bytes_bars(report: Mapping[str, Any]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="denoising step", ylabel="MiB", title=f"Bytes sent, policy {report['cache']['policy']}")
     figure.legend(loc="outside lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def seconds_bars(report: Mapping[str, Any]) -> Figure:
+    """Where the time of each step went, on the rank that took longest."""
+    per_step = report["seconds"]["per_step"]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots()
+    bottom_S = np.zeros(len(next(iter(per_step.values()))))
+    for colour, (name, seconds) in zip(_SECTION_COLOURS, per_step.items(), strict=False):
+        axes.bar(range(len(bottom_S)), seconds, bottom=bottom_S, label=name, color=colour)
+        bottom_S += seconds
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="denoising step", ylabel="s", title=f"Seconds of denoising, policy {report['cache']['policy']}")
+    figure.legend(loc="outside right upper", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -38,6 +38,7 @@ def render(report: Mapping[str, Any]) -> str:
     try:
         parts = [
             _table("Run", _run(report)),
+            _table("Seconds of denoising", _seconds(report)),
             _table("Compute and branches", _compute(report)),
             _table("Exchange", _exchange(report)),
             _table("Cache", _cache(report)),
@@ -70,6 +71,17 @@ def _run(report: Mapping[str, Any]) -> _Rows:
     return rows
 
 
+def _seconds(report: Mapping[str, Any]) -> _Rows:
+    """Each section on the rank that took longest, and where there are several the mean over the ranks."""
+    slowest, mean = report["seconds"]["slowest"], report["seconds"]["mean"]
+    total = sum(slowest.values())
+    several = report["world_size"] > 1
+    return [
+        (name, f"{value:.2f} ({value / total:.1%})" + (f", mean of the ranks {mean[name]:.2f}" if several else ""))
+        for name, value in slowest.items()
+    ]
+
+
 def _compute(report: Mapping[str, Any]) -> _Rows:
     flops, branches = report["flops"], report["branches"]
     routed = branches["routed"]
@@ -77,7 +89,11 @@ def _compute(report: Mapping[str, Any]) -> _Rows:
         ("FLOP", f"{scaled(flops['computed'], 1000)} of {scaled(flops['full'], 1000)}: {flops['speedup']:.2f}x fewer"),
         ("branches routed", f"{routed:,}"),
         ("  computed", _share(branches["refreshed"], routed)),
-        ("  of these unmatched", _share(branches["unmatched"], routed)),
+        *(
+            (f"    {label}", _share(branches[name], routed))
+            for name, label in _REASONS.items()
+            if branches[name] or name == "unmatched"
+        ),
         ("  forecast", _share(branches["forecast"], routed)),
         ("  reused", _share(branches["reused"], routed)),
     ]
@@ -105,25 +121,34 @@ def _cache(report: Mapping[str, Any]) -> _Rows:
     if cache["policy"] == "none":
         return [("policy", "none: everything was computed in every step")]
     ranks = f", {report['world_size']} ranks together" if report["world_size"] > 1 else ""
-    return [("policy", cache["policy"]), ("memory at its peak", f"{scaled(cache['bytes_peak'], 1024)}iB{ranks}")]
+    rows = [("policy", cache["policy"]), ("memory at its peak", f"{scaled(cache['bytes_peak'], 1024)}iB{ranks}")]
+    for name, counts in cache["modules"].items():
+        every = sum(counts.values())
+        shares = ", ".join(f"{counts[kind] / every:.1%} {label}" for kind, label in _MODULES.items() if counts[kind])
+        rows.append((f"{name} of tokens", shares))
+    return [*rows, *([("remark", cache["remark"])] if cache["remark"] else [])]
 
 
-_BLOCK_HEADER = ("block", "full steps", "unmatched", "chosen", "served", "computed", "busiest expert", "quietest")
+_MODULES = {"computed": "computed", "rows": "row by row", "served": "served"}
+_REASONS = {"full_step": "in full steps", "unmatched": "unmatched", "score": "by score", "forced": "forced"}
+_KINDS = ("full", "unmatched", "score", "forced", "served")
+_BLOCK_HEADER = ("block", "full steps", *_KINDS[1:], "computed", "busiest expert", "quietest")
 
 
 def _blocks(per_layer: Sequence[Mapping[str, Any]]) -> str:
     """One line per MoE block: branches by why they were computed, and how evenly over the experts."""
     lines: list[tuple[str, ...]] = [_BLOCK_HEADER]
     for entry in per_layer:
-        counts = [entry[kind] for kind in ("full", "unmatched", "chosen", "served")]
-        computed, routed = sum(counts[:3]), sum(counts)
+        counts = [entry[kind] for kind in _KINDS]
+        computed, routed = sum(counts[:-1]), sum(counts)
         busiest, quietest = _extremes(entry["refreshed_per_expert"])
         share = f"{computed / routed:.1%}" if routed else "-"
         lines.append((str(entry["block"]), *(f"{count:,}" for count in counts), share, busiest, quietest))
     widths = [max(len(line[column]) for line in lines) for column in range(len(_BLOCK_HEADER))]
     aligned = ("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
     legend = (
-        "  computed: in full steps, unmatched (nowhere in the cache) or chosen (by the policy); served: from the cache",
+        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, or forced by a rule of it",
+        "  served: from the cache",
         "  experts: share of the block's computed branches",
     )
     return "\n".join(["Branches of each MoE block", *aligned, *legend])

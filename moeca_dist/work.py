@@ -1,9 +1,14 @@
-"""From what the cache counted to what the report says: FLOP computed, branches served, per layer."""
+"""From what the cache counted to what the report says: FLOP computed, branches served, per layer.
+
+Shape suffixes: S steps, Y reasons, E experts.
+"""
 
 from typing import Any
 
+from torch import Tensor
+
 from moeca_dist.cache.policy import Policy
-from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.models.flops import forward_flops, signal_flops
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.report import BranchReport, FlopsReport
@@ -46,17 +51,37 @@ class Work:
         per_image = spec.num_tokens * spec.num_experts_per_tok
         routed = self._evaluations * len(spec.moe_blocks) * per_image
         if self._policy is None:
-            return BranchReport(routed, routed, 0, 0, 0, 0.0)
-        unmatched = counted.unmatched.total()
+            return BranchReport(routed, routed, 0, 0, 0, 0.0, full_step=routed)
+        full, unmatched, forced, score = (counted.total(reason) for reason in REFRESHED)
         if self._policy.unit == "network":
-            refreshed = routed - counted.skipped * len(spec.moe_blocks) * per_image
-        else:
-            whole = counted.modules["moe"] * spec.num_experts_per_tok
-            refreshed = counted.full.total() + unmatched + counted.chosen.total() + whole
+            full = routed - counted.skipped * len(spec.moe_blocks) * per_image
+        elif self._policy.unit == "module":
+            # A token that the policy chooses takes all its branches along.
+            forced = counted.rows["moe"] * spec.num_experts_per_tok
+            full = counted.modules["moe"] * spec.num_experts_per_tok - forced
+        refreshed = full + unmatched + score + forced
         served = routed - refreshed
         forecast = served if self._policy.order else 0
         ratio = served / routed if routed else 0.0
-        return BranchReport(routed, refreshed, unmatched, served - forecast, forecast, ratio)
+        return BranchReport(
+            routed, refreshed, unmatched, served - forecast, forecast, ratio, full_step=full, score=score, forced=forced
+        )
+
+    def modules(self) -> dict[str, dict[str, int]]:
+        """Tokens of all evaluations by module: ``computed`` as a whole, as single ``rows``, or ``served``.
+
+        Rows are those of the policy's choice, or with ``attention_sync`` those of tokens with a refreshed branch.
+        """
+        if self._policy is None or self._policy.unit == "network":
+            return {}
+        spec, counted = self._spec, self._statistics
+        layers = {"attention": spec.depth, "dense": spec.depth - len(spec.moe_blocks)}
+        found = {}
+        for name in sorted({"attention", "dense", "shared", "moe"} & set(counted.modules)):
+            every = self._evaluations * spec.num_tokens * layers.get(name, len(spec.moe_blocks))
+            computed, rows = counted.modules[name], counted.rows[name]
+            found[name] = {"computed": computed - rows, "rows": rows, "served": every - computed}
+        return found
 
     def extrapolated(self, while_routed: int) -> int:
         """What was counted where the routers ran -> over all evaluations; the same where they ran in all of them."""
@@ -76,28 +101,26 @@ class Work:
         return tuple(sent[step] for step in range(1 + max(sent, default=-1)))
 
     def per_layer(self) -> tuple[dict[str, Any], ...]:
-        """One entry per MoE block: branches by how they were served; empty without a branch cache.
+        """One entry per MoE block: branches by reason, in all, by step and by expert; empty without a branch cache.
 
-        ``refreshed_per_step`` and ``refreshed_per_expert`` divide what was computed (full, unmatched and chosen).
+        ``refreshed_per_step`` and ``refreshed_per_expert`` add up what was computed, for whatever reason.
         """
         if self._policy is None or self._policy.unit != "branch":
             return ()
-        counted = self._statistics
-        num_steps = 1 + max((step for kind in _KINDS for step, _ in getattr(counted, kind)), default=-1)
-        rows = []
-        for block in self._spec.moe_blocks:
-            counts = {kind: _of_block(getattr(counted, kind), block) for kind in _KINDS}
-            per_step = [sum(getattr(counted, kind)[step, block] for kind in _REFRESHED) for step in range(num_steps)]
-            per_expert = counted.experts[block].tolist() if block in counted.experts else []
-            rows.append(
-                {"block": block} | counts | {"refreshed_per_step": per_step, "refreshed_per_expert": per_expert}
-            )
-        return tuple(rows)
+        return tuple(
+            _entry(block, self._statistics.branches[block])
+            for block in self._spec.moe_blocks
+            if block in self._statistics.branches
+        )
 
 
-_REFRESHED = ("full", "unmatched", "chosen")
-_KINDS = (*_REFRESHED, "served")
-
-
-def _of_block(counter: dict[tuple[int, int], int], block: int) -> int:
-    return sum(count for (_, counted), count in counter.items() if counted == block)
+def _entry(block: int, counts_SYE: Tensor) -> dict[str, Any]:
+    by_step, by_expert, refreshed_SE = counts_SYE.sum(2), counts_SYE.sum(0), counts_SYE[:, list(REFRESHED)].sum(1)
+    names = {reason: reason.name.lower() for reason in Reason}
+    return (
+        {"block": block}
+        | {name: int(by_step[:, reason].sum()) for reason, name in names.items()}
+        | {"refreshed_per_step": refreshed_SE.sum(1).tolist(), "refreshed_per_expert": refreshed_SE.sum(0).tolist()}
+        | {"per_step": {name: by_step[:, reason].tolist() for reason, name in names.items()}}
+        | {"per_expert": {name: by_expert[reason].tolist() for reason, name in names.items()}}
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from moeca_dist import load_model
 from moeca_dist.cache.policies import POLICIES, build_policy
 from moeca_dist.cache.session import CacheSession
-from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.config import CacheConfig, HalvesConfig
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
@@ -96,7 +96,7 @@ def test_refreshing_every_branch_in_cache_steps_with_fresh_modules_is_the_full_s
     model = load("dsmoe_e8", tmp_path)
     every, session = sample(model, scheduled("random", ratio=1.0), requests(3))
     counts = session.statistics
-    assert counts.served.total() == 0 and counts.chosen.total() + counts.unmatched.total() > 0
+    assert counts.total(Reason.SERVED) == 0 and counts.total(Reason.SCORE) + counts.total(Reason.UNMATCHED) > 0
     none, _ = sample(model, scheduled("random", ratio=0.0), requests(3))
     assert not torch.equal(every, none)
 
@@ -134,7 +134,7 @@ def test_halves_may_have_different_schedules(tmp_path: Path) -> None:
     halves = HalvesConfig(conditional=[0, 1, 3, 5, 7], unconditional=[0, 1, 5])
     _, session = sample(model, CacheConfig(policy="moeca_forecast", full_steps=halves), requests(2))
     per_half = 2 * model.spec.num_tokens * model.spec.num_experts_per_tok
-    full = {step: session.statistics.full[step, 1] for step in range(NUM_STEPS)}
+    full = {step: session.statistics.per_step(Reason.FULL)[step, 1] for step in range(NUM_STEPS)}
     assert full == {0: 2 * per_half, 1: 2 * per_half, 2: 0, 3: per_half, 4: 0, 5: 2 * per_half, 6: 0, 7: per_half}
     everything, _ = sample(model, None, requests(2))
     both = HalvesConfig(conditional=list(range(8)), unconditional=list(range(8)))
@@ -176,7 +176,7 @@ def test_a_routing_change_refreshes_exactly_the_changed_branches(tmp_path: Path)
     everything = 2 * 2 * model.spec.num_tokens * model.spec.num_experts_per_tok
     # Changed in step 2 and back after the full step 4 stored the old experts again; unchanged in between.
     assert rows == [everything, everything, 3, 0, everything, 0, 0, 0]
-    unmatched = {step: session.statistics.unmatched[step, block] for step in range(NUM_STEPS)}
+    unmatched = {step: session.statistics.per_step(Reason.UNMATCHED)[step, block] for step in range(NUM_STEPS)}
     assert unmatched == {step: 3 if step == 2 else 0 for step in range(NUM_STEPS)}
 
 
@@ -210,11 +210,7 @@ def test_images_do_not_depend_on_the_ranks(request, policy: str, world: tuple[in
     together = CacheStatistics()
     for result in results:
         together.merge(result["statistics"])
-    assert (together.full, together.unmatched, together.chosen) == (
-        session.statistics.full,
-        session.statistics.unmatched,
-        session.statistics.chosen,
-    )
+    assert all(together.per_step(reason) == session.statistics.per_step(reason) for reason in REFRESHED)
 
 
 def test_module_policies_issue_no_collective_in_cache_steps(two_ranks, tmp_path: Path) -> None:

@@ -30,15 +30,16 @@ def test_rows_against_fresh_keys_and_values_are_the_rows_of_full_attention(
         # The stored keys and values of the rows are stale, those of the others are fresh.
         _, keys, values = module.project(x_BTD, rotary)
         kept = KeyValueCache()
-        kept.store(keys, values)
-        kept.keys_BHTC[rows.image_N, :, rows.position_N] = 7.0
-        kept.values_BHTC[rows.image_N, :, rows.position_N] = 7.0
+        stale_BHTC = keys.clone()
+        stale_BHTC[rows.image_N, :, rows.position_N] = 7.0
+        kept.store(stale_BHTC, values)
+        kept.store_rows(rows, *torch.full((2, HEADS, 4, HIDDEN // HEADS), 7.0))
         x_ND = x_BTD[rows.image_N, rows.position_N]
         table = None if rotary is None else rotary.at(rows.position_N)
         q_HNC, k_HNC, v_HNC = (part[0] for part in module.project(x_ND[None], table))
         kept.store_rows(rows, k_HNC, v_HNC)
-        torch.testing.assert_close(kept.keys_BHTC, keys)
-        torch.testing.assert_close(kept.values_BHTC, values)
+        for found, all_fresh in zip(kept.read(rows, k_HNC, v_HNC), (keys, values), strict=True):
+            torch.testing.assert_close(found, all_fresh)
         mixed = [
             merge_heads(mix(q_HNC[None, :, rows.image_N == image], keys[image, None], values[image, None]))[0]
             for image in range(2)

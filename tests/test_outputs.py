@@ -10,6 +10,7 @@ from moeca_dist.config import Config, load_config
 from moeca_dist.errors import UserError
 from moeca_dist.outputs import OutputFolder
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
+from moeca_dist.timing import Seconds
 from moeca_dist.types import Request
 
 REPORT = Report(
@@ -25,6 +26,7 @@ REPORT = Report(
     branches=BranchReport(8, 8, 0, 0, 0, 0.0),
     exchange=ExchangeReport("exact", None, 3 * 2**20, 3 * 2**20, 4, 0),
     cache=CacheReport("none", 0),
+    seconds=Seconds({"experts": 1.5}, {"experts": 1.5}, {"experts": [1.5]}),
 )
 
 

@@ -19,7 +19,7 @@ from moeca_dist import Engine, UserError
 from moeca_dist.cache.policies.scheduled import Defaults
 from moeca_dist.cache.policy import Half, LayerView, RefreshPlan, Unit
 from moeca_dist.cache.session import HALVES, CacheSession
-from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.engine import check_config
 from moeca_dist.moe.layer import MoELayer
@@ -93,6 +93,8 @@ class Token:
         self.held: dict[int, list[tuple[int, Tensor]]] = {}
         self.inputs: list[tuple[int, Tensor]] = []
         self.planned: tuple[list[int], set[int]] = ([], set())
+        self.unmatched = 0
+        self.reasons = dict.fromkeys(Reason, 0)
         self.bytes = 0
 
     def step(
@@ -101,6 +103,10 @@ class Token:
         scores = torch.sigmoid(x[:EXPERTS] * 3)
         routed = scores.argsort(descending=True)[:K].tolist()
         ids, refresh = (routed, set(routed)) if full else self.planned
+        unmatched = K if full else self.unmatched
+        self.reasons[Reason.FULL if full else Reason.UNMATCHED] += unmatched
+        self.reasons[Reason.SCORE] += len(refresh) - unmatched
+        self.reasons[Reason.SERVED] += K - len(refresh)
         for expert in refresh:
             self.held.setdefault(expert, []).append((index, expert_output(expert, x)))
         self.held = {expert: self.held[expert] for expert in ids}
@@ -108,6 +114,7 @@ class Token:
         total = sum((weights[expert] * self._value(self.held[expert], index) for expert in ids), torch.zeros(HIDDEN))
         if not full_next:
             self.planned = routed, {e for e in routed if e not in self.held or chosen_next[e]}
+            self.unmatched = sum(e not in self.held for e in routed)
         for owner in {self.owners[e] for e in refresh} - {self.rank}:
             branches = sum(self.owners[e] == owner for e in refresh)
             self.bytes += ROW_BYTES + branches * (BRANCH_HEADER_BYTES + ROW_BYTES)
@@ -178,8 +185,8 @@ def run_script(owners: tuple[int, ...], scripts: list[Script], order: int) -> di
         "bytes": group.traffic.bytes_sent,
         "expected": sum(token.bytes for block in tokens for token in block),
         "moved": moved,
-        "counted": counts.full.total() + counts.unmatched.total() + counts.chosen.total(),
-        "served": counts.served.total(),
+        "counted": {reason: counts.total(reason) for reason in Reason},
+        "reasons": {reason: sum(token.reasons[reason] for block in tokens for token in block) for reason in Reason},
     }
 
 
@@ -194,8 +201,9 @@ def check(pool: Any, owners: Sequence[int], scripts: list[Script], order: int) -
         assert {counts[:3] for counts in per_rank} == {((2, 0) if anything else (0, 2)) + (agreements,)}, place
     for script, result in zip(scripts, results, strict=True):
         assert result["error"] < 1e-4
-        assert result["counted"] == sum(refreshed for *_, refreshed in result["moved"])
-        assert result["counted"] + result["served"] == 2 * script.images * len(script.fulls) * BLOCKS * K
+        assert result["counted"] == result["reasons"]
+        assert sum(result["counted"][why] for why in REFRESHED) == sum(refreshed for *_, refreshed in result["moved"])
+        assert sum(result["counted"].values()) == 2 * script.images * len(script.fulls) * BLOCKS * K
 
 
 def scripts_of(num_ranks: int) -> st.SearchStrategy[list[Script]]:

@@ -64,7 +64,10 @@ def test_counts_per_step_and_expert_are_those_of_the_layers(tmp_path: Path) -> N
     _, report = engine.generate(requests(3))
     for entry in report.cache.per_layer:
         assert entry["refreshed_per_expert"] == computed[entry["block"]].tolist()
-        total = entry["full"] + entry["unmatched"] + entry["chosen"]
+        reasons = ("full", "unmatched", "score", "forced")
+        total = sum(entry[reason] for reason in reasons)
+        for reason in (*reasons, "served"):
+            assert sum(entry["per_step"][reason]) == sum(entry["per_expert"][reason]) == entry[reason]
         assert sum(entry["refreshed_per_step"]) == sum(entry["refreshed_per_expert"]) == total
         routed = total + entry["served"]
         full = [step for step, count in enumerate(entry["refreshed_per_step"]) if count == routed // NUM_STEPS]
@@ -91,20 +94,24 @@ def test_ranks_add_up(two_ranks, tmp_path: Path) -> None:
         printed = render(report)
         assert "DP 1 x EP 2" in printed and "at the home rank" in printed
         names = [path.name for path in write_plots(report, tmp_path)]
-        assert names == ["refreshed_per_step.png", "refreshed_per_expert.png", "bytes_per_step.png"]
+        assert names == [
+            "seconds_per_step.png", "refreshed_per_step.png", "refreshed_per_expert.png", "bytes_per_step.png",
+        ]  # fmt: skip
     assert alone["exchange"]["bytes_per_step"] == []
 
 
 def test_the_command_prints_tables_and_draws(out: Path, capsys) -> None:
     assert main(["report", str(out), "--plots"]) == 0
     printed = capsys.readouterr().out
+    assert "Seconds of denoising" in printed and "bookkeeping" in printed
     report = read_report(out)
-    assert "3 in 6 steps" in printed and "policy              random" in printed
+    assert "3 in 6 steps" in printed and "in full steps" in printed and "by score" in printed
+    assert any(line.split() == ["policy", "random"] for line in printed.splitlines())
     assert f"{report['branches']['refreshed']:,}" in printed and "nothing travels" in printed
     for entry in report["cache"]["per_layer"]:
         assert f"{entry['unmatched']:,}" in printed and f"{entry['served']:,}" in printed
     drawn = sorted(path.name for path in (out / "plots").iterdir())
-    assert drawn == ["refreshed_per_expert.png", "refreshed_per_step.png"]
+    assert drawn == ["refreshed_per_expert.png", "refreshed_per_step.png", "seconds_per_step.png"]
     for name in drawn:
         assert Image.open(out / "plots" / name).width > 500
         assert str(out / "plots" / name) in printed
@@ -116,8 +123,9 @@ def test_a_run_without_a_cache_has_less_to_show(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "none: everything was computed" in printed and "Branches of each MoE block" not in printed
-    assert main(["report", str(tmp_path), "--plots"]) == 2
-    assert "--plots has nothing to draw: a run with cache.policy none" in capsys.readouterr().err
+    assert "attention" in printed and "bookkeeping" not in printed
+    assert main(["report", str(tmp_path), "--plots"]) == 0
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["seconds_per_step.png"]
 
 
 def test_a_compared_run_shows_its_quality(out: Path) -> None:
@@ -154,3 +162,38 @@ def test_a_report_of_another_version_is_refused(out: Path) -> None:
     del report["branches"]["unmatched"]
     with pytest.raises(UserError, match="another version of this program"):
         render(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({"policy": "moeca_forecast"}, {"full_step", "unmatched"}),
+        ({"policy": "moeca"}, {"full_step", "unmatched", "score"}),
+        ({"policy": "random", "ratio": 0.3}, {"full_step", "unmatched", "score"}),
+        ({"policy": "dice_skip"}, {"full_step", "unmatched", "forced"}),
+        ({"policy": "toca", "ratio": 0.3}, {"full_step", "forced"}),
+        ({"policy": "fora"}, {"full_step"}),
+    ],
+    ids=lambda value: value["policy"] if isinstance(value, dict) else None,
+)
+def test_refreshed_branches_have_a_reason(tmp_path: Path, options: dict[str, Any], reasons: set[str]) -> None:
+    engine = Engine.from_config(make_config(tmp_path, full_steps=FULL_STEPS, **options))
+    computed: list[int] = []
+    for _, layer in engine.model.moe_layers():
+        layer.experts.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[0]))
+    _, report = engine.generate(requests(3))
+    branches = json.loads(report.to_json())["branches"]
+    counts = {reason: branches[reason] for reason in ("full_step", "unmatched", "score", "forced")}
+    assert {reason for reason, count in counts.items() if count} == reasons
+    assert sum(counts.values()) == branches["refreshed"] == sum(computed)
+    assert branches["routed"] - branches["refreshed"] == branches["reused"] + branches["forecast"]
+    for entry in report.cache.per_layer:
+        assert sum(entry["per_step"]["full"][step] for step in FULL_STEPS) == entry["full"] > 0
+    every = 3 * 2 * NUM_STEPS * engine.model.spec.num_tokens * engine.model.spec.depth
+    if options["policy"] != "dice_skip":
+        assert sum(report.cache.modules["attention"].values()) == every
+        rows = {name: counts["rows"] for name, counts in report.cache.modules.items() if counts["rows"]}
+        assert set(rows) == {"moeca": {"attention", "shared", "dense"}, "toca": {"dense", "moe"}}.get(
+            options["policy"], set()
+        )
+    assert render(json.loads(report.to_json()))

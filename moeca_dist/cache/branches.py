@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
 
 EMPTY = -1
 
@@ -81,12 +84,13 @@ class BranchCache(EntryTable):
     the values are kept as well.
     """
 
-    def __init__(self, num_entries: int, *, forecast: bool) -> None:
+    def __init__(self, num_entries: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
         super().__init__(num_entries)
         self.forecast = forecast
+        self.storage = storage
         # Allocated with the first full step, when shapes and dtype are known.
-        self._values_TJD: Tensor
-        self._slopes_TJD: Tensor
+        self._values_TJD: Packed
+        self._slopes_TJD: Packed
         self._steps_TJ: Tensor
         self._gates_TJ: Tensor | None = None
         self._norms_TJ: Tensor | None = None
@@ -118,12 +122,10 @@ class BranchCache(EntryTable):
         """Keep some freshly computed branches, at the entries that ``match`` gave them."""
         assert self._ids_TJ is not None, "the first step of a request is a full step"
         at_N = token_N * self.num_entries + entry_N
-        values = self._values_TJD.view(-1, values_ND.shape[1])
         if self.forecast:
             gap_N = step - self._steps_TJ.view(-1)[at_N]
-            slopes_ND = slopes(values_ND, values.index_select(0, at_N), gap_N, found_N)
-            self._slopes_TJD.view_as(values).index_copy_(0, at_N, slopes_ND)
-        values.index_copy_(0, at_N, values_ND)
+            self._slopes_TJD.put(at_N, slopes(values_ND, self._values_TJD.rows(at_N), gap_N, found_N))
+        self._values_TJD.put(at_N, values_ND)
         self._ids_TJ.view(-1)[at_N] = expert_ids_N
         self._steps_TJ.view(-1)[at_N] = step
         if self._gates_TJ is not None and self._norms_TJ is not None and gates_N is not None:
@@ -133,12 +135,14 @@ class BranchCache(EntryTable):
 
     def weighted_sum(self, gates_TK: Tensor, served_TK: Tensor, match: Match, step: int) -> Tensor:
         """[T, D]: sum of the *current* gate x stored (or forecast) value over the branches in ``served_TK``."""
+        # Bags of rows take a third of the time of a batched product of weights and entries on CPU.
         weights_TK = (gates_TK * served_TK).to(self._values_TJD.dtype)
-        weights_TJ = self._values_TJD.new_zeros(self._values_TJD.shape[:2]).scatter_(1, match.entry_TK, weights_TK)
-        total_TD = torch.bmm(weights_TJ[:, None], self._values_TJD).squeeze(1)
+        first_T1 = torch.arange(0, self._steps_TJ.numel(), self.num_entries, device=weights_TK.device)[:, None]
+        at_TK = match.entry_TK + first_T1
+        total_TD = _weighted_rows(at_TK, self._values_TJD, weights_TK)
         if self.forecast:
-            ahead_TJ = weights_TJ * (step - self._steps_TJ)
-            total_TD += torch.bmm(ahead_TJ[:, None], self._slopes_TJD).squeeze(1)
+            ahead_TK = weights_TK * (step - self._steps_TJ.gather(1, match.entry_TK))
+            total_TD += _weighted_rows(at_TK, self._slopes_TJD, ahead_TK)
         return total_TD
 
     def reference(self, match: Match) -> Reference | None:
@@ -150,28 +154,34 @@ class BranchCache(EntryTable):
 
     def nothing(self, num_tokens: int) -> Tensor:
         """[T, D] zeros: what a full step serves from the cache."""
-        return self._values_TJD.new_zeros(num_tokens, self._values_TJD.shape[2])
+        stored = self._values_TJD
+        return torch.zeros(num_tokens, stored.shape[2], dtype=stored.dtype, device=stored.data_XD.device)
 
     @property
     def num_bytes(self) -> int:
         if self._ids_TJ is None:
             return 0
-        tensors = [self._ids_TJ, self._values_TJD, self._steps_TJ, self._used_TJ]
-        if self.forecast:
-            tensors.append(self._slopes_TJD)
+        values = self._values_TJD.num_bytes + (self._slopes_TJD.num_bytes if self.forecast else 0)
+        tensors = [self._ids_TJ, self._steps_TJ, self._used_TJ]
         tensors += [tensor for tensor in (self._gates_TJ, self._norms_TJ) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _allocate(self, tokens: int, like_TKD: Tensor, *, with_reference: bool) -> None:
         shape = (tokens, self.num_entries)
         self._allocate_entries(tokens, like_TKD.device)
         self._steps_TJ = torch.zeros(shape, dtype=torch.int32, device=like_TKD.device)
-        self._values_TJD = like_TKD.new_zeros(*shape, like_TKD.shape[2])
+        self._values_TJD = self.storage.zeros((*shape, like_TKD.shape[2]), like_TKD)
         if self.forecast:
-            self._slopes_TJD = torch.zeros_like(self._values_TJD)
+            self._slopes_TJD = self.storage.zeros((*shape, like_TKD.shape[2]), like_TKD)
         if with_reference:
             self._gates_TJ = torch.zeros(shape, device=like_TKD.device)
             self._norms_TJ = torch.zeros(shape, device=like_TKD.device)
+
+
+def _weighted_rows(at_TK: Tensor, stored_TJD: Packed, weights_TK: Tensor) -> Tensor:
+    """[T, D]: sum over k of weight x the row ``at`` of all stored ones."""
+    rows = stored_TJD.unpack().view(-1, stored_TJD.shape[-1])
+    return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
 
 
 def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.cache.branches import EntryTable, Match, slopes
+from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
 
 
 class RowPool:
@@ -67,13 +68,14 @@ class HomeTable(EntryTable):
     on the shipped model that is 0.3 dB better than a slope across the change.
     """
 
-    def __init__(self, num_entries: int, *, forecast: bool) -> None:
+    def __init__(self, num_entries: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
         super().__init__(num_entries)
         self.forecast = forecast
+        self.storage = storage
         self._rows_TJ: Tensor
         # Allocated with the first sums, when shapes and dtype are known.
-        self._sums_TD: Tensor | None = None
-        self._slopes_TD: Tensor
+        self._sums_TD: Packed | None = None
+        self._slopes_TD: Packed
         self._steps_T: Tensor
 
     def assign(self, expert_ids_TK: Tensor, match: Match, pool: RowPool, owner_of_expert_E: Tensor) -> Tensor:
@@ -98,32 +100,36 @@ class HomeTable(EntryTable):
         ``changed_T``: touched tokens of which some branch was unmatched.
         """
         if self._sums_TD is None:
-            self._sums_TD = fresh_TD.clone()
+            self._sums_TD = self.storage.pack(fresh_TD.clone())
             self._steps_T = torch.full_like(touched_T, step, dtype=torch.int64)
             if self.forecast:
-                self._slopes_TD = torch.zeros_like(fresh_TD)
+                self._slopes_TD = self.storage.zeros(fresh_TD.shape, fresh_TD)
             return fresh_TD
         if self.forecast:
             steady_N = (touched_T & ~changed_T).nonzero().squeeze(1)
             gap_N = (step - self._steps_T[steady_N]).to(fresh_TD.dtype)
-            change_ND = fresh_TD.index_select(0, steady_N) - self._sums_TD.index_select(0, steady_N)
-            self._slopes_TD.index_copy_(0, steady_N, change_ND / gap_N[:, None])
+            change_ND = fresh_TD.index_select(0, steady_N) - self._sums_TD.rows(steady_N)
+            self._slopes_TD.put(steady_N, change_ND / gap_N[:, None])
         token_N = touched_T.nonzero().squeeze(1)
-        self._sums_TD.index_copy_(0, token_N, fresh_TD.index_select(0, token_N))
+        fresh_ND = fresh_TD.index_select(0, token_N)
+        self._sums_TD.put(token_N, fresh_ND)
         self._steps_T[token_N] = step
-        if not self.forecast:
-            return self._sums_TD.clone()
-        ahead_T = (step - self._steps_T).to(fresh_TD.dtype)
-        return torch.addcmul(self._sums_TD, self._slopes_TD, ahead_T[:, None])
+        expected_TD = self._sums_TD.unpack()
+        if self.forecast:
+            ahead_T = (step - self._steps_T).to(fresh_TD.dtype)
+            expected_TD = torch.addcmul(expected_TD, self._slopes_TD.unpack(), ahead_T[:, None])
+        elif self._sums_TD.is_exact:
+            expected_TD = expected_TD.clone()
+        # What was computed now is used as computed, not as stored.
+        return expected_TD if self._sums_TD.is_exact else expected_TD.index_copy_(0, token_N, fresh_ND)
 
     @property
     def num_bytes(self) -> int:
         if self._ids_TJ is None or self._sums_TD is None:
             return 0
-        tensors = [self._ids_TJ, self._used_TJ, self._rows_TJ, self._sums_TD, self._steps_T]
-        if self.forecast:
-            tensors.append(self._slopes_TD)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        values = self._sums_TD.num_bytes + (self._slopes_TD.num_bytes if self.forecast else 0)
+        tensors = [self._ids_TJ, self._used_TJ, self._rows_TJ, self._steps_T]
+        return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class OwnedBranches:
@@ -132,12 +138,13 @@ class OwnedBranches:
     Each home rank has rows of its own, which it numbers from 0.
     """
 
-    def __init__(self, num_homes: int, *, forecast: bool) -> None:
+    def __init__(self, num_homes: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
         self.forecast = forecast
+        self.storage = storage
         self._rows_per_home = [0] * num_homes
         self._bases_P: Tensor
-        self._values_RD: Tensor | None = None
-        self._slopes_RD: Tensor
+        self._values_RD: Packed | None = None
+        self._slopes_RD: Packed
         self._steps_R: Tensor
 
     def make_room(self, rows_per_home: Sequence[int], like_RD: Tensor) -> None:
@@ -148,13 +155,17 @@ class OwnedBranches:
         ends = torch.tensor(self._rows_per_home, device=like_RD.device).cumsum(0)
         self._bases_P = ends - ends.new_tensor(self._rows_per_home)
         if self._values_RD is None:
-            self._values_RD = like_RD.new_zeros(0, like_RD.shape[1])
+            self._values_RD = self.storage.zeros((0, like_RD.shape[1]), like_RD)
             self._slopes_RD = self._values_RD
             self._steps_R = torch.zeros(0, dtype=torch.int32, device=like_RD.device)
-        self._values_RD = _stretched(self._values_RD, before, self._rows_per_home)
-        self._steps_R = _stretched(self._steps_R, before, self._rows_per_home)
+
+        def stretched(rows: Tensor) -> Tensor:
+            return _stretched(rows, before, self._rows_per_home)
+
+        self._values_RD = self._values_RD.map(stretched)
+        self._steps_R = stretched(self._steps_R)
         if self.forecast:
-            self._slopes_RD = _stretched(self._slopes_RD, before, self._rows_per_home)
+            self._slopes_RD = self._slopes_RD.map(stretched)
 
     def places(self, home_N: Tensor, row_N: Tensor) -> Tensor:
         return self._bases_P[home_N] + row_N
@@ -164,31 +175,47 @@ class OwnedBranches:
         assert self._values_RD is not None
         if self.forecast:
             gap_N = step - self._steps_R[place_N]
-            slopes_ND = slopes(values_ND, self._values_RD.index_select(0, place_N), gap_N, found_N)
-            self._slopes_RD.index_copy_(0, place_N, slopes_ND)
-        self._values_RD.index_copy_(0, place_N, values_ND)
+            self._slopes_RD.put(place_N, slopes(values_ND, self._values_RD.rows(place_N), gap_N, found_N))
+        self._values_RD.put(place_N, values_ND)
         self._steps_R[place_N] = step
 
-    def weighted_sums(self, place_N: Tensor, gates_N: Tensor, starts_S: Tensor, step: int) -> Tensor:
-        """[S, D]: sum of gate x stored (or forecast) value over consecutive branches, from each start to the next."""
+    def weighted_sums(
+        self, place_N: Tensor, gates_N: Tensor, starts_S: Tensor, step: int, fresh: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """[S, D]: sum of gate x stored (or forecast) value over consecutive branches, from each start to the next.
+
+        ``fresh``: which of the branches were computed and stored in this step, and their values [F, D].
+        """
         assert self._values_RD is not None
         if not starts_S.shape[0]:
-            return self._values_RD.new_zeros(0, self._values_RD.shape[1])
+            return fresh[1].new_zeros(0, self._values_RD.shape[1])
         weights_N = gates_N.to(self._values_RD.dtype)
-        sums_SD = F.embedding_bag(place_N, self._values_RD, starts_S, mode="sum", per_sample_weights=weights_N)
+        if not self._values_RD.is_exact:
+            values_ND = self._expected(place_N, step).index_copy_(0, *fresh)
+            each_N = torch.arange(place_N.shape[0], device=place_N.device)
+            return F.embedding_bag(each_N, values_ND, starts_S, mode="sum", per_sample_weights=weights_N)
+        values_RD = self._values_RD.unpack()
+        sums_SD = F.embedding_bag(place_N, values_RD, starts_S, mode="sum", per_sample_weights=weights_N)
         if self.forecast:
-            ahead_N = weights_N * (step - self._steps_R[place_N])
-            sums_SD += F.embedding_bag(place_N, self._slopes_RD, starts_S, mode="sum", per_sample_weights=ahead_N)
+            ahead_N, slopes_RD = weights_N * (step - self._steps_R[place_N]), self._slopes_RD.unpack()
+            sums_SD += F.embedding_bag(place_N, slopes_RD, starts_S, mode="sum", per_sample_weights=ahead_N)
         return sums_SD
+
+    def _expected(self, place_N: Tensor, step: int) -> Tensor:
+        """[N, D] values of branches in ``step``, a tensor of their own."""
+        assert self._values_RD is not None
+        values_ND = self._values_RD.rows(place_N)
+        if self.forecast:
+            ahead_N1 = (step - self._steps_R[place_N]).to(values_ND.dtype)[:, None]
+            values_ND.addcmul_(self._slopes_RD.rows(place_N), ahead_N1)
+        return values_ND
 
     @property
     def num_bytes(self) -> int:
         if self._values_RD is None:
             return 0
-        tensors = [self._values_RD, self._steps_R]
-        if self.forecast:
-            tensors.append(self._slopes_RD)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        values = self._values_RD.num_bytes + (self._slopes_RD.num_bytes if self.forecast else 0)
+        return values + self._steps_R.numel() * self._steps_R.element_size()
 
 
 @dataclass(frozen=True)

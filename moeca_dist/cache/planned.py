@@ -14,23 +14,27 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import Match
+from moeca_dist.cache.statistics import Reason
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """One block and segment in the next step: its experts, where their branches are, and which are computed."""
+    """One block and segment in the next step: its experts, where their branches are, and which are computed.
+
+    ``reason_TK``: uint8, a ``Reason`` for every branch.
+    """
 
     expert_ids_TK: Tensor
     match: Match
-    refresh_TK: Tensor
+    reason_TK: Tensor
 
-    def counts(self) -> Tensor:
-        """int64 [2]: unmatched and refreshed branches."""
-        return torch.stack([(~self.match.found_TK).sum(), self.refresh_TK.sum()])
+    @property
+    def refresh_TK(self) -> Tensor:
+        return self.reason_TK != Reason.SERVED
 
     @property
     def num_bytes(self) -> int:
-        held = (self.expert_ids_TK, self.match.entry_TK, self.match.found_TK, self.refresh_TK)
+        held = (self.expert_ids_TK, self.match.entry_TK, self.match.found_TK, self.reason_TK)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
@@ -38,8 +42,8 @@ class SegmentPlan:
 class BlockPlan:
     """One block's decisions, None for segments that are full; ``counts_C`` is None where any is.
 
-    ``counts_C``: what the exchange has to know of the refreshed branches, then two counts for each segment. It stays on
-    the device until the ranks agree.
+    ``counts_C``: what the exchange has to know of the refreshed branches, then how many each segment has of them. It
+    stays on the device until the ranks agree.
     """
 
     segments: tuple[SegmentPlan | None, ...]

@@ -50,9 +50,13 @@ class ModuleView:
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """``refresh_TK``: branches computed now and stored; the others are served from the cache. Covers all unmatched."""
+    """``refresh_TK``: branches computed now and stored; the others are served from the cache. Covers all unmatched.
+
+    ``forced_TK``: those among them that were not judged each on its own; None where all matched ones were.
+    """
 
     refresh_TK: Tensor
+    forced_TK: Tensor | None = None
 
 
 class Policy(Protocol):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -42,9 +44,10 @@ class RowCache:
     (arXiv 2503.06923, section 3.3) does. Steps need not be evenly spaced, and single rows may be newer than others.
     """
 
-    def __init__(self, order: int) -> None:
+    def __init__(self, order: int, storage: Storage = AS_COMPUTED) -> None:
         self.order = order
-        self._differences: list[Tensor] = []
+        self.storage = storage
+        self._differences: list[Packed] = []
         # One step for all rows, or an int32 tensor [B, T, 1] once rows were stored on their own.
         self._step: int | Tensor = -1
 
@@ -52,7 +55,7 @@ class RowCache:
     def value_BTD(self) -> Tensor:
         """What was computed last, row by row."""
         assert self._differences, "the first step of a request is a full step"
-        return self._differences[0]
+        return self._differences[0].unpack()
 
     def age_BT(self, step: int) -> Tensor:
         """Steps since each row was computed, int32."""
@@ -62,66 +65,94 @@ class RowCache:
         """Keep what was computed in ``step``; the cache owns the tensor from now on."""
         differences = [output_BTD]
         for older in self._differences[: self.order]:
-            differences.append((differences[-1] - older) / (step - self._step))
-        self._differences, self._step = differences, step
+            differences.append((differences[-1] - older.unpack()) / (step - self._step))
+        self._differences, self._step = [self.storage.pack(difference) for difference in differences], step
 
     def store_rows(self, rows: Rows, values_ND: Tensor, step: int) -> None:
         """Keep some rows computed in ``step``, each with differences to its own last computed value."""
-        like_BTD = self.value_BTD
+        assert self._differences, "the first step of a request is a full step"
         self._step = self._row_steps()
         if len(self._differences) <= self.order:
-            self._differences.append(torch.zeros_like(like_BTD))
+            self._differences.append(self.storage.zeros(self._differences[0].shape, values_ND))
         gap_N1 = step - self._step.view(-1, 1)[rows.flat_N]
         for difference in self._differences:
-            flat = difference.view(-1, like_BTD.shape[-1])
-            older_ND = flat.index_select(0, rows.flat_N)
-            flat.index_copy_(0, rows.flat_N, values_ND)
+            older_ND = difference.rows(rows.flat_N)
+            difference.put(rows.flat_N, values_ND)
             values_ND = (values_ND - older_ND) / gap_N1
         self._step.view(-1)[rows.flat_N] = step
 
     def forecast_into(self, out_BTD: Tensor, step: int) -> None:
         """Write the value expected in ``step``: the stored one at order 0."""
-        out_BTD.copy_(self.value_BTD)
+        if len(self._differences) == 1:
+            out_BTD.copy_(self.value_BTD)
+        sum_BTD = self.value_BTD
         factor: float | Tensor = 1.0
-        for degree, difference in enumerate(self._differences[1:], start=1):
+        for degree, packed in enumerate(self._differences[1:], start=1):
+            difference = packed.unpack()
             factor = factor * ((step - self._step) / degree)
+            # One pass for each order: copying first would be another over memory, which is all that a forecast costs.
             if isinstance(factor, Tensor):
-                out_BTD.addcmul_(difference, factor.to(difference.dtype))
+                torch.addcmul(sum_BTD, difference, factor.to(difference.dtype), out=out_BTD)
             else:
-                out_BTD.add_(difference, alpha=factor)
+                torch.add(sum_BTD, difference, alpha=factor, out=out_BTD)
+            sum_BTD = out_BTD
 
     @property
     def num_bytes(self) -> int:
-        held = [*self._differences, *([self._step] if isinstance(self._step, Tensor) else [])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        steps = self._step.numel() * self._step.element_size() if isinstance(self._step, Tensor) else 0
+        return steps + sum(difference.num_bytes for difference in self._differences)
 
     def _row_steps(self) -> Tensor:
         if isinstance(self._step, Tensor):
             return self._step
-        images, tokens = self.value_BTD.shape[:2]
-        return torch.full((images, tokens, 1), self._step, dtype=torch.int32, device=self.value_BTD.device)
+        newest = self._differences[0].data_XD
+        return torch.full((*newest.shape[:2], 1), self._step, dtype=torch.int32, device=newest.device)
 
 
 class KeyValueCache:
-    """Keys (rotated, as attention uses them) and values of one block and segment, for attention row by row."""
+    """Keys (rotated, as attention uses them) and values of one block and segment, for attention row by row.
 
-    def __init__(self) -> None:
-        self.keys_BHTC: Tensor | None = None
-        self.values_BHTC: Tensor | None = None
+    Shape suffixes: H heads, C channels of a head.
+    """
+
+    def __init__(self, storage: Storage = AS_COMPUTED) -> None:
+        self.storage = storage
+        self._kept: tuple[Packed, Packed] | None = None
 
     def store(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
         """Keep those of a full step; copies, because both are views of larger tensors."""
-        self.keys_BHTC = keys_BHTC.clone(memory_format=torch.contiguous_format)
-        self.values_BHTC = values_BHTC.clone(memory_format=torch.contiguous_format)
+        keys, values = (
+            self.storage.pack(each.clone(memory_format=torch.contiguous_format)) for each in (keys_BHTC, values_BHTC)
+        )
+        self._kept = keys, values
 
     def store_rows(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
-        """Keep those of single tokens: H heads, N rows, C channels of a head."""
-        assert self.keys_BHTC is not None and self.values_BHTC is not None, "the first step is a full step"
-        image_N, position_N = rows.image_N, rows.position_N
-        self.keys_BHTC[image_N, :, position_N] = keys_HNC.transpose(0, 1)
-        self.values_BHTC[image_N, :, position_N] = values_HNC.transpose(0, 1)
+        """Keep those of single tokens."""
+        for kept, fresh_HNC in zip(self._stored(), (keys_HNC, values_HNC), strict=True):
+            kept.put(_head_rows(rows, kept.shape), fresh_HNC.reshape(-1, fresh_HNC.shape[-1]))
+
+    def read(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, T, C] of all tokens, after ``store_rows`` of the same: these as computed, not as stored."""
+        found = []
+        for kept, fresh_HNC in zip(self._stored(), (keys_HNC, values_HNC), strict=True):
+            all_BHTC = kept.unpack()
+            if not kept.is_exact:
+                flat = all_BHTC.view(-1, all_BHTC.shape[-1])
+                flat.index_copy_(0, _head_rows(rows, kept.shape), fresh_HNC.reshape(-1, flat.shape[-1]))
+            found.append(all_BHTC)
+        return found[0], found[1]
 
     @property
     def num_bytes(self) -> int:
-        held = [tensor for tensor in (self.keys_BHTC, self.values_BHTC) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(kept.num_bytes for kept in self._kept or ())
+
+    def _stored(self) -> tuple[Packed, Packed]:
+        assert self._kept is not None, "the first step of a request is a full step"
+        return self._kept
+
+
+def _head_rows(rows: Rows, shape_BHTC: torch.Size) -> Tensor:
+    """Where the heads of some tokens are among the rows [B * H * T], head by head."""
+    _, heads, tokens, _ = shape_BHTC
+    head_H1 = torch.arange(heads, device=rows.flat_N.device)[:, None]
+    return ((rows.image_N * heads + head_H1) * tokens + rows.position_N).flatten()

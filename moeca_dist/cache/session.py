@@ -20,7 +20,9 @@ from moeca_dist.cache.planned import Ahead, StepPlans
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.storage import AS_COMPUTED, Storage
 from moeca_dist.cache.usage import UsageHistory
+from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
 
 HALVES: tuple[Half, Half] = ("conditional", "unconditional")
@@ -38,19 +40,20 @@ class Segment:
 class SegmentCache:
     """What one block keeps for one segment: ``branches`` in placement ``home``, ``home`` in placement ``owner``."""
 
-    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int) -> None:
+    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int, storage: Storage) -> None:
         self._order = policy.order
+        self._storage = storage
         self.modules: dict[str, RowCache] = {}
-        self.keys_values = KeyValueCache()
+        self.keys_values = KeyValueCache(storage)
         decay = policy.usage_decay
         self.usage = None if decay is None else UsageHistory(decay, num_experts)
         entries = num_experts_per_tok + policy.extra_entries
-        self.branches = BranchCache(entries, forecast=policy.order > 0)
-        self.home = HomeTable(entries, forecast=policy.order > 0)
+        self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
+        self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
-            self.modules[name] = RowCache(self._order)
+            self.modules[name] = RowCache(self._order, self._storage)
         return self.modules[name]
 
     @property
@@ -85,11 +88,7 @@ class BlockStep:
     followed: Followed
     owned: OwnedBlock | None = None
     ahead: Ahead | None = None
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(step, block): where the statistics count."""
-        return self.step.index, self.block
+    timer: Timer = UNTIMED
 
     @property
     def all_full(self) -> bool:
@@ -103,8 +102,12 @@ class BlockStep:
         """A module's output [B, T, D]: computed for the full segments and stored, from the cache for the others.
 
         ``compute(images)`` gives the output for a slice of the batch; where all segments are full it is asked once, for
-        the whole batch, as the exact path does. It is asked on all ranks or on none.
+        the whole batch, as the exact path does. It is asked on all ranks or on none, and measures itself.
         """
+        with self.timer.section("bookkeeping"):
+            return self._serve(name, like_BTD, compute)
+
+    def _serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
         if self.policy.computes_modules:
             out_BTD = compute(slice(None))
             self.count(name, out_BTD)
@@ -132,6 +135,10 @@ class BlockStep:
         ``compute(rows)`` gives outputs [N, D]; it is asked once, on all ranks, for the chosen tokens and for all tokens
         of full segments together.
         """
+        with self.timer.section("bookkeeping"):
+            return self._serve_chosen(name, like_BTD, compute)
+
+    def _serve_chosen(self, name: str, like_BTD: Tensor, compute: Callable[[Rows], Tensor]) -> Tensor:
         rows = self._chosen(name, like_BTD)
         fresh_ND = compute(rows)
         out_BTD = torch.empty_like(like_BTD)
@@ -146,34 +153,34 @@ class BlockStep:
 
     def refresh_rows(self, name: str, out_BTD: Tensor, rows: Rows, fresh_ND: Tensor) -> None:
         """Put freshly computed rows of a module into its output and into the caches of the segments that are served."""
-        out_BTD[rows.image_N, rows.position_N] = fresh_ND
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if not segment.full:
-                window, mine = rows.within(segment.images)
-                cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
+        with self.timer.section("bookkeeping"):
+            out_BTD[rows.image_N, rows.position_N] = fresh_ND
+            for segment, cache in zip(self.segments, self.caches, strict=True):
+                if not segment.full:
+                    window, mine = rows.within(segment.images)
+                    cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
+                    self.statistics.rows[name] += mine.flat_N.shape[0]
         self.count(name, fresh_ND)
 
     def store_keys_values(self, images: slice, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
         """Keep the keys and values of ``images``, as ``serve`` asks for them, where attention is refreshed by rows."""
         if not self.policy.attention_sync:
             return
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if images == slice(None):
-                cache.keys_values.store(keys_BHTC[segment.images], values_BHTC[segment.images])
-            elif images == segment.images:
-                cache.keys_values.store(keys_BHTC, values_BHTC)
+        with self.timer.section("bookkeeping"):
+            for segment, cache in zip(self.segments, self.caches, strict=True):
+                if images == slice(None):
+                    cache.keys_values.store(keys_BHTC[segment.images], values_BHTC[segment.images])
+                elif images == segment.images:
+                    cache.keys_values.store(keys_BHTC, values_BHTC)
 
-    def refresh_keys_values(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if not segment.full:
-                window, mine = rows.within(segment.images)
-                cache.keys_values.store_rows(mine, keys_HNC[:, window], values_HNC[:, window])
-
-    def keys_values(self, segment: int) -> tuple[Tensor, Tensor]:
-        """[B, H, T, C] of one segment."""
-        kept = self.caches[segment].keys_values
-        assert kept.keys_BHTC is not None and kept.values_BHTC is not None, "the first step is a full step"
-        return kept.keys_BHTC, kept.values_BHTC
+    def refresh_keys_values(
+        self, segment: int, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep fresh keys and values of a segment's tokens; those of all its tokens [B, H, T, C], with these."""
+        with self.timer.section("bookkeeping"):
+            kept = self.caches[segment].keys_values
+            kept.store_rows(rows, keys_HNC, values_HNC)
+            return kept.read(rows, keys_HNC, values_HNC)
 
     def count(self, name: str, computed: Tensor) -> None:
         """Count the tokens of a module's output [..., D]."""
@@ -210,31 +217,38 @@ class CacheSession:
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
         planned: bool = False,
+        storage: Storage = AS_COMPUTED,
+        timer: Timer = UNTIMED,
+        bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
+        self.timer = timer
         self.statistics = statistics
+        self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
         self._num_images = len(requests)
         self._image_ids_B = torch.tensor(
             [request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64, device=device
         )
         self._blocks = [
-            tuple(SegmentCache(policy, num_experts, num_experts_per_tok) for _ in self._halves)
+            tuple(SegmentCache(policy, num_experts, num_experts_per_tok, storage) for _ in self._halves)
             for _ in range(num_blocks)
         ]
-        self.network = NetworkCache()
-        self.changes = tuple(RowCache(policy.order) for _ in self._halves)  # of the whole network, by schedule
+        self.network = NetworkCache(storage)
+        self.changes = tuple(RowCache(policy.order, storage) for _ in self._halves)  # of the whole network, by schedule
         # By step: of the current one and the next.
         self._plans: dict[int, StepPlans] | None = {} if planned else None
-        self._bytes_of_plans = 0
         self._owned = [
             None
             if owner_ranks is None
-            else OwnedBlock(RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0))
+            else OwnedBlock(
+                RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0, storage=storage)
+            )
             for _ in range(num_blocks)
         ]
 
     def at(self, step: StepContext) -> "StepCache":
+        self.note_peak()
         segments = tuple(
             Segment(
                 half,
@@ -248,8 +262,6 @@ class CacheSession:
     def _ahead(self, step: int) -> Ahead | None:
         if self._plans is None:
             return None
-        # At the end of a step both its own plans and the next one's are held.
-        self._bytes_of_plans = max(self._bytes_of_plans, sum(plans.num_bytes for plans in self._plans.values()))
         self._plans = {step: self._plans.get(step, StepPlans()), step + 1: StepPlans()}
         return Ahead(self._plans[step], self._plans[step + 1])
 
@@ -259,11 +271,13 @@ class CacheSession:
     def owned(self, index: int) -> OwnedBlock | None:
         return self._owned[index]
 
-    def note_peak(self, beside: int = 0) -> None:
-        """Record how much the session holds and what is kept ``beside`` it; asked when everything is allocated."""
-        held = beside + sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
+    def note_peak(self) -> None:
+        """Record how much the session holds, and what is kept beside it; asked before every step and at its end."""
+        held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(change.num_bytes for change in self.changes)
-        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None) + self._bytes_of_plans
+        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
+        # At the end of a step both its own plans and the next one's are held.
+        held += sum(plans.num_bytes for plans in (self._plans or {}).values()) + self._bytes_beside()
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -291,6 +305,7 @@ class StepCache:
             self.followed,
             session.owned(index),
             self.ahead,
+            session.timer,
         )
 
     @property
@@ -301,38 +316,43 @@ class StepCache:
     def serve_network(self, x_BTD: Tensor, signal: Callable[[], Tensor], compute: Callable[[slice], Tensor]) -> Tensor:
         """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the expected change.
 
-        ``compute(images)`` runs the blocks for a slice of the batch; ``signal()`` is the time alone [S], asked where a
-        threshold on its change decides. Which of them run is the same on all ranks.
+        ``compute(images)`` runs the blocks for a slice of the batch and measures itself; ``signal()`` is the time alone
+        [S], asked where a threshold on its change decides. Which of them run is the same on all ranks.
         """
         delta = self.session.policy.delta
         return self._by_schedule(x_BTD, compute) if delta is None else self._by_change(x_BTD, signal(), delta, compute)
 
     def _by_change(self, x_BTD: Tensor, signal_S: Tensor, delta: float, compute: Callable[[slice], Tensor]) -> Tensor:
-        statistics, network = self.session.statistics, self.session.network
-        statistics.signals += 1
-        if not network.is_due(signal_S, delta):
-            statistics.skipped += x_BTD.shape[0]
-            return network.apply(x_BTD)
-        statistics.reached += self.step.index > 0
+        session, network = self.session, self.session.network
+        session.statistics.signals += 1
+        with session.timer.section("bookkeeping"):
+            if not network.is_due(signal_S, delta):
+                session.statistics.skipped += x_BTD.shape[0]
+                return network.apply(x_BTD)
+        session.statistics.reached += self.step.index > 0
         out_BTD = compute(slice(None))
-        network.store(out_BTD - x_BTD)
+        with session.timer.section("bookkeeping"):
+            network.store(out_BTD - x_BTD)
         return out_BTD
 
     def _by_schedule(self, x_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
-        changes, index = self.session.changes, self.step.index
+        changes, index, timer = self.session.changes, self.step.index, self.session.timer
         if all(segment.full for segment in self.segments):
             out_BTD = compute(slice(None))
-            for segment, change in zip(self.segments, changes, strict=True):
-                change.store(out_BTD[segment.images] - x_BTD[segment.images], index)
+            with timer.section("bookkeeping"):
+                for segment, change in zip(self.segments, changes, strict=True):
+                    change.store(out_BTD[segment.images] - x_BTD[segment.images], index)
             return out_BTD
         out_BTD = torch.empty_like(x_BTD)
         for segment, change in zip(self.segments, changes, strict=True):
             here_BTD = x_BTD[segment.images]
             if segment.full:
                 out_BTD[segment.images] = compute(segment.images)
-                change.store(out_BTD[segment.images] - here_BTD, index)
-            else:
+                with timer.section("bookkeeping"):
+                    change.store(out_BTD[segment.images] - here_BTD, index)
+                continue
+            with timer.section("bookkeeping"):
                 change.forecast_into(out_BTD[segment.images], index)
                 out_BTD[segment.images] += here_BTD
-                self.session.statistics.skipped += here_BTD.shape[0]
+            self.session.statistics.skipped += here_BTD.shape[0]
         return out_BTD

@@ -1,36 +1,50 @@
 """What the cache did in one run on this rank, and what was sent meanwhile, counted where it happens.
 
-Shape suffixes: N branches, E experts.
+Shape suffixes: S steps, Y reasons, E experts, T tokens, K routed experts per token.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeca_dist.types import StepContext
+
+
+class Reason(IntEnum):
+    """Why a branch is computed, or that it is not: the first that holds, in this order."""
+
+    FULL = 0  # a full step computes everything
+    UNMATCHED = 1  # the cache holds nothing of it
+    FORCED = 2  # a rule of the policy computes it without judging it
+    SCORE = 3  # the policy judged this very branch, by a score or (the control) by a draw
+    SERVED = 4  # reused or forecast
+
+
+REFRESHED = tuple(reason for reason in Reason if reason is not Reason.SERVED)
+
 
 @dataclass
 class CacheStatistics:
-    """Counters of a run; steps and layers are indices of denoising steps and of MoE blocks.
+    """Counters of a run; steps and blocks are indices of denoising steps and of MoE blocks.
 
     ``modules[name]``: tokens for which a module (``attention``, ``dense``, ``shared``, ``router``, ``moe``) was
-    computed, summed over blocks and steps. The branch counters are keyed by (step, block). ``skipped`` counts
-    evaluations of an image in which no block ran, ``signals`` how often the time alone was embedded to decide that,
-    ``reached`` how often the threshold was reached after the first step.
+    computed, summed over blocks and steps; ``rows[name]``: those of them that were computed one by one in a step that
+    serves the others. ``skipped`` counts evaluations of an image in which no block ran, ``signals`` how often the time
+    alone was embedded to decide that, ``reached`` how often the threshold was reached after the first step.
     """
 
     modules: Counter[str] = field(default_factory=Counter)
-    full: Counter[tuple[int, int]] = field(default_factory=Counter)
-    unmatched: Counter[tuple[int, int]] = field(default_factory=Counter)
-    chosen: Counter[tuple[int, int]] = field(default_factory=Counter)
-    served: Counter[tuple[int, int]] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     signals: int = 0
     reached: int = 0
-    experts: dict[int, Tensor] = field(default_factory=dict)
-    """By block: branches computed for each expert, int64 [E]; on the model's device, which counting must not stall."""
+    branches: dict[int, Tensor] = field(default_factory=dict)
+    """By MoE block: branches of each step, reason and expert, int64 [S, Y, E]; on the model's device, which counting
+    must not stall."""
     bytes_per_step: Counter[int] = field(default_factory=Counter)
     bytes_peak: int = 0
 
@@ -38,24 +52,44 @@ class CacheStatistics:
         """Count for ``step`` what this rank has sent in the run and no step has been charged with."""
         self.bytes_per_step[step] += sent_so_far - self.bytes_per_step.total()
 
-    def count_experts(self, block: int, expert_ids: Tensor, num_experts: int) -> None:
-        """Count computed branches (int64 global ids of any shape) for their experts."""
-        ids_N = expert_ids.flatten()
-        if block not in self.experts:
-            self.experts[block] = torch.zeros(num_experts, dtype=torch.int64, device=ids_N.device)
-        self.experts[block].index_add_(0, ids_N, torch.ones_like(ids_N))
+    def count_branches(
+        self, step: StepContext, block: int, expert_ids_TK: Tensor, reason: Tensor | Reason, num_experts: int
+    ) -> None:
+        """Count branches by expert; ``reason``: of each [T, K], in any integer dtype, or of all of them."""
+        if block not in self.branches:
+            shape = (step.num_steps, len(Reason), num_experts)
+            self.branches[block] = torch.zeros(shape, dtype=torch.int64, device=expert_ids_TK.device)
+        if isinstance(reason, Tensor):
+            reason = reason.long()
+        cell_N = (reason * num_experts + expert_ids_TK).flatten()
+        self.branches[block][step.index].view(-1).index_add_(0, cell_N, torch.ones_like(cell_N))
+
+    def per_step(self, reason: Reason) -> Counter[tuple[int, int]]:
+        """Branches by (step, block)."""
+        return Counter(
+            {
+                (step, block): count
+                for block, counts_SYE in self.branches.items()
+                for step, count in enumerate(counts_SYE[:, reason].sum(-1).tolist())
+                if count
+            }
+        )
+
+    def total(self, reason: Reason) -> int:
+        return self.per_step(reason).total()
 
     def merge(self, other: "CacheStatistics") -> None:
         """Add what another rank counted; peaks add up too, because ranks hold their caches at the same time."""
-        for name in ("modules", "full", "unmatched", "chosen", "served", "bytes_per_step"):
+        for name in ("modules", "rows", "bytes_per_step"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
         self.signals += other.signals
         self.reached += other.reached
-        for block, counts_E in other.experts.items():
-            self.experts[block] = self.experts[block] + counts_E.cpu() if block in self.experts else counts_E.cpu()
+        for block, counts_SYE in other.branches.items():
+            mine_SYE = self.branches.get(block)
+            self.branches[block] = counts_SYE.cpu() if mine_SYE is None else mine_SYE + counts_SYE.cpu()
         self.bytes_peak += other.bytes_peak
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to other ranks: they may not have this rank's device."""
-        return self.__dict__ | {"experts": {block: counts_E.cpu() for block, counts_E in self.experts.items()}}
+        return self.__dict__ | {"branches": {block: counts_SYE.cpu() for block, counts_SYE in self.branches.items()}}

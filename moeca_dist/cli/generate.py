@@ -59,13 +59,14 @@ def run_generate(config: Config, args: argparse.Namespace) -> None:
     output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
     """
     tell_deepspeed_the_device()
-    from moeca_dist.engine import check_config, join
+    from moeca_dist.engine import check_cache_fits, check_config, join
     from moeca_dist.parallel.agreement import agreed
 
     mesh = join(config)
     try:
         highest = [labels[-1] for labels in args.labels or ()]
         spec = agreed(mesh, lambda: check_config(config, highest))
+        agreed(mesh, lambda: check_cache_fits(config, spec, mesh, args.num_images))
         folder = agreed(
             mesh,
             lambda: _open_folder(args) if mesh.rank == 0 else None,

@@ -13,6 +13,7 @@ from moeca_dist.models.attention import RotaryTable
 from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.layer import MoELayer
+from moeca_dist.timing import UNTIMED, Timer
 
 
 class DiffusionTransformer(nn.Module):
@@ -41,11 +42,14 @@ class DiffusionTransformer(nn.Module):
             assert isinstance(layer, MoELayer)
             yield index, layer
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, cache: StepCache | None = None) -> Tensor:
+    def forward(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, cache: StepCache | None = None, timer: Timer = UNTIMED
+    ) -> Tensor:
         """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=None``.
 
         ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
         class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
+        ``timer`` measures blocks that run without a cache; a cache brings its own.
         """
         patch = self.spec.patch_size
         rows, columns = x_BCHW.shape[-2] // patch, x_BCHW.shape[-1] // patch
@@ -57,17 +61,17 @@ class DiffusionTransformer(nn.Module):
             tokens_BTD = cache.serve_network(
                 entering_BTD,
                 lambda: self._time_signal(step.time, t_B.device),
-                lambda images: self._through_blocks(entering_BTD[images], c_BD[images], rotary, None),
+                lambda images: self._through_blocks(entering_BTD[images], c_BD[images], rotary, None, timer),
             )
         else:
-            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache)
+            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer)
         return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
 
     def _through_blocks(
-        self, tokens_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: StepCache | None
+        self, tokens_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: StepCache | None, timer: Timer
     ) -> Tensor:
         for index, block in enumerate(self.blocks):
-            tokens_BTD = block(tokens_BTD, c_BD, rotary, None if cache is None else cache.block(index))
+            tokens_BTD = block(tokens_BTD, c_BD, rotary, None if cache is None else cache.block(index), timer)
         return tokens_BTD
 
     def _time_signal(self, time: float, device: torch.device) -> Tensor:

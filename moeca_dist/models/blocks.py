@@ -15,6 +15,8 @@ from moeca_dist.cache.session import BlockStep
 from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
 from moeca_dist.models.modulation import Modulation, modulate, normalise
+from moeca_dist.moe.layer import MoELayer
+from moeca_dist.timing import UNTIMED, Timer
 
 TIME_FREQUENCIES = 256
 TIME_MAX_PERIOD = 10_000
@@ -92,14 +94,23 @@ class AdaLNBlock(nn.Module):
         return self.get_submodule(self._feed_forward_name)
 
     def forward(
-        self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: BlockStep | None = None
+        self,
+        x_BTD: Tensor,
+        c_BD: Tensor,
+        rotary: RotaryTable | None,
+        cache: BlockStep | None = None,
+        timer: Timer = UNTIMED,
     ) -> Tensor:
-        """``cache=None`` computes everything: the exact path."""
+        """``cache=None`` computes everything: the exact path, measured with ``timer``."""
         modulation = Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
         if cache is not None:
             return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache).forward(x_BTD)
-        x_BTD = modulation.after_attention(x_BTD, self.attn(modulation.to_attention(x_BTD), rotary))
-        return modulation.after_feed_forward(x_BTD, self.feed_forward(modulation.to_feed_forward(x_BTD)))
+        with timer.section("attention"):
+            attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
+        x_BTD = modulation.after_attention(x_BTD, attended_BTD)
+        with timer.section("experts" if isinstance(self.feed_forward, MoELayer) else "dense"):
+            fed_BTD = self.feed_forward(modulation.to_feed_forward(x_BTD))
+        return modulation.after_feed_forward(x_BTD, fed_BTD)
 
 
 class FinalLayer(nn.Module):

@@ -8,6 +8,7 @@ Shape suffixes: B images, T tokens of one image, D hidden size, N rows: chosen t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moeca_dist.cache.session import BlockStep
 from moeca_dist.models.attention import Attention, RotaryTable, merge_heads, mix
 from moeca_dist.models.modulation import Modulation
 from moeca_dist.moe.layer import MoELayer
+from moeca_dist.timing import Section
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,17 @@ class CachedBlock:
         if not isinstance(self.feed_forward, MoELayer):
             fed_BTD = self._dense(x_BTD, attended_BTD, after_BTD)
         elif self.cache.per_branch:
-            fed_BTD = self._branches(self.feed_forward, x_BTD, attended_BTD, after_BTD)
+            with self.cache.timer.section("experts"):
+                fed_BTD = self._branches(self.feed_forward, x_BTD, attended_BTD, after_BTD)
         else:
             fed_BTD = self._module("moe", after_BTD)
         return self.modulation.after_feed_forward(after_BTD, fed_BTD)
 
     def _attend(self, x_BTD: Tensor, images: slice) -> Tensor:
-        q, k, v = self.attention.project(self.modulation.at(images).to_attention(x_BTD[images]), self.rotary)
-        self.cache.store_keys_values(images, k, v)
-        return self.attention.attend(q, k, v)
+        with self.cache.timer.section("attention"):
+            q, k, v = self.attention.project(self.modulation.at(images).to_attention(x_BTD[images]), self.rotary)
+            self.cache.store_keys_values(images, k, v)
+            return self.attention.attend(q, k, v)
 
     def _branches(self, layer: MoELayer, x_BTD: Tensor, attended_BTD: Tensor, after_BTD: Tensor) -> Tensor:
         entering_BTD = self.modulation.to_feed_forward(after_BTD)
@@ -60,18 +64,23 @@ class CachedBlock:
             return self._module("dense", after_BTD)
         entering_ND = self._synchronise(x_BTD, attended_BTD, after_BTD, rows)
         fed_BTD = self._module("dense", after_BTD)
-        self.cache.refresh_rows("dense", fed_BTD, rows, self.feed_forward(entering_ND))
+        with self.cache.timer.section("dense"):
+            fresh_ND = self.feed_forward(entering_ND)
+        self.cache.refresh_rows("dense", fed_BTD, rows, fresh_ND)
         return fed_BTD
 
-    def _module(self, name: str, after_BTD: Tensor) -> Tensor:
+    def _module(self, name: Literal["dense", "moe"], after_BTD: Tensor) -> Tensor:
         """The feed-forward as one module, whole images or the rows that the policy chooses."""
+        section: Section = "experts" if name == "moe" else "dense"
 
         def whole(images: slice) -> Tensor:
-            return self.feed_forward(self.modulation.at(images).to_feed_forward(after_BTD[images]))
+            with self.cache.timer.section(section):
+                return self.feed_forward(self.modulation.at(images).to_feed_forward(after_BTD[images]))
 
         def chosen(rows: Rows) -> Tensor:
             after_N1D = after_BTD[rows.image_N, rows.position_N][:, None]
-            return self.feed_forward(self.modulation.at(rows.image_N).to_feed_forward(after_N1D)).squeeze(1)
+            with self.cache.timer.section(section):
+                return self.feed_forward(self.modulation.at(rows.image_N).to_feed_forward(after_N1D)).squeeze(1)
 
         if self.cache.policy.refreshes_rows and not self.cache.all_full:
             return self.cache.serve_chosen(name, after_BTD, chosen)
@@ -84,7 +93,8 @@ class CachedBlock:
         """
         modulation = self.modulation.at(rows.image_N)
         x_N1D = x_BTD[rows.image_N, rows.position_N][:, None]
-        fresh_ND = self._attend_rows(modulation.to_attention(x_N1D).squeeze(1), rows)
+        with self.cache.timer.section("attention"):
+            fresh_ND = self._attend_rows(modulation.to_attention(x_N1D).squeeze(1), rows)
         self.cache.refresh_rows("attention", attended_BTD, rows, fresh_ND)
         after_N1D = modulation.after_attention(x_N1D, fresh_ND[:, None])
         after_BTD[rows.image_N, rows.position_N] = after_N1D.squeeze(1)
@@ -94,13 +104,13 @@ class CachedBlock:
         """Fresh queries, keys and values of ``rows`` against the stored keys and values of all other tokens."""
         rotary = None if self.rotary is None else self.rotary.at(rows.position_N)
         q_HNC, k_HNC, v_HNC = (rows_1HNC[0] for rows_1HNC in self.attention.project(entering_ND[None], rotary))
-        self.cache.refresh_keys_values(rows, k_HNC, v_HNC)
         mixed = [entering_ND[:0]]
         for index, segment in enumerate(self.cache.segments):
             if segment.full:
                 continue
             window, mine = rows.within(segment.images)
-            keys_BHTC, values_BHTC = self.cache.keys_values(index)
+            fresh = k_HNC[:, window], v_HNC[:, window]
+            keys_BHTC, values_BHTC = self.cache.refresh_keys_values(index, mine, *fresh)
             # Image by image: the numbers of rows differ, and padding would be computed.
             counts = torch.bincount(mine.image_N, minlength=keys_BHTC.shape[0]).tolist()
             for image, q_1HNC in enumerate(q_HNC[None, :, window].split(counts, dim=2)):

@@ -14,6 +14,7 @@ from moeca_dist.cache.branches import Match
 from moeca_dist.cache.policy import LayerView
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
+from moeca_dist.cache.statistics import Reason
 from moeca_dist.types import Routing, StepContext, positions
 
 
@@ -39,13 +40,15 @@ class Part:
 class Decision:
     """``served_TD``: the weighted sum of the branches that are not refreshed, zero where all are.
 
-    None in placement ``owner``, where the sums are made beside the experts. ``num_refreshed`` counts ``refresh_TK``.
+    None in placement ``owner``, where the sums are made beside the experts. ``reason_TK``: uint8, a ``Reason`` for
+    every branch. ``num_refreshed`` counts ``refresh_TK``; not in placement ``owner``, where no shape depends on it.
     """
 
     match: Match
     refresh_TK: Tensor
-    served_TD: Tensor | None
-    num_refreshed: int
+    reason_TK: Tensor
+    served_TD: Tensor | None = None
+    num_refreshed: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,42 +106,52 @@ def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
     mine, kept = part.routing(routing), part.kept
     observe(part, mine)
     match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
-    refresh_TK = torch.ones_like(match.found_TK)
-    if not part.segment.full:
-        refresh_TK = choose(part, mine, match, cache.step, cache)
-    refreshed = count_decision(part, match, refresh_TK, cache)
-    if cache.owned is not None:
-        return Decision(match, refresh_TK, None, refreshed)
     if part.segment.full:
-        return Decision(match, refresh_TK, kept.branches.nothing(mine.num_tokens), refreshed)
-    served_TD = kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
-    return Decision(match, refresh_TK, served_TD, refreshed)
+        return computed(part, match, at_home=cache.owned is None)
+    reason_TK = choose(part, mine, match, cache.step, cache)
+    if cache.owned is not None:
+        return Decision(match, reason_TK != Reason.SERVED, reason_TK)
+    return served(part, mine, match, reason_TK, cache)
+
+
+def computed(part: Part, match: Match, *, at_home: bool = True) -> Decision:
+    """All branches of a full segment."""
+    refresh_TK = torch.ones_like(match.found_TK)
+    reason_TK = torch.full_like(refresh_TK, Reason.FULL, dtype=torch.uint8)
+    if not at_home:
+        return Decision(match, refresh_TK, reason_TK)
+    nothing_TD = part.kept.branches.nothing(refresh_TK.shape[0])
+    return Decision(match, refresh_TK, reason_TK, nothing_TD, refresh_TK.numel())
+
+
+def served(
+    part: Part, mine: Routing, match: Match, reason_TK: Tensor, cache: BlockStep, num_refreshed: int | None = None
+) -> Decision:
+    """The branches of a segment in a cache step, kept at home; ``num_refreshed`` where the host knows it already."""
+    refresh_TK = reason_TK != Reason.SERVED
+    if num_refreshed is None:
+        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
+        num_refreshed = int(refresh_TK.sum())
+    served_TD = part.kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
+    return Decision(match, refresh_TK, reason_TK, served_TD, num_refreshed)
 
 
 def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:
-    """[T, K]: which branches of a segment the policy refreshes in ``step``, this one or the next."""
-    refresh_TK = cache.policy.plan(step, _view(part, mine, match, cache)).refresh_TK
-    assert refresh_TK.shape == match.found_TK.shape
-    return refresh_TK
+    """uint8 [T, K]: which branches of a segment the policy refreshes in ``step``, this one or the next, and why."""
+    found_TK = match.found_TK
+    plan = cache.policy.plan(step, _view(part, mine, match, cache))
+    assert plan.refresh_TK.shape == found_TK.shape
+    reason_TK = torch.full_like(found_TK, Reason.SERVED, dtype=torch.uint8)
+    reason_TK.masked_fill_(plan.refresh_TK, Reason.SCORE)
+    if plan.forced_TK is not None:
+        reason_TK.masked_fill_(plan.forced_TK, Reason.FORCED)
+    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
 
 
-def count_decision(part: Part, match: Match, refresh_TK: Tensor, cache: BlockStep, counts: Tensor | None = None) -> int:
-    """Enter a segment's branches into the statistics; returns how many are refreshed.
-
-    ``counts``: how many are unmatched and refreshed, on the host, where that is known.
-    """
-    statistics = cache.statistics
-    if part.segment.full:
-        statistics.full[cache.key] += refresh_TK.numel()
-        return refresh_TK.numel()
-    if counts is None:
-        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-        counts = torch.stack([(~match.found_TK).sum(), refresh_TK.sum()])
-    unmatched, refreshed = counts.tolist()
-    statistics.unmatched[cache.key] += unmatched
-    statistics.chosen[cache.key] += refreshed - unmatched
-    statistics.served[cache.key] += refresh_TK.numel() - refreshed
-    return int(refreshed)
+def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None:
+    """Enter a layer's branches into the statistics, without a host synchronisation."""
+    reason = torch.cat([decision.reason_TK for decision in plan.decisions]) if plan.decisions else Reason.FULL
+    cache.statistics.count_branches(cache.step, cache.block, plan.routing.expert_ids_TK, reason, num_experts)
 
 
 def store_fresh(plan: LayerPlan, branch_N: Tensor, fresh_ND: Tensor, cache: BlockStep) -> None:

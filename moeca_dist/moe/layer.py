@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.moe.cached import LayerPlan, decide, observe, segment_parts, store_fresh
+from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.moe.planned import plan_next, planned_layer
@@ -52,24 +52,36 @@ class MoELayer(nn.Module):
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
-        if cache.ahead is not None:
-            return planned_layer(x_TD, self.gate, cache, self.dispatcher)
+        plan = (
+            self._plan(x_TD, cache) if cache.ahead is None else planned_layer(x_TD, self.gate, cache, self.dispatcher)
+        )
+        with cache.timer.section("bookkeeping"):
+            count_reasons(plan, cache, self.num_experts)
+        return plan
+
+    def _plan(self, x_TD: Tensor, cache: BlockStep) -> LayerPlan:
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         cache.count("router", x_TD)
-        parts = segment_parts(x_TD, cache)
-        # At home a full step needs no decisions; owners are told what to keep in every step.
-        decided = cache.owned is not None or not cache.all_full
-        decisions = [decide(part, routing, cache) for part in parts] if decided else []
-        return LayerPlan(routing, parts, decisions)
+        with cache.timer.section("bookkeeping"):
+            parts = segment_parts(x_TD, cache)
+            # At home a full step needs no decisions; owners are told what to keep in every step.
+            decided = cache.owned is not None or not cache.all_full
+            return LayerPlan(routing, parts, [decide(part, routing, cache) for part in parts] if decided else [])
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
         routed_TD = self._routed(x_TD, plan, cache)
         if cache.ahead is not None:
-            plan_next(plan, cache, self.dispatcher)
-        shared_BTD = cache.serve("shared", x_BTD, lambda images: self._shared(x_BTD[images]))
+            with cache.timer.section("bookkeeping"):
+                plan_next(plan, cache, self.dispatcher)
+
+        def shared(images: slice) -> Tensor:
+            with cache.timer.section("experts"):
+                return self._shared(x_BTD[images])
+
+        shared_BTD = cache.serve("shared", x_BTD, shared)
         if rows is not None:
             cache.refresh_rows("shared", shared_BTD, rows, self._shared(x_TD.index_select(0, rows.flat_N)))
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
@@ -78,8 +90,6 @@ class MoELayer(nn.Module):
         """The choice of placement: branch values are kept beside the experts, or at home."""
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
-            refreshed_N = plan.routing.expert_ids_TK[torch.cat([decision.refresh_TK for decision in plan.decisions])]
-            cache.statistics.count_experts(cache.block, refreshed_N, self.num_experts)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
         return self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
 
@@ -99,28 +109,32 @@ class MoELayer(nn.Module):
         routing = plan.routing
         rows_ND, dispatched = self._compute(x_TD, routing.all_branches())
         routed_TD = self.dispatcher.weighted_sum(rows_ND, dispatched, routing)
-        values_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
-        values_TKD = values_ND.view(*routing.expert_ids_TK.shape, x_TD.shape[1])
+        with cache.timer.section("bookkeeping"):
+            self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, cache)
+        return routed_TD
+
+    def _keep_all(self, fresh_ND: Tensor, plan: LayerPlan, cache: BlockStep) -> None:
+        """Store all branches of a full step; ``fresh_ND`` in the order of the routing."""
+        routing = plan.routing
+        values_TKD = fresh_ND.view(*routing.expert_ids_TK.shape, fresh_ND.shape[1])
         for part in plan.parts:
             mine, branches = part.routing(routing), part.kept.branches
             observe(part, mine)
             match = branches.match(mine.expert_ids_TK)
             gates_TK = cache.policy.reference_gates(mine)
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
-            cache.statistics.full[cache.key] += mine.expert_ids_TK.numel()
-        cache.statistics.count_experts(cache.block, routing.expert_ids_TK, self.num_experts)
-        return routed_TD
 
     def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
-        branch_N = plan.refreshed_branches()
-        branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        cache.statistics.count_experts(cache.block, branches.expert_ids_N, self.num_experts)
+        with cache.timer.section("bookkeeping"):
+            branch_N = plan.refreshed_branches()
+            branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         rows_ND, dispatched = self._compute(x_TD, branches, plan.traffic)
-        fresh_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
-        routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
-        gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
-        routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-        store_fresh(plan, branch_N, fresh_ND, cache)
+        with cache.timer.section("bookkeeping"):
+            fresh_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
+            routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
+            gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
+            routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
+            store_fresh(plan, branch_N, fresh_ND, cache)
         return routed_TD

@@ -21,20 +21,23 @@ def routed_at_owners(
     """[T, D] routed sums. A collective of the group, like every exchange: all its ranks call it in every step."""
     assert cache.owned is not None
     pool, store, step = cache.owned.pool, cache.owned.store, cache.step.index
-    asked = _ask(plan, cache, pairs)
+    with cache.timer.section("bookkeeping"):
+        asked = _ask(plan, cache, pairs)
     arrived = pairs.dispatch(x_TD, asked, pool.capacities)
-    store.make_room(arrived.capacities, x_TD)
-    _refresh(arrived, store, experts, step)
-    places_R = store.places(arrived.home_R, arrived.row_R)
-    sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step)
+    with cache.timer.section("bookkeeping"):
+        store.make_room(arrived.capacities, x_TD)
+        fresh = _refresh(arrived, store, experts, cache)
+        places_R = store.places(arrived.home_R, arrived.row_R)
+        sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step, fresh)
     rows_MD = pairs.combine(sums_SD, arrived)
-    fresh_TD = token_sums(rows_MD, arrived.sent.token_M, x_TD.shape[0])
-    touched_T, changed_T = asked.refresh_TK.any(1), (~asked.found_TK).any(1)
-    served = [
-        part.kept.home.serve(touched_T[part.tokens], changed_T[part.tokens], fresh_TD[part.tokens], step)
-        for part in plan.parts
-    ]
-    return torch.cat(served)
+    with cache.timer.section("bookkeeping"):
+        fresh_TD = token_sums(rows_MD, arrived.sent.token_M, x_TD.shape[0])
+        touched_T, changed_T = asked.refresh_TK.any(1), (~asked.found_TK).any(1)
+        served = [
+            part.kept.home.serve(touched_T[part.tokens], changed_T[part.tokens], fresh_TD[part.tokens], step)
+            for part in plan.parts
+        ]
+        return torch.cat(served)
 
 
 def _ask(plan: LayerPlan, cache: BlockStep, pairs: PairExchange) -> Asked:
@@ -52,13 +55,17 @@ def _ask(plan: LayerPlan, cache: BlockStep, pairs: PairExchange) -> Asked:
     return Asked(routing.expert_ids_TK, routing.gates_TK, refresh_TK, found_TK, torch.cat(rows))
 
 
-def _refresh(arrived: ArrivedPairs, store: OwnedBranches, experts: RoutedExperts, step: int) -> None:
-    """Compute the refreshed branches, grouped by expert, and keep them."""
+def _refresh(
+    arrived: ArrivedPairs, store: OwnedBranches, experts: RoutedExperts, cache: BlockStep
+) -> tuple[Tensor, Tensor]:
+    """Compute the refreshed branches, grouped by expert, and keep them: which they are [N], and their values [N, D]."""
     # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
     branch_N = arrived.refresh_R.nonzero().squeeze(1)
     expert_N, order_N = arrived.local_expert_R[branch_N].sort(stable=True)
     branch_N = branch_N[order_N]
     rows_ND = arrived.hidden_HD.index_select(0, arrived.hidden_row_R[branch_N])
-    fresh_ND = experts(rows_ND, torch.bincount(expert_N, minlength=experts.num_experts))
+    with cache.timer.section("experts"):
+        fresh_ND = experts(rows_ND, torch.bincount(expert_N, minlength=experts.num_experts))
     places_N = store.places(arrived.home_R[branch_N], arrived.row_R[branch_N])
-    store.store(places_N, arrived.found_R[branch_N], fresh_ND, step)
+    store.store(places_N, arrived.found_R[branch_N], fresh_ND, cache.step.index)
+    return branch_N, fresh_ND

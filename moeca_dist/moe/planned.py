@@ -5,7 +5,7 @@ step, normalised over the kept experts where the router normalises over the chos
 computed one step later, and one that leaves it is served one step longer. Full steps follow the current routing.
 
 Shape suffixes: T tokens (of a segment, of all in a routing), D hidden size, K routed experts per token, E experts,
-P ranks of the group, L MoE blocks, C counts of a block.
+P ranks of the group, L MoE blocks, S segments, C counts of a block.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeca_dist.cache.planned import BlockPlan, SegmentPlan
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.moe.cached import Decision, LayerPlan, Part, choose, count_decision, observe, segment_parts
+from moeca_dist.moe.cached import Decision, LayerPlan, Part, choose, computed, observe, segment_parts, served
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatch import Dispatcher
 from moeca_dist.types import Routing, StepContext
@@ -28,30 +28,30 @@ def planned_layer(x_TD: Tensor, router: Router, cache: BlockStep, dispatcher: Di
     current = router.route(scores_TE)
     dispatcher.count_exact(current, x_TD)
     cache.count("router", x_TD)
-    parts = segment_parts(x_TD, cache)
-    if cache.all_full:
-        return LayerPlan(current, parts, [], current)
-    plans = cache.ahead.now.blocks[cache.block].segments
-    ids_TK = torch.cat(
-        [
-            current.expert_ids_TK[part.tokens] if plan is None else plan.expert_ids_TK
-            for part, plan in zip(parts, plans, strict=True)
-        ]
-    )
-    routing = Routing(ids_TK, router.gates(scores_TE, ids_TK))
-    traffic_PC = None
-    if not any(part.segment.full for part in parts):
-        traffic_PC = cache.ahead.now.agreed(cache.block, dispatcher.agree)
-    decisions = []
-    for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-        observe(part, part.routing(current))
-        counts = None
-        if traffic_PC is not None:
-            first = dispatcher.num_counts + 2 * index
-            counts = traffic_PC[dispatcher.rank, first : first + 2]
-        decisions.append(_decision(part, plan, part.routing(routing), cache, counts))
-    sizes = None if traffic_PC is None else traffic_PC[:, : dispatcher.num_counts]
-    return LayerPlan(routing, parts, decisions, current, sizes)
+    with cache.timer.section("bookkeeping"):
+        parts = segment_parts(x_TD, cache)
+        if cache.all_full:
+            return LayerPlan(current, parts, [], current)
+        plans = cache.ahead.now.blocks[cache.block].segments
+        ids_TK = torch.cat(
+            [
+                current.expert_ids_TK[part.tokens] if plan is None else plan.expert_ids_TK
+                for part, plan in zip(parts, plans, strict=True)
+            ]
+        )
+        routing = Routing(ids_TK, router.gates(scores_TE, ids_TK))
+        traffic_PC = None
+        if not any(part.segment.full for part in parts):
+            traffic_PC = cache.ahead.now.agreed(cache.block, dispatcher.agree)
+        decisions = []
+        for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
+            observe(part, part.routing(current))
+            refreshed = None
+            if traffic_PC is not None:
+                refreshed = int(traffic_PC[dispatcher.rank, dispatcher.num_counts + index])
+            decisions.append(_decision(part, plan, part.routing(routing), cache, refreshed))
+        sizes = None if traffic_PC is None else traffic_PC[:, : dispatcher.num_counts]
+        return LayerPlan(routing, parts, decisions, current, sizes)
 
 
 def plan_next(plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> None:
@@ -67,7 +67,8 @@ def plan_next(plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> None
     if len(known) == len(segments):
         ids_TK = torch.cat([segment.expert_ids_TK for segment in known])
         refresh_TK = torch.cat([segment.refresh_TK for segment in known])
-        counts_C = torch.cat([dispatcher.counts(ids_TK, refresh_TK), *(segment.counts() for segment in known)])
+        refreshed_S = torch.stack([segment.refresh_TK.sum() for segment in known])
+        counts_C = torch.cat([dispatcher.counts(ids_TK, refresh_TK), refreshed_S])
     cache.ahead.next.blocks[cache.block] = BlockPlan(segments, counts_C)
 
 
@@ -79,13 +80,9 @@ def _ahead(part: Part, current: Routing, step: StepContext, cache: BlockStep) ->
     return SegmentPlan(mine.expert_ids_TK, match, choose(part, mine, match, step, cache))
 
 
-def _decision(part: Part, plan: SegmentPlan | None, mine: Routing, cache: BlockStep, counts: Tensor | None) -> Decision:
-    branches = part.kept.branches
+def _decision(
+    part: Part, plan: SegmentPlan | None, mine: Routing, cache: BlockStep, num_refreshed: int | None
+) -> Decision:
     if plan is None:
-        match = branches.match(mine.expert_ids_TK)
-        refresh_TK = torch.ones_like(match.found_TK)
-        refreshed = count_decision(part, match, refresh_TK, cache)
-        return Decision(match, refresh_TK, branches.nothing(mine.num_tokens), refreshed)
-    refreshed = count_decision(part, plan.match, plan.refresh_TK, cache, counts)
-    served_TD = branches.weighted_sum(mine.gates_TK, ~plan.refresh_TK, plan.match, cache.step.index)
-    return Decision(plan.match, plan.refresh_TK, served_TD, refreshed)
+        return computed(part, part.kept.branches.match(mine.expert_ids_TK))
+    return served(part, mine, plan.match, plan.reason_TK, cache, num_refreshed)

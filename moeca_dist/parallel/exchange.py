@@ -17,6 +17,7 @@ from deepspeed.module_inject.auto_ep_layer import _AllToAllV
 from torch import Tensor
 
 from moeca_dist.errors import PeerLostError
+from moeca_dist.timing import UNTIMED, Timer
 
 
 @dataclass
@@ -44,15 +45,17 @@ class Exchange:
         self.device = device
         self.timeout_s = timeout_s
         self.traffic = Traffic()
+        self.timer: Timer = UNTIMED
 
     def gather_counts(self, counts_C: Tensor) -> Tensor:
         """Every rank's int64 counts [C] -> the matrix [P, C] on the host, the same on all ranks."""
         self.traffic.agreements += 1
         gathered = torch.empty(self.size, counts_C.shape[0], dtype=counts_C.dtype, device=self.device)
-        with self._watching("agreeing on row counts"):
-            dist.all_gather_into_tensor(gathered.view(-1), counts_C.to(self.device), group=self.group)
-        # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
-        return gathered.cpu()
+        with self.timer.section("wait"):
+            with self._watching("agreeing on row counts"):
+                dist.all_gather_into_tensor(gathered.view(-1), counts_C.to(self.device), group=self.group)
+            # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
+            return gathered.cpu()
 
     def all_to_all_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send ``sent[p]`` consecutive rows to each rank p, return ``received[p]`` rows from each, in rank order.
@@ -62,18 +65,19 @@ class Exchange:
         away = rows.shape[0] - sent[self.rank]
         self.traffic.bytes_sent += away * rows.shape[1] * rows.element_size()
         self.traffic.collectives += 1
-        with self._watching("exchanging expert rows"):
+        with self.timer.section("exchange"), self._watching("exchanging expert rows"):
             # gloo moves host memory: with several ranks on one GPU the rows are staged there and back.
             arrived = _AllToAllV.apply(self.group, rows.to(self.device), list(sent), list(received))
-        return arrived.to(rows.device)
+            return arrived.to(rows.device)
 
     def elide(self) -> None:
         """Record a payload collective that no rank needs."""
         self.traffic.collectives_elided += 1
 
-    def reset_traffic(self) -> None:
-        """Start counting anew: a report covers one run."""
+    def reset_traffic(self, timer: Timer = UNTIMED) -> None:
+        """Start counting anew, and measure with ``timer``: a report covers one run."""
         self.traffic = Traffic()
+        self.timer = timer
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's small picklable object, in rank order."""

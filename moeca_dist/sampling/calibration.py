@@ -65,22 +65,27 @@ def weight_norms(model: DiffusionTransformer) -> tuple[float, ...]:
     return tuple(float(parameter.detach().float().square().mean().sqrt()) for parameter in held)
 
 
-def read_calibration(path: Path, wanted: FittedFor) -> Calibration:
+def fitting_calibration(path: Path, wanted: FittedFor) -> Calibration:
     """Read a calibration and check it against the run.
 
     Raises UserError for a file that is missing, no calibration, damaged, or fitted for something else.
     """
+    calibration = read_calibration(path)
+    difference = calibration.fitted_for.difference(wanted)
+    if difference is not None:
+        raise UserError(f"cache.calibration {path} was fitted for {difference}: fit it anew with moeca calibrate")
+    return calibration
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Raises UserError for a file that is missing, no calibration, or damaged."""
     try:
         tree = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cache.calibration {path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"cache.calibration {path} is not JSON: write it with moeca calibrate") from None
-    calibration = _parsed(tree, path)
-    difference = calibration.fitted_for.difference(wanted)
-    if difference is not None:
-        raise UserError(f"cache.calibration {path} was fitted for {difference}: fit it anew with moeca calibrate")
-    return calibration
+    return _parsed(tree, path)
 
 
 def _parsed(tree: Any, path: Path) -> Calibration:

@@ -36,6 +36,10 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
 )
 
 
+# Options that are no policy's own.
+_FOR_ALL = frozenset({"placement", "calibration", "dtype", "memory_limit"})
+
+
 def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
     """The policy that ``config`` names; None for ``none``, the exact path.
 
@@ -51,7 +55,7 @@ def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy
             raise UserError(f"cache.{min(given)} has no effect with cache.policy none: remove it or choose a policy")
         return None
     build, reads = POLICIES[config.policy]
-    if stray := given - reads - {"placement", "calibration"}:
+    if stray := given - reads - _FOR_ALL:
         known = ", ".join(sorted(reads))
         raise UserError(f"cache.{min(stray)} has no effect with cache.policy {config.policy}, which reads {known}")
     if config.interval is not None and config.full_steps is not None:

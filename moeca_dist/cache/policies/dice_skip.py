@@ -27,7 +27,8 @@ class DiceSkip(Scheduled):
     def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
         lowest_T1 = view.routing.gates_TK.argmin(dim=-1, keepdim=True)
         kept_TK = torch.ones_like(view.match.found_TK).scatter_(1, lowest_T1, False)
-        return RefreshPlan(kept_TK | ~view.match.found_TK)
+        # Only the branch of lowest gate is judged; whatever is not it is computed.
+        return RefreshPlan(kept_TK | ~view.match.found_TK, forced_TK=kept_TK)
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> DiceSkip:

@@ -34,7 +34,7 @@ from torch import Tensor
 from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled, schedule_of
 from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.cache.schedule import FullSteps
-from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.statistics import CacheStatistics, Reason
 from moeca_dist.cache.usage import spread
 from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
@@ -98,11 +98,13 @@ class Moeca(Scheduled):
         return factor_BE.gather(1, ids_BX).view_as(ids_TK)
 
     def remark(self, statistics: CacheStatistics) -> str | None:
-        chosen, served = statistics.chosen.total(), statistics.served.total()
-        if self.tau0 is None or not chosen + served:
+        chosen, served = statistics.total(Reason.SCORE), statistics.total(Reason.SERVED)
+        if (chosen and served) or not chosen + served:
             return None
-        if chosen and served:
-            return None
+        if self.tau0 is None:
+            if chosen or not self.refresh_ratio:
+                return None
+            return f"cache.refresh_ratio {self.refresh_ratio} chose nothing: it is less than one branch of an image"
         how = "always fired: every branch was computed" if chosen else "never fired: only unmatched branches were"
         return f"cache.tau0 {self.tau0} {how} refreshed in cache steps; cache.refresh_ratio picks a threshold that fits"
 

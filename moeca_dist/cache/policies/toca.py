@@ -19,6 +19,7 @@ from torch import Tensor
 from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled
 from moeca_dist.cache.policy import ModuleView, Unit
 from moeca_dist.cache.schedule import FullSteps
+from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
@@ -43,6 +44,12 @@ class Toca(Scheduled):
         order_BT = score_BT.argsort(dim=-1, descending=True, stable=True)
         chosen_BT = torch.zeros_like(score_BT, dtype=torch.bool)
         return chosen_BT.scatter_(1, order_BT[:, : round(self.ratio * score_BT.shape[1])], True)
+
+    def remark(self, statistics: CacheStatistics) -> str | None:
+        # Rows are counted in cache steps alone, be it that there were none.
+        if self.ratio and statistics.rows and not statistics.rows.total():
+            return f"cache.ratio {self.ratio} chose nothing: it is less than one token of an image"
+        return None
 
     def score(self, view: ModuleView) -> Tensor:
         norms_BT = view.value_BTD.float().norm(dim=-1)
