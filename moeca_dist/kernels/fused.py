@@ -1,6 +1,7 @@
 """The kernels in Triton, behind the interface of their references.
 
-They accumulate in fp32 and round once, where the references round after every operation; in fp32 both agree to rounding.
+They accumulate in fp32 and round once, where the references round after every operation; in fp32 both agree to
+rounding.
 
 Shape suffixes: as in ``types``.
 """

@@ -91,7 +91,9 @@ def _factors(factors: Sequence[float | Tensor], like: Tensor) -> tuple[Tensor, i
         ]
         return torch.stack(columns), 1
     # Filled on the device: copying numbers there would make the host wait.
-    numbers = [torch.full((1,), float(factor), device=like.device) for factor in factors if isinstance(factor, float | int)]
+    numbers = [
+        torch.full((1,), float(factor), device=like.device) for factor in factors if isinstance(factor, float | int)
+    ]
     return (torch.stack(numbers) if numbers else torch.zeros(1, device=like.device)), 0
 
 

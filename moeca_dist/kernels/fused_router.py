@@ -96,9 +96,7 @@ def _route(
     tl.store(out_found_TK + at, (found > 0).to(tl.uint8), mask=writes)
 
 
-def route_tokens(
-    x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
-) -> RoutedTokens:
+def route_tokens(x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int) -> RoutedTokens:
     tokens, width = x_TD.shape
     experts, entries, k = router.weight_ED.shape[0], ids_TJ.shape[1], router.k
     shape, device = (tokens, k), x_TD.device

@@ -31,9 +31,7 @@ class ReferenceKernels:
         rows_RD = x_SD.index_select(0, source_R.index_select(0, order_R))
         return GatheredRows(rows_RD, counts_L, inverse(order_R))
 
-    def serve_branches(
-        self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int
-    ) -> Tensor:
+    def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:
         entries = stored.steps_TJ.shape[1]
         first_T1 = torch.arange(0, stored.steps_TJ.numel(), entries, device=stored.steps_TJ.device)[:, None]
         at_TK = branches.entry_TK + first_T1
@@ -43,7 +41,9 @@ class ReferenceKernels:
         if stored.slopes_TJD is not None:
             ahead_TK = weights_TK * (step - stored.steps_TJ.gather(1, branches.entry_TK))
             total_TD += _weighted_rows(at_TK, stored.slopes_TJD, ahead_TK)
-        if fresh.branch_N.shape[0] and at_TK.numel():
+        if fresh.branch_N.shape[0]:
+            if fresh.padded:
+                fresh = _padding_last(fresh)
             _add_fresh(total_TD, branches, fresh)
             _keep(stored, branches, fresh, at_TK, step)
         return total_TD
@@ -101,6 +101,12 @@ def _weighted_rows(at_TK: Tensor, stored_TJD: RowStore, weights_TK: Tensor) -> T
     return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
 
 
+def _padding_last(fresh: FreshRows) -> FreshRows:
+    """Ascending: sums then have one order, whatever the order of the rows."""
+    branch_N, order_N = fresh.branch_N.sort()
+    return FreshRows(fresh.rows_RD, branch_N, fresh.row_N.index_select(0, order_N), padded=True)
+
+
 def _add_fresh(total_TD: Tensor, branches: BranchesToServe, fresh: FreshRows) -> None:
     """Add gate x row, in the order of the branches."""
     tokens, k = branches.gates_TK.shape
@@ -113,9 +119,7 @@ def _add_fresh(total_TD: Tensor, branches: BranchesToServe, fresh: FreshRows) ->
     total_TD.index_add_(0, branch_N // k, weighted_ND)
 
 
-def _keep(
-    stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, at_TK: Tensor, step: int
-) -> None:
+def _keep(stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, at_TK: Tensor, step: int) -> None:
     branch_N, row_N = fresh.branch_N, fresh.row_N
     some_1: Tensor | None = None
     if fresh.padded:

@@ -1,4 +1,4 @@
-"""The one place that chooses kernels: Triton where tensors are on a CUDA device and Triton is installed, else PyTorch."""
+"""The one place that chooses kernels: Triton for tensors on a CUDA device where it is installed, else PyTorch."""
 
 from functools import cache
 from importlib.util import find_spec

@@ -62,7 +62,7 @@ class StoredBranches:
 
 @dataclass(frozen=True)
 class BranchesToServe:
-    """The branches of a segment: where each is stored, whether it was of that expert, and whether it is computed now."""
+    """A segment's branches: where each is stored, whether it is there already, and whether it is computed now."""
 
     gates_TK: Tensor
     entry_TK: Tensor
@@ -75,7 +75,7 @@ class FreshRows:
     """Computed branches of a segment.
 
     ``branch_N``: positions among the segment's branches, ascending; ``row_N``: which of ``rows_RD`` each is. Where
-    ``padded``, lists of a fixed length end with branches T * K, whose rows are arbitrary.
+    ``padded``, the lists have a fixed length and any order, and T * K stands for padding, whose rows are arbitrary.
     """
 
     rows_RD: Tensor
@@ -124,9 +124,7 @@ class Kernels(Protocol):
         """``x_SD[source_R]`` grouped by expert; ``expert_R == num_experts`` marks padding."""
         ...
 
-    def serve_branches(
-        self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int
-    ) -> Tensor:
+    def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:
         """[T, D]: sum of gate x (fresh, stored or forecast) branch; fresh ones are stored, with their slopes."""
         ...
 

@@ -1,7 +1,7 @@
 """One MoE layer in a cache step, segment by segment: what is refreshed, what is served, what is stored.
 
 Shape suffixes: T tokens (of a segment in ``Part``, of all in a routing), K routed experts per token, D hidden size,
-N refreshed branches.
+N refreshed branches, R rows.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from moeca_dist.cache.policy import LayerView
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.statistics import Reason
+from moeca_dist.kernels.types import FreshRows
 from moeca_dist.types import Routing, StepContext, positions
 
 
@@ -38,16 +39,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Decision:
-    """``served_TD``: the weighted sum of the branches that are not refreshed, zero where all are.
+    """``reason_TK``: uint8, a ``Reason`` for every branch.
 
-    None in placement ``owner``, where the sums are made beside the experts. ``reason_TK``: uint8, a ``Reason`` for
-    every branch. ``num_refreshed`` counts ``refresh_TK``; not in placement ``owner``, where no shape depends on it.
+    ``num_refreshed`` counts ``refresh_TK``; 0 in placement ``owner`` and where rows are budgeted: no shape depends on
+    it there.
     """
 
     match: Match
     refresh_TK: Tensor
     reason_TK: Tensor
-    served_TD: Tensor | None = None
     num_refreshed: int = 0
 
 
@@ -102,38 +102,37 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
 
 
 def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
-    """Ask the policy about a segment's branches, and sum up those that this rank's cache serves."""
+    """Ask the policy about a segment's branches."""
     mine, kept = part.routing(routing), part.kept
     observe(part, mine)
     match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
     if part.segment.full:
-        return computed(part, match, at_home=cache.owned is None)
+        return computed(match)
     reason_TK = choose(part, mine, match, cache.step, cache)
     if cache.owned is not None:
-        return Decision(match, reason_TK != Reason.SERVED, reason_TK)
-    return served(part, mine, match, reason_TK, cache)
+        return Decision(match, refreshed(reason_TK), reason_TK)
+    return served(match, reason_TK)
 
 
-def computed(part: Part, match: Match, *, at_home: bool = True) -> Decision:
+def computed(match: Match) -> Decision:
     """All branches of a full segment."""
     refresh_TK = torch.ones_like(match.found_TK)
     reason_TK = torch.full_like(refresh_TK, Reason.FULL, dtype=torch.uint8)
-    if not at_home:
-        return Decision(match, refresh_TK, reason_TK)
-    nothing_TD = part.kept.branches.nothing(refresh_TK.shape[0])
-    return Decision(match, refresh_TK, reason_TK, nothing_TD, refresh_TK.numel())
+    return Decision(match, refresh_TK, reason_TK, refresh_TK.numel())
 
 
-def served(
-    part: Part, mine: Routing, match: Match, reason_TK: Tensor, cache: BlockStep, num_refreshed: int | None = None
-) -> Decision:
+def served(match: Match, reason_TK: Tensor, num_refreshed: int | None = None) -> Decision:
     """The branches of a segment in a cache step, kept at home; ``num_refreshed`` where the host knows it already."""
-    refresh_TK = reason_TK != Reason.SERVED
+    refresh_TK = refreshed(reason_TK)
     if num_refreshed is None:
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
         num_refreshed = int(refresh_TK.sum())
-    served_TD = part.kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
-    return Decision(match, refresh_TK, reason_TK, served_TD, num_refreshed)
+    return Decision(match, refresh_TK, reason_TK, num_refreshed)
+
+
+def refreshed(reason_TK: Tensor) -> Tensor:
+    """bool [T, K]: branches that are computed, for whatever reason."""
+    return reason_TK < Reason.SERVED
 
 
 def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:
@@ -154,24 +153,26 @@ def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None
     cache.statistics.count_branches(cache.step, cache.block, plan.routing.expert_ids_TK, reason, num_experts)
 
 
-def store_fresh(plan: LayerPlan, branch_N: Tensor, fresh_ND: Tensor, cache: BlockStep) -> None:
-    """Write what was refreshed (``branch_N`` among all branches) back to the segments' caches, which lie in order."""
-    k, start = plan.routing.num_experts_per_tok, 0
+def fresh_parts(plan: LayerPlan, rows_RD: Tensor, branch_N: Tensor, row_N: Tensor) -> list[FreshRows]:
+    """What was computed for each segment; ``branch_N`` among all branches, ascending, so that segments lie in order."""
+    k, start, found = plan.routing.num_experts_per_tok, 0, []
     for part, decision in zip(plan.parts, plan.decisions, strict=True):
         window = slice(start, start + decision.num_refreshed)
-        mine, routing = branch_N[window] - part.tokens.start * k, part.routing(plan.routing)
-        gates_TK = cache.policy.reference_gates(routing)
-        part.kept.branches.store(
-            mine // k,
-            decision.match.entry_TK.flatten()[mine],
-            decision.match.found_TK.flatten()[mine],
-            routing.expert_ids_TK.flatten()[mine],
-            fresh_ND[window],
-            cache.step.index,
-            None if gates_TK is None else gates_TK.flatten()[mine],
-        )
-        part.kept.branches.touch(decision.match, cache.step.index)
+        mine_N = branch_N[window] - part.tokens.start * k
+        found.append(FreshRows(rows_RD, mine_N, row_N[window], padded=False))
         start += decision.num_refreshed
+    return found
+
+
+def serve(plan: LayerPlan, fresh: Sequence[FreshRows], cache: BlockStep) -> Tensor:
+    """[T, D] routed sums of all segments, from what was computed and what is kept; keeps what was computed."""
+    totals = []
+    for part, decision, mine in zip(plan.parts, plan.decisions, fresh, strict=True):
+        routing = part.routing(plan.routing)
+        gates_TK = cache.policy.reference_gates(routing)
+        branches = part.kept.branches
+        totals.append(branches.serve(routing, decision.match, decision.refresh_TK, mine, cache.step.index, gates_TK))
+    return torch.cat(totals)
 
 
 def _view(part: Part, routing: Routing, match: Match, cache: BlockStep) -> LayerView:

@@ -4,12 +4,11 @@ Shape suffixes: B images, T tokens (of one image with B, else of all), D hidden 
 branches, R rows computed here.
 """
 
-import torch
 from torch import Tensor, nn
 
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, observe, segment_parts, store_fresh
+from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, fresh_parts, observe, segment_parts, serve
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.moe.planned import plan_next, planned_layer
@@ -132,9 +131,5 @@ class MoELayer(nn.Module):
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         rows_ND, dispatched = self._compute(x_TD, branches, plan.traffic)
         with cache.timer.section("bookkeeping"):
-            fresh_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
-            routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
-            gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
-            routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-            store_fresh(plan, branch_N, fresh_ND, cache)
-        return routed_TD
+            fresh = fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N)
+            return serve(plan, fresh, cache)
