@@ -62,8 +62,8 @@ class EntryTable:
             return Match(entries.expand_as(expert_ids_TK), torch.zeros_like(expert_ids_TK, dtype=torch.bool))
         return Match(*match_entries(expert_ids_TK, self._ids_TJ, self._used_TJ, self._last_step))
 
-    def stand_ins(self, match: Match, refresh_TK: Tensor) -> tuple[Match, Tensor]:
-        """Entries where some unmatched branches are not refreshed, and the expert ids that the branches then have.
+    def stand_ins(self, match: Match, refresh_TK: Tensor, expert_ids_TK: Tensor) -> tuple[Match, Tensor]:
+        """Entries where some unmatched branches are not refreshed, and the expert ids [T, K] that the tokens then have.
 
         In place of such a branch stands the token's branch that was used last and is not in use; the table must hold
         as many branches of each token as it is routed to. Where all unmatched branches are refreshed nothing changes.
@@ -79,7 +79,8 @@ class EntryTable:
         # New branches take the entries that were used longest ago, from the other end.
         nth_TK = torch.where(kept_TK, last_T1 - nth_kept_TK, nth_new_TK).clamp(min=0)
         entry_TK = torch.where(found_TK, match.entry_TK, free_TJ.gather(1, nth_TK))
-        return Match(entry_TK, found_TK), self._ids_TJ.gather(1, entry_TK)
+        ids_TK = torch.where(kept_TK, self._ids_TJ.gather(1, entry_TK), expert_ids_TK)
+        return Match(entry_TK, found_TK), ids_TK
 
     def touch(self, match: Match, step: int) -> None:
         """Note which entries the routing of ``step`` used."""
@@ -118,6 +119,7 @@ class BranchCache(EntryTable):
         tokens, k, hidden = values_TKD.shape
         if self._ids_TJ is None:
             self._allocate(tokens, values_TKD, with_reference=gates_TK is not None)
+        assert self._ids_TJ is not None
         token_N = torch.arange(tokens, device=values_TKD.device).repeat_interleave(k)
         at_N = token_N * self.num_entries + match.entry_TK.flatten()
         values_ND = values_TKD.view(-1, hidden)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
+from moeca_dist.cache.budget import Backlog, Budget
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.planned import Ahead, StepPlans
@@ -50,6 +51,7 @@ class SegmentCache:
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
         self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
+        self.backlog = Backlog()
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
@@ -60,7 +62,8 @@ class SegmentCache:
     def num_bytes(self) -> int:
         usage = 0 if self.usage is None else self.usage.num_bytes
         modules = sum(rows.num_bytes for rows in self.modules.values())
-        return self.branches.num_bytes + self.home.num_bytes + modules + self.keys_values.num_bytes + usage
+        branches = self.branches.num_bytes + self.home.num_bytes + self.backlog.num_bytes
+        return branches + modules + self.keys_values.num_bytes + usage
 
 
 @dataclass
@@ -75,7 +78,7 @@ class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
     ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
-    ahead, None where each step decides for itself.
+    ahead, None where each step decides for itself. ``budget``: None where the number of rows follows from the data.
     """
 
     block: int
@@ -89,6 +92,7 @@ class BlockStep:
     owned: OwnedBlock | None = None
     ahead: Ahead | None = None
     timer: Timer = UNTIMED
+    budget: Budget | None = None
 
     @property
     def all_full(self) -> bool:
@@ -201,7 +205,8 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``. ``planned``: each step decides for the next one.
+    sessions together; None in placement ``home``. ``planned``: each step decides for the next one. ``budget``: the
+    rows that a cache step computes at most, in exchange mode ``budget``.
     """
 
     def __init__(
@@ -217,12 +222,14 @@ class CacheSession:
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
         planned: bool = False,
+        budget: Budget | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
         self.timer = timer
+        self.budget = budget
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
@@ -306,6 +313,7 @@ class StepCache:
             session.owned(index),
             self.ahead,
             session.timer,
+            session.budget,
         )
 
     @property

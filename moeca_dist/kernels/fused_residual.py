@@ -81,20 +81,18 @@ def residual(
 
 def _factors(factors: Sequence[float | Tensor], like: Tensor) -> tuple[Tensor, int]:
     """fp32 factors, one row per term, and how far the next token's is."""
-    if any(isinstance(factor, Tensor) for factor in factors):
-        rows = like.shape[0] * like.shape[1]
-        columns = [
-            factor.float().reshape(rows)
-            if isinstance(factor, Tensor)
-            else torch.full((rows,), factor, device=like.device)
-            for factor in factors
-        ]
-        return torch.stack(columns), 1
-    # Filled on the device: copying numbers there would make the host wait.
-    numbers = [
-        torch.full((1,), float(factor), device=like.device) for factor in factors if isinstance(factor, float | int)
+    if not factors:
+        return torch.zeros(1, device=like.device), 0
+    per_row = any(isinstance(factor, Tensor) for factor in factors)
+    shape = (like.shape[0] * like.shape[1] if per_row else 1,)
+    # Numbers are filled in on the device: copying them there would make the host wait.
+    columns = [
+        factor.float().reshape(shape)
+        if isinstance(factor, Tensor)
+        else torch.full(shape, factor, dtype=torch.float32, device=like.device)
+        for factor in factors
     ]
-    return (torch.stack(numbers) if numbers else torch.zeros(1, device=like.device)), 0
+    return torch.stack(columns), int(per_row)
 
 
 def _rows_apart(vectors_BD: Tensor) -> Tensor:

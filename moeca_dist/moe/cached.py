@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import Match
-from moeca_dist.cache.policy import LayerView
+from moeca_dist.cache.policy import LayerView, RefreshPlan
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.kernels.types import FreshRows
+from moeca_dist.parallel.dispatch import FixedRows
 from moeca_dist.types import Routing, StepContext, positions
 
 
@@ -52,11 +53,26 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class BudgetedRows:
+    """``fixed``: what travels. ``lists``: for each segment its branches, T * K for padding, and the slot of each."""
+
+    fixed: FixedRows
+    lists: Sequence[tuple[Tensor, Tensor]]
+
+    def fresh(self, rows_RD: Tensor, row_of_slot: Tensor) -> list[FreshRows]:
+        return [
+            FreshRows(rows_RD, branch_N, row_of_slot.index_select(0, slot_N), padded=True)
+            for branch_N, slot_N in self.lists
+        ]
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What a layer does in one step; decided before anything is computed. No decisions where all segments are full.
 
     In exchange mode ``planned`` the ``routing`` of served segments is one step old and ``current`` is what the router
-    chooses now; ``traffic`` is what all ranks send, where they have agreed on it already.
+    chooses now; ``traffic`` is what all ranks send, where they have agreed on it already. In mode ``budget`` the
+    ``routing`` is what tokens have while branches wait, and ``fixed`` the rows that travel where no segment is full.
     """
 
     routing: Routing
@@ -64,6 +80,7 @@ class LayerPlan:
     decisions: Sequence[Decision]
     current: Routing | None = None
     traffic: Tensor | None = None
+    fixed: BudgetedRows | None = None
 
     def refreshed_branches(self) -> Tensor:
         """Positions int64 [N] of the refreshed ones among all branches, ascending."""
@@ -137,6 +154,11 @@ def refreshed(reason_TK: Tensor) -> Tensor:
 
 def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:
     """uint8 [T, K]: which branches of a segment the policy refreshes in ``step``, this one or the next, and why."""
+    return judge(part, mine, match, step, cache)[0]
+
+
+def judge(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> tuple[Tensor, RefreshPlan]:
+    """As ``choose``, and what the policy said."""
     found_TK = match.found_TK
     plan = cache.policy.plan(step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == found_TK.shape
@@ -144,7 +166,7 @@ def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: Bl
     reason_TK.masked_fill_(plan.refresh_TK, Reason.SCORE)
     if plan.forced_TK is not None:
         reason_TK.masked_fill_(plan.forced_TK, Reason.FORCED)
-    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
+    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED), plan
 
 
 def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None:

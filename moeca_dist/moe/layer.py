@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
-from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, fresh_parts, observe, segment_parts, serve
+from moeca_dist.moe.budgeted import budgeted_layer
+from moeca_dist.moe.cached import (
+    BudgetedRows,
+    LayerPlan,
+    count_reasons,
+    decide,
+    fresh_parts,
+    observe,
+    segment_parts,
+    serve,
+)
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.moe.planned import plan_next, planned_layer
@@ -51,9 +61,12 @@ class MoELayer(nn.Module):
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
-        plan = (
-            self._plan(x_TD, cache) if cache.ahead is None else planned_layer(x_TD, self.gate, cache, self.dispatcher)
-        )
+        if cache.ahead is not None:
+            plan = planned_layer(x_TD, self.gate, cache, self.dispatcher)
+        elif cache.budget is not None:
+            plan = budgeted_layer(x_TD, self.gate, cache, self.dispatcher)
+        else:
+            plan = self._plan(x_TD, cache)
         with cache.timer.section("bookkeeping"):
             count_reasons(plan, cache, self.num_experts)
         return plan
@@ -90,7 +103,11 @@ class MoELayer(nn.Module):
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
-        return self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
+        if cache.all_full:
+            return self._full_step(x_TD, plan, cache)
+        if plan.fixed is not None:
+            return self._fixed_step(x_TD, plan, plan.fixed, cache)
+        return self._step(x_TD, plan, cache)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
@@ -133,3 +150,11 @@ class MoELayer(nn.Module):
         with cache.timer.section("bookkeeping"):
             fresh = fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N)
             return serve(plan, fresh, cache)
+
+    def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Tensor:
+        """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""
+        dispatched = self.dispatcher.dispatch_fixed(x_TD, budgeted.fixed)
+        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+        rows_ND = self.dispatcher.combine_fixed(outputs_RD, dispatched)
+        with cache.timer.section("bookkeeping"):
+            return serve(plan, budgeted.fresh(rows_ND, dispatched.slot_of_branch_N), cache)
