@@ -424,6 +424,8 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
     check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
+    if config.parallel.exchange == "budget":
+        budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, [0] * spec.num_experts)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

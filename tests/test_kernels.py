@@ -178,11 +178,9 @@ def test_route(
     used_TJ = torch.where(empty, -1, torch.randint(0, 6, ids_TJ.shape, generator=draw)).to(torch.int32)
     found, expected = (each.route(x_TD, router, ids_TJ, used_TJ, 5) for each in (fused, REFERENCE))
     # Equal scores may be chosen in any order: tokens with a tie are left out.
-    settled_T = torch.tensor(
-        [sorted(a) == sorted(b) for a, b in zip(found.expert_ids_TK.tolist(), expected.expert_ids_TK.tolist(), strict=True)],
-        dtype=torch.bool,
-    )  # fmt: skip
-    assert settled_T.float().mean() >= (1.0 if dtype == torch.float32 else 0.8) or not tokens or tokens < 5
+    chosen_TK = found.expert_ids_TK.sort(-1).values, expected.expert_ids_TK.sort(-1).values
+    same_T = (chosen_TK[0] == chosen_TK[1]).all(-1)
+    assert same_T.float().mean() >= (1.0 if dtype == torch.float32 else 0.8) or tokens < 5
     same_T = (found.expert_ids_TK == expected.expert_ids_TK).all(-1)
     close(found.gates_TK[same_T], expected.gates_TK[same_T])
     assert torch.equal(found.found_TK[same_T], expected.found_TK[same_T])

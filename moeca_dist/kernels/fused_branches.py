@@ -25,28 +25,30 @@ def _serve(
             place = token * entries + tl.load(entry_TK + branch)
             row = tl.load(row_TK + branch)
             gate = tl.load(gates_TK + branch).to(tl.float32)
-            is_fresh = row >= 0
+            # Spread over the columns: the interpreter takes no mask that mixes in a single number.
+            is_fresh, is_kept = inside & (row + 0 * column >= 0), inside & (row + 0 * column < 0)
             at = values_TJD + place * width + column
-            now = tl.load(rows_RD + row * width + column, mask=inside & is_fresh, other=0.0).to(tl.float32)
+            now = tl.load(rows_RD + row * width + column, mask=is_fresh, other=0.0).to(tl.float32)
             if FORECAST:
                 gap = (step - tl.load(steps_TJ + place)).to(tl.float32)
                 before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
                 slope_at = slopes_TJD + place * width + column
-                slope = tl.load(slope_at, mask=inside & (row < 0), other=0.0).to(tl.float32)
+                slope = tl.load(slope_at, mask=is_kept, other=0.0).to(tl.float32)
                 is_found = tl.load(found_TK + branch) != 0
                 # A branch that is computed again in the step of its last value has no slope to learn from.
                 changed = (now - before) / tl.where(gap == 0, 1.0, gap)
-                tl.store(slope_at, tl.where(is_found, changed, 0.0), mask=inside & is_fresh)
+                tl.store(slope_at, tl.where(is_found, changed, 0.0), mask=is_fresh)
                 stored = before + slope * gap
             else:
-                stored = tl.load(at, mask=inside & (row < 0), other=0.0).to(tl.float32)
-            tl.store(at, now, mask=inside & is_fresh)
+                stored = tl.load(at, mask=is_kept, other=0.0).to(tl.float32)
+            tl.store(at, now, mask=is_fresh)
             total += gate * tl.where(is_fresh, now, stored)
         tl.store(out_TD + token * width + column, total, mask=inside)
     for k in tl.static_range(K):
         branch = token * K + k
         place = token * entries + tl.load(entry_TK + branch)
-        tl.store(steps_TJ + place, step, mask=tl.load(row_TK + branch) >= 0)
+        if tl.load(row_TK + branch) >= 0:
+            tl.store(steps_TJ + place, step)
 
 
 def serve_tokens(
