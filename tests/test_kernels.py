@@ -5,18 +5,32 @@ B images, E experts, N branches.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeca_dist import Engine, Request
 from moeca_dist.cache.storage import Packed
+from moeca_dist.config import Config
+from moeca_dist.kernels import select
 from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.select import kernels_for
-from moeca_dist.kernels.types import BranchesToServe, Forecast, FreshRows, Kernels, RouterWeights, StoredBranches
+from moeca_dist.kernels.types import (
+    BranchesToServe,
+    Entering,
+    Forecast,
+    FreshRows,
+    Kernels,
+    RouterWeights,
+    StoredBranches,
+)
+from tests.golden_files import load_golden
 
 REFERENCE = ReferenceKernels()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -26,9 +40,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 @pytest.fixture(scope="module")
 def fused() -> Kernels:
-    # Read once, when Triton is imported: decorated functions are then those of the interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
     pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on a CUDA device the kernels are compiled; tests/test_gpu.py has them in whole networks")
     from moeca_dist.kernels.fused import FusedKernels
 
     return FusedKernels()
@@ -145,14 +159,18 @@ def test_residual(
     ages_BT1 = torch.randint(0, 4, (images, tokens, 1), generator=draw, dtype=torch.int32)
     factors = [ages_BT1 / (1 + degree) if by_row else 0.5 + degree for degree in range(order)]
     forecast = Forecast(value_BTD, list(zip(differences, factors, strict=True)))
-    close(fused.gated_residual(x_BTD, gate_BD, forecast), REFERENCE.gated_residual(x_BTD, gate_BD, forecast))
-    found = fused.residual_modulated(x_BTD, gate_BD, forecast, shift_BD, scale_BD)
-    expected = REFERENCE.residual_modulated(x_BTD, gate_BD, forecast, shift_BD, scale_BD)
+    found, expected = [], []
+    for kernels, outputs in ((fused, found), (REFERENCE, expected)):
+        outputs += [torch.empty_like(x_BTD) for _ in range(3)]
+        kernels.gated_residual(x_BTD, gate_BD, forecast, outputs[0])
+        entering = Entering(outputs[2], shift_BD, scale_BD)
+        kernels.residual_modulated(x_BTD, gate_BD, forecast, outputs[1], entering)
     close(found[0], expected[0])
+    close(found[1], expected[1])
     if width > 1 and dtype == torch.float32:  # the norm of one value is 0 / sqrt(eps), which magnifies rounding
-        torch.testing.assert_close(found[1], expected[1], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found[2], expected[2], atol=1e-3, rtol=1e-3)
     elif width > 7:
-        torch.testing.assert_close(found[1], expected[1], atol=0.15, rtol=0.05)
+        torch.testing.assert_close(found[2], expected[2], atol=0.15, rtol=0.05)
 
 
 @given(
@@ -182,6 +200,7 @@ def test_route(
     same_T = (chosen_TK[0] == chosen_TK[1]).all(-1)
     assert same_T.float().mean() >= (1.0 if dtype == torch.float32 else 0.8) or tokens < 5
     same_T = (found.expert_ids_TK == expected.expert_ids_TK).all(-1)
+    close(found.scores_TE, expected.scores_TE)
     close(found.gates_TK[same_T], expected.gates_TK[same_T])
     assert torch.equal(found.found_TK[same_T], expected.found_TK[same_T])
     assert torch.equal(found.entry_TK[same_T], expected.entry_TK[same_T])
@@ -190,3 +209,33 @@ def test_route(
 
 def test_the_device_chooses() -> None:
     assert type(kernels_for(torch.device("cpu"))) is ReferenceKernels
+
+
+@pytest.mark.parametrize(
+    "parallel", [{}, {"exchange": "budget", "budget": 2, "budget_fill": True}], ids=["exact", "budget"]
+)
+@pytest.mark.parametrize("policy", ["moeca_forecast", "taylorseer", "random"])
+def test_whole_networks(
+    fused: Kernels, policy: str, parallel: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel where it runs on a GPU, with full, served and mixed steps: the images of the references."""
+    if policy == "taylorseer" and parallel:
+        pytest.skip("decides on no branches")
+    golden = load_golden("dsmoe_e12")
+    path = golden.write_checkpoint(tmp_path / "model.safetensors")
+    halves = {"conditional": [0, 1, 3], "unconditional": [0, 1]}
+    config = Config.model_validate(
+        {
+            "model": {"checkpoint": str(path), "device": "cpu", **golden.options},
+            "parallel": parallel,
+            "cache": {"policy": policy, "full_steps": halves},
+            "sampling": {"num_steps": 5},
+        }
+    )
+    engine = Engine.from_config(config)
+    requests = [Request(index, index) for index in range(2)]
+    expected, by_reference = engine.generate(requests)
+    monkeypatch.setattr(select, "_plain", lambda: fused)
+    found, by_kernels = engine.generate(requests)
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+    assert by_kernels.branches == by_reference.branches

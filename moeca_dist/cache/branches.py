@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
 from moeca_dist.kernels.reference import match_entries, slopes
 from moeca_dist.kernels.select import kernels_for
-from moeca_dist.kernels.types import BranchesToServe, FreshRows, StoredBranches
+from moeca_dist.kernels.types import BranchesToServe, FreshRows, RoutedTokens, RouterWeights, StoredBranches
 from moeca_dist.types import Routing
 
 EMPTY = -1
@@ -81,6 +81,11 @@ class EntryTable:
         entry_TK = torch.where(found_TK, match.entry_TK, free_TJ.gather(1, nth_TK))
         ids_TK = torch.where(kept_TK, self._ids_TJ.gather(1, entry_TK), expert_ids_TK)
         return Match(entry_TK, found_TK), ids_TK
+
+    def route(self, x_TD: Tensor, router: RouterWeights) -> RoutedTokens:
+        """Route the tokens and ``match`` them in one."""
+        assert self._ids_TJ is not None, "the first step of a request is a full step"
+        return kernels_for(x_TD.device).route(x_TD, router, self._ids_TJ, self._used_TJ, self._last_step)
 
     def touch(self, match: Match, step: int) -> None:
         """Note which entries the routing of ``step`` used."""

@@ -7,7 +7,7 @@ Shape suffixes: B images of the network's batch, T tokens (of one image with B, 
 rows: chosen tokens, H heads, C channels of a head, S signal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import AS_COMPUTED, Storage
 from moeca_dist.cache.usage import UsageHistory
+from moeca_dist.kernels.types import Forecast
 from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
 
@@ -101,6 +102,18 @@ class BlockStep:
     @property
     def per_branch(self) -> bool:
         return self.policy.unit == "branch"
+
+    @property
+    def only_forecasts(self) -> bool:
+        """Whether attention, shared expert and dense blocks are all served from the cache, and no row of them not."""
+        policy = self.policy
+        computed = policy.computes_modules or policy.attention_sync or policy.refreshes_rows
+        return not computed and not any(segment.full for segment in self.segments)
+
+    def forecasts(self, name: str) -> Iterator[tuple[slice, Forecast]]:
+        """The images of each segment, and what is expected of a module; where ``only_forecasts``."""
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            yield segment.images, cache.module(name).forecast(self.step.index)
 
     def serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
         """A module's output [B, T, D]: computed for the full segments and stored, from the cache for the others.

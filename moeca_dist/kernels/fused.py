@@ -16,6 +16,7 @@ from moeca_dist.kernels.fused_router import route_tokens
 from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.types import (
     BranchesToServe,
+    Entering,
     Forecast,
     FreshRows,
     GatheredRows,
@@ -26,6 +27,8 @@ from moeca_dist.kernels.types import (
 
 
 class FusedKernels(ReferenceKernels):
+    fuses_routing = True
+
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         return gather_by_expert(x_SD, source_R, expert_R, num_experts)
 
@@ -44,15 +47,13 @@ class FusedKernels(ReferenceKernels):
             row_N[:-1].view(tokens, k), fresh.rows_RD, step,
         )  # fmt: skip
 
-    def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast) -> Tensor:
-        return residual(x_BTD, gate_BD, forecast, None)[0]
+    def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:
+        residual(x_BTD, gate_BD, forecast, after_BTD, None)
 
     def residual_modulated(
-        self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, shift_BD: Tensor, scale_BD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        after_BTD, entering_BTD = residual(x_BTD, gate_BD, forecast, (shift_BD, scale_BD))
-        assert entering_BTD is not None
-        return after_BTD, entering_BTD
+        self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering
+    ) -> None:
+        residual(x_BTD, gate_BD, forecast, after_BTD, entering)
 
     def route(
         self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeca_dist.kernels.reference import NORM_EPS
-from moeca_dist.kernels.types import Forecast
+from moeca_dist.kernels.types import Entering, Forecast
 
 MAX_TERMS = 3  # the highest order of a module's forecast
 
@@ -53,30 +53,27 @@ def _row(
         tl.store(entering_BTD + at, normed * (1 + scale) + shift, mask=inside)
 
 
-def residual(
-    x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, modulation: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
-    """``after`` and, with (shift, scale) [B, D], what enters the next module."""
-    x_BTD = x_BTD.contiguous()
+def residual(x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering | None) -> None:
+    """Writes ``after``, and with ``entering`` what enters the next module; both contiguous."""
     images, tokens, width = x_BTD.shape
-    after_BTD = torch.empty_like(x_BTD)
-    entering_BTD = None if modulation is None else torch.empty_like(x_BTD)
     if not x_BTD.numel():
-        return after_BTD, entering_BTD
-    value_BTD = forecast.value_BTD.contiguous()
+        return
+    x_BTD, value_BTD = x_BTD.contiguous(), forecast.value_BTD.contiguous()
     terms = [difference_BTD.contiguous() for difference_BTD, _ in forecast.terms]
-    assert len(terms) <= MAX_TERMS
+    assert len(terms) <= MAX_TERMS and after_BTD.is_contiguous()
     factors, stride = _factors([factor for _, factor in forecast.terms], x_BTD)
     gate_BD = _rows_apart(gate_BD)
-    shift_BD, scale_BD = (gate_BD, gate_BD) if modulation is None else map(_rows_apart, modulation)
+    out_BTD, shift_BD, scale_BD = after_BTD, gate_BD, gate_BD
+    if entering is not None:
+        assert entering.out_BTD.is_contiguous()
+        out_BTD = entering.out_BTD
+        shift_BD, scale_BD = _rows_apart(entering.shift_BD), _rows_apart(entering.scale_BD)
     padded = terms + [value_BTD] * (MAX_TERMS - len(terms))
     _row[(images * tokens,)](
-        x_BTD, gate_BD, value_BTD, *padded, factors, shift_BD, scale_BD, after_BTD,
-        after_BTD if entering_BTD is None else entering_BTD,
+        x_BTD, gate_BD, value_BTD, *padded, factors, shift_BD, scale_BD, after_BTD, out_BTD,
         tokens, width, gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0), stride, NORM_EPS,
-        TERMS=len(terms), NORM=modulation is not None, WIDTH=triton.next_power_of_2(width),
+        TERMS=len(terms), NORM=entering is not None, WIDTH=triton.next_power_of_2(width),
     )  # fmt: skip
-    return after_BTD, entering_BTD
 
 
 def _factors(factors: Sequence[float | Tensor], like: Tensor) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moeca_dist.kernels.types import (
     BranchesToServe,
+    Entering,
     Forecast,
     FreshRows,
     GatheredRows,
@@ -24,6 +25,8 @@ NORM_EPS = 1e-6
 
 
 class ReferenceKernels:
+    fuses_routing = False
+
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         expert_R = expert_R.long()
         order_R = expert_R.argsort(stable=True)
@@ -48,15 +51,16 @@ class ReferenceKernels:
             _keep(stored, branches, fresh, at_TK, step)
         return total_TD
 
-    def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast) -> Tensor:
-        return x_BTD + gate_BD[:, None] * _expected(forecast)
+    def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:
+        torch.add(x_BTD, gate_BD[:, None] * _expected(forecast), out=after_BTD)
 
     def residual_modulated(
-        self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, shift_BD: Tensor, scale_BD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        after_BTD = self.gated_residual(x_BTD, gate_BD, forecast)
+        self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering
+    ) -> None:
+        self.gated_residual(x_BTD, gate_BD, forecast, after_BTD)
         normed_BTD = F.layer_norm(after_BTD, after_BTD.shape[-1:], eps=NORM_EPS)
-        return after_BTD, normed_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+        scaled_BTD = normed_BTD * (1 + entering.scale_BD[:, None])
+        torch.add(scaled_BTD, entering.shift_BD[:, None], out=entering.out_BTD)
 
     def route(
         self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
@@ -70,7 +74,7 @@ class ReferenceKernels:
         gates_TK = scores_TE.gather(-1, ids_TK)
         if router.normalised:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20) * router.scale
-        return RoutedTokens(ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
+        return RoutedTokens(scores_TE, ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
 
 
 def match_entries(ids_TK: Tensor, ids_TJ: Tensor, used_TJ: Tensor, last_step: int) -> tuple[Tensor, Tensor]:

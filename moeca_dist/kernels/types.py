@@ -109,16 +109,32 @@ class RouterWeights:
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """``expert_ids_TK`` int64, ``gates_TK``; ``entry_TK`` and ``found_TK`` as ``cache.branches.Match`` has them."""
+    """``scores_TE`` of all experts; ``entry_TK`` and ``found_TK`` as ``cache.branches.Match`` has them."""
 
+    scores_TE: Tensor
     expert_ids_TK: Tensor
     gates_TK: Tensor
     entry_TK: Tensor
     found_TK: Tensor
 
 
+@dataclass(frozen=True)
+class Entering:
+    """What enters the next module: where it is written [B, T, D], and how it is modulated."""
+
+    out_BTD: Tensor
+    shift_BD: Tensor
+    scale_BD: Tensor
+
+
 class Kernels(Protocol):
-    """Every function has one meaning; ``reference`` says it in plain PyTorch."""
+    """Every function has one meaning; ``reference`` says it in plain PyTorch.
+
+    ``fuses_routing``: whether ``route`` is faster than routing and matching one after the other.
+    """
+
+    @property
+    def fuses_routing(self) -> bool: ...
 
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         """``x_SD[source_R]`` grouped by expert; ``expert_R == num_experts`` marks padding."""
@@ -128,14 +144,14 @@ class Kernels(Protocol):
         """[T, D]: sum of gate x (fresh, stored or forecast) branch; fresh ones are stored, with their slopes."""
         ...
 
-    def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast) -> Tensor:
-        """``x + gate * forecast`` [B, T, D]."""
+    def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:
+        """Write ``x + gate * forecast`` [B, T, D] to ``after``."""
         ...
 
     def residual_modulated(
-        self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, shift_BD: Tensor, scale_BD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``after = x + gate * forecast`` and ``norm(after) * (1 + scale) + shift``, both [B, T, D]."""
+        self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering
+    ) -> None:
+        """The same, and ``norm(after) * (1 + scale) + shift`` to ``entering``."""
         ...
 
     def route(

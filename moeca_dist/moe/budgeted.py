@@ -29,6 +29,7 @@ from moeca_dist.moe.cached import (
     judge,
     observe,
     refreshed,
+    route,
     segment_parts,
     served,
 )
@@ -49,32 +50,38 @@ class _Room:
 def budgeted_layer(x_TD: Tensor, router: Router, cache: BlockStep, dispatcher: Dispatcher) -> LayerPlan:
     """What the layer does now; not a collective."""
     assert cache.budget is not None
-    scores_TE = router.scores(x_TD)
-    current = router.route(scores_TE)
-    dispatcher.count_exact(current, x_TD)
+    parts = segment_parts(x_TD, cache)
     cache.count("router", x_TD)
+    if cache.all_full:
+        current = router(x_TD)
+    else:
+        routed = route(x_TD, router, parts, with_scores=True)
+        current = routed.routing
+    dispatcher.count_exact(current, x_TD)
     with cache.timer.section("bookkeeping"):
-        parts = segment_parts(x_TD, cache)
         for part in parts:
             if part.segment.full:
                 part.kept.backlog.clear()
         if cache.all_full:
             return LayerPlan(current, parts, [])
         is_fixed = not any(part.segment.full for part in parts)
-        rooms = [_decide(part, part.routing(current), cache, is_fixed) for part in parts]
+        rooms = [
+            _decide(part, part.routing(current), match, cache, is_fixed)
+            for part, match in zip(parts, routed.matches, strict=True)
+        ]
         ids_TK = torch.cat([room.expert_ids_TK for room in rooms])
+        assert routed.scores_TE is not None
         # The same numbers where all tokens have the experts that the router chose.
-        routing = Routing(ids_TK, router.gates(scores_TE, ids_TK))
+        routing = Routing(ids_TK, router.gates(routed.scores_TE, ids_TK))
         fixed = _fixed_rows(parts, rooms, routing, cache.budget) if is_fixed else None
         return LayerPlan(routing, parts, [room.decision for room in rooms], fixed=fixed)
 
 
-def _decide(part: Part, mine: Routing, cache: BlockStep, is_fixed: bool) -> _Room:
+def _decide(part: Part, mine: Routing, match: Match, cache: BlockStep, is_fixed: bool) -> _Room:
     budget = cache.budget
     assert budget is not None
     observe(part, mine)
     branches = part.kept.branches
-    match = branches.match(mine.expert_ids_TK)
     if part.segment.full:
         return _Room(computed(match), mine.expert_ids_TK, None)
     reason_TK, plan = judge(part, mine, match, cache.step, cache)

@@ -15,7 +15,9 @@ from moeca_dist.cache.policy import LayerView, RefreshPlan
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.statistics import Reason
+from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import FreshRows
+from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatch import FixedRows
 from moeca_dist.types import Routing, StepContext, positions
 
@@ -118,11 +120,36 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
     ]
 
 
-def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
+@dataclass(frozen=True)
+class Routed:
+    """What the router chose, and where the branches of each segment are stored; scores where they were asked for."""
+
+    scores_TE: Tensor | None
+    routing: Routing
+    matches: Sequence[Match]
+
+
+def route(x_TD: Tensor, router: Router, parts: Sequence[Part], *, with_scores: bool) -> Routed:
+    """All tokens; branches are kept at home."""
+    fuses = kernels_for(x_TD.device).fuses_routing and not any(part.segment.full for part in parts)
+    weights = router.weights() if fuses else None
+    if weights is None:
+        scores_TE = router.scores(x_TD) if with_scores else None
+        routing = router(x_TD) if scores_TE is None else router.route(scores_TE)
+        matches = [part.kept.branches.match(routing.expert_ids_TK[part.tokens]) for part in parts]
+        return Routed(scores_TE, routing, matches)
+    routed = [part.kept.branches.route(x_TD[part.tokens], weights) for part in parts]
+    return Routed(
+        torch.cat([each.scores_TE for each in routed]),
+        Routing(torch.cat([each.expert_ids_TK for each in routed]), torch.cat([each.gates_TK for each in routed])),
+        [Match(each.entry_TK, each.found_TK) for each in routed],
+    )
+
+
+def decide(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Decision:
     """Ask the policy about a segment's branches."""
-    mine, kept = part.routing(routing), part.kept
+    mine = part.routing(routing)
     observe(part, mine)
-    match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
     if part.segment.full:
         return computed(match)
     reason_TK = choose(part, mine, match, cache.step, cache)

@@ -16,6 +16,7 @@ from moeca_dist.moe.cached import (
     decide,
     fresh_parts,
     observe,
+    route,
     segment_parts,
     serve,
 )
@@ -72,14 +73,23 @@ class MoELayer(nn.Module):
         return plan
 
     def _plan(self, x_TD: Tensor, cache: BlockStep) -> LayerPlan:
-        routing = self.gate(x_TD)
-        self.dispatcher.count_exact(routing, x_TD)
+        parts = segment_parts(x_TD, cache)
         cache.count("router", x_TD)
-        with cache.timer.section("bookkeeping"):
-            parts = segment_parts(x_TD, cache)
+        if cache.all_full and cache.owned is None:
             # At home a full step needs no decisions; owners are told what to keep in every step.
-            decided = cache.owned is not None or not cache.all_full
-            return LayerPlan(routing, parts, [decide(part, routing, cache) for part in parts] if decided else [])
+            routing = self.gate(x_TD)
+            self.dispatcher.count_exact(routing, x_TD)
+            return LayerPlan(routing, parts, [])
+        if cache.owned is not None:
+            routing = self.gate(x_TD)
+            matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
+        else:
+            routed = route(x_TD, self.gate, parts, with_scores=False)
+            routing, matches = routed.routing, list(routed.matches)
+        self.dispatcher.count_exact(routing, x_TD)
+        with cache.timer.section("bookkeeping"):
+            pairs = zip(parts, matches, strict=True)
+            return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
