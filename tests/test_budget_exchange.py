@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +19,7 @@ from moeca_dist import Engine, Request, UserError
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.budget import Backlog, Candidates, chosen, select
 from moeca_dist.cache.session import StepCache
+from moeca_dist.cli import main
 from moeca_dist.config import Config
 from moeca_dist.engine import check_config
 from moeca_dist.moe.placement import budget_groups, budget_rows
@@ -347,3 +349,20 @@ def test_groups_lie_within_ranks() -> None:
 def test_the_uncached_reference_is_exact(model) -> None:
     engine = Engine.from_config(budgeted(model, {"policy": "moeca_forecast"})).without_cache()
     assert engine.config.parallel.exchange == "exact" and engine.config.parallel.budget is None
+
+
+def test_rows_are_read_off_a_run_that_had_enough(model, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``moeca budget``: with the rows of the highest quantile nothing waits, and the images stay bit for bit."""
+    config = budgeted(model, {"policy": "moeca_forecast", "full_steps": FULL_STEPS})
+    images, report, _ = generate(config)
+    (tmp_path / "report.json").write_text(report.to_json())
+    assert main(["budget", str(tmp_path), "--quantile", "1"]) == 0
+    stated = yaml.safe_load(capsys.readouterr().out)["parallel"]
+    again, few, _ = generate(budgeted(model, {"policy": "moeca_forecast", "full_steps": FULL_STEPS}, **stated))
+    assert np.array_equal(again, images) and few.branches.deferred == 0
+    assert all(rows < entry["rows"] for rows, entry in zip(stated["budget"], report.exchange.budget, strict=True))
+    (tmp_path / "report.json").write_text(
+        generate(budgeted(model, {"policy": "moeca_forecast"}, budget=1))[1].to_json()
+    )
+    assert main(["budget", str(tmp_path)]) == 2
+    assert "branches waited in this run" in capsys.readouterr().err

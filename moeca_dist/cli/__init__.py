@@ -7,7 +7,7 @@ import, and ``--help`` or a mistyped key must not wait for them.
 from collections.abc import Sequence
 
 from moeca_dist import __version__
-from moeca_dist.cli import calibrate, convert, generate, report
+from moeca_dist.cli import budget, calibrate, convert, generate, report
 from moeca_dist.cli.arguments import Parser, dispatch
 from moeca_dist.cli.outcomes import exit_code
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_arguments(commands.add_parser("generate", help="generate images", description=generate.HELP))
     convert.add_arguments(commands.add_parser("convert", help="rewrite a checkpoint", description=convert.HELP))
     calibrate.add_arguments(commands.add_parser("calibrate", help="correct a cache", description=calibrate.HELP))
+    budget.add_arguments(commands.add_parser("budget", help="rows of exchange mode budget", description=budget.HELP))
     report.add_arguments(commands.add_parser("report", help="show what a run did", description=report.HELP))
     return exit_code(lambda: dispatch(parser, argv))
 
