@@ -361,8 +361,7 @@ def test_rows_are_read_off_a_run_that_had_enough(model, tmp_path, capsys: pytest
     again, few, _ = generate(budgeted(model, {"policy": "moeca_forecast", "full_steps": FULL_STEPS}, **stated))
     assert np.array_equal(again, images) and few.branches.deferred == 0
     assert all(rows < entry["rows"] for rows, entry in zip(stated["budget"], report.exchange.budget, strict=True))
-    (tmp_path / "report.json").write_text(
-        generate(budgeted(model, {"policy": "moeca_forecast"}, budget=1))[1].to_json()
-    )
+    waiting = generate(budgeted(model, {"policy": "moeca_forecast", "full_steps": FULL_STEPS}, budget=1))[1]
+    (tmp_path / "report.json").write_text(waiting.to_json())
     assert main(["budget", str(tmp_path)]) == 2
     assert "branches waited in this run" in capsys.readouterr().err

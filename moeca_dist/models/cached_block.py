@@ -17,7 +17,7 @@ from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.session import BlockStep
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.models.attention import Attention, RotaryTable, merge_heads, mix
-from moeca_dist.models.modulation import Modulation
+from moeca_dist.models.modulation import Modulation, empty_stream
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.timing import Section
 
@@ -49,9 +49,9 @@ class CachedBlock:
 
     def _forecast(self, x_BTD: Tensor) -> Tensor:
         """A step that computes nothing but branches: forecasts are added to the residual stream unmaterialised."""
-        after_BTD, cache = torch.empty_like(x_BTD), self.cache
+        after_BTD, cache = empty_stream(x_BTD), self.cache
         if isinstance(self.feed_forward, MoELayer) and cache.per_branch:
-            entering_BTD = torch.empty_like(x_BTD)
+            entering_BTD = empty_stream(x_BTD)
             with cache.timer.section("bookkeeping"):
                 for images, attended in cache.forecasts("attention"):
                     self.modulation.at(images).forecast_into_feed_forward(
@@ -66,7 +66,7 @@ class CachedBlock:
             for images, attended in cache.forecasts("attention"):
                 gate_BD = self.modulation.gate_attention_BD[images]
                 kernels.gated_residual(x_BTD[images], gate_BD, attended, after_BTD[images])
-            out_BTD = torch.empty_like(x_BTD)
+            out_BTD = empty_stream(x_BTD)
             for images, fed in cache.forecasts(name):
                 gate_BD = self.modulation.gate_feed_forward_BD[images]
                 kernels.gated_residual(after_BTD[images], gate_BD, fed, out_BTD[images])

@@ -49,7 +49,7 @@ class Modulation:
 
     def enter_feed_forward(self, x_BTD: Tensor, attended_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """``after_attention``, and ``to_feed_forward`` of it."""
-        after_BTD, entering_BTD = torch.empty_like(x_BTD), torch.empty_like(x_BTD)
+        after_BTD, entering_BTD = empty_stream(x_BTD), empty_stream(x_BTD)
         self.forecast_into_feed_forward(x_BTD, Forecast(attended_BTD), after_BTD, entering_BTD)
         return after_BTD, entering_BTD
 
@@ -74,6 +74,11 @@ class Modulation:
 
 
 def _residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
-    after_BTD = torch.empty_like(x_BTD)
+    after_BTD = empty_stream(x_BTD)
     kernels_for(x_BTD.device).gated_residual(x_BTD, gate_BD, Forecast(branch_BTD), after_BTD)
     return after_BTD
+
+
+def empty_stream(like_BTD: Tensor) -> Tensor:
+    """Room for a residual stream; contiguous, which the output of the patch embedding is not."""
+    return torch.empty_like(like_BTD, memory_format=torch.contiguous_format)
