@@ -35,7 +35,7 @@ from moeca_dist.kernels.types import (
 from moeca_dist.models.registry import published_spec
 from moeca_dist.models.spec import ModelSpec
 
-MODELS = ("DSMoE-S-E16", "DSMoE-S-E48", "DSMoE-L-E16", "DSMoE-L-E48", "DSMoE-3B-E16", "DiT-MoE-XL/2-8E2A")
+MODELS = ("DSMoE-S-E16", "DSMoE-S-E48", "DSMoE-L-E16", "DSMoE-L-E48", "DSMoE-3B-E16", "DiT-MoE-XL-8E2A")
 BATCHES = (1, 8, 32, 128)
 FRESH = 0.02  # share of the branches that a cached step computes, as on the shipped model
 GAP = 3  # steps between a stored value and now
