@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from moeca_dist.cache.budget import Budget
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
@@ -28,7 +29,7 @@ from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
+from moeca_dist.moe.placement import Placement, budget_groups, budget_rows, check_exchange, choose_placement
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
@@ -98,6 +99,7 @@ class Engine:
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         check_exchange(config, self.policy)
         self.placement = self._choose_placement()
+        self.budget_rows = self._budget_rows()
         self.calibration = calibration or self._read_calibration()
         self._gpu = open_gpu(config.telemetry, mesh)
 
@@ -196,7 +198,7 @@ class Engine:
 
         Without telemetry, and with the exact exchange, which all policies offer.
         """
-        parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
+        parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
         changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
@@ -266,8 +268,40 @@ class Engine:
         return None if path is None else agreed(self.mesh, lambda: fitting_calibration(path, self.fitted_for()))
 
     @property
+    def _is_local(self) -> bool:
+        """Whether nothing travels, and the exchange mode means nothing."""
+        return self.mesh.expert_group is None and self.config.parallel.exchange == "exact"
+
+    @property
     def _planned(self) -> bool:
         return self.config.parallel.exchange == "planned"
+
+    def _budget(self, num_images: int) -> Budget | None:
+        """The rows of one round. A collective of the expert-parallel group: its ranks may have different shares."""
+        if self.budget_rows is None:
+            return None
+        group = self.mesh.expert_group
+        most = num_images if group is None else max(group.gather_objects(num_images))
+        groups = budget_groups(self.config.parallel, self._experts)
+        return Budget(
+            self.budget_rows,
+            torch.tensor(groups, device=self.mesh.device),
+            max(self.config.parallel.budget_groups or 0, self.mesh.ep_size),
+            self.mesh.ep_size,
+            most,
+            self.config.parallel.budget_fill,
+        )
+
+    def _budget_rows(self) -> dict[int, int] | None:
+        if self.config.parallel.exchange != "budget":
+            return None
+        spec, parallel = self.model.spec, self.config.parallel
+        groups = budget_groups(parallel, self._experts)
+        return budget_rows(parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, groups)
+
+    @property
+    def _experts(self) -> ExpertPlacement:
+        return ExpertPlacement.contiguous(self.model.spec.num_experts, self.mesh.ep_size)
 
     def _choose_placement(self) -> Placement | None:
         if self.policy is None:
@@ -280,7 +314,7 @@ class Engine:
             self._halves,
             spec.num_experts_per_tok,
             spec.hidden_size * next(self.model.parameters()).element_size(),
-            ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
+            self._experts,
         )
 
     def _open_session(
@@ -301,6 +335,7 @@ class Engine:
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self._planned,
+            budget=self._budget(len(share)),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )
@@ -389,7 +424,7 @@ class Engine:
             flops=work.flops(),
             branches=work.branches(),
             exchange=ExchangeReport(
-                mode=self.config.parallel.exchange if group or self._planned else "local",
+                mode="local" if self._is_local else self.config.parallel.exchange,
                 placement=self.placement,
                 bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
                 bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
@@ -397,6 +432,7 @@ class Engine:
                 collectives_elided=group.traffic.collectives_elided if group else 0,
                 agreements=group.traffic.agreements if group else 0,
                 bytes_per_step=work.bytes_per_step(),
+                budget=work.budget(self.budget_rows or {}),
             ),
             cache=CacheReport(
                 self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
@@ -406,6 +442,8 @@ class Engine:
             requests=describe_requests(requests),
         )
 
+
+_EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "budget_fill": False}
 
 # Options of the cache section that change what is computed where, or how full steps are named, but no value.
 _WITHOUT_EFFECT_ON_VALUES = frozenset(
@@ -454,6 +492,8 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)
+    if config.parallel.exchange == "budget":
+        budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, [0] * spec.num_experts)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

@@ -33,6 +33,7 @@ class CacheSize:
 
     Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing.
     ``element_bytes``: of a value as the network computes it. ``planned``: each step decides for the next one.
+    ``budgeted``: rows are, and branches wait for room.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -46,6 +47,7 @@ class CacheSize:
     placement: Placement | None
     ep_size: int
     planned: bool
+    budgeted: bool
     output_history: int | None
     output_bytes: int
 
@@ -77,6 +79,8 @@ class CacheSize:
         yield from (self._modules(half, block) for block in range(self.spec.depth))
         if self.planned:
             yield self._plans(half)
+        if self.budgeted:
+            yield self._backlogs(half)
 
     @property
     def _row(self) -> int:
@@ -125,6 +129,16 @@ class CacheSize:
             branches * (expert_id + entry + found + reason) * sum(both)
             for both in zip(served, [*served[1:], False], strict=True)
         ]
+
+    def _backlogs(self, half: Half) -> list[int]:
+        """Bytes per token of what waits for room, in all blocks, after each step."""
+        expert_id, waited = 8, 1
+        branches = len(self.spec.moe_blocks) * self.spec.num_experts_per_tok
+        started, held = False, []
+        for index in range(self.num_steps):
+            started |= not self._is_full(index, half)
+            held.append(branches * (expert_id + waited) * started)
+        return held
 
     def _outputs(self, half: Half) -> list[int]:
         """Bytes per image of the outputs that a calibrated run remembers, after each step."""
@@ -189,6 +203,7 @@ def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) ->
         placement,
         ep_size,
         planned=config.parallel.exchange == "planned",
+        budgeted=config.parallel.exchange == "budget",
         output_history=None if calibration is None else read_calibration(calibration).weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )

@@ -6,7 +6,7 @@ from typing import Any
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.timing import Seconds
 
-_BRANCHES = ("routed", "refreshed", "unmatched", "reused", "forecast", "full_step", "score", "forced")
+_BRANCHES = ("routed", "refreshed", "unmatched", "reused", "forecast", "full_step", "score", "forced", "deferred")
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
 
 
@@ -20,7 +20,7 @@ class ReportTotal:
         self._bytes_peak = 0
         self._flops = [0, 0]
         self._branches = dict.fromkeys(_BRANCHES, 0)
-        self._exchange = dict.fromkeys(_EXCHANGE, 0)
+        self._exchange: dict[str, Any] = dict.fromkeys(_EXCHANGE, 0)
         self._bytes_per_step: list[int] = []
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}

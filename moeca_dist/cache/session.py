@@ -7,13 +7,14 @@ Shape suffixes: B images of the network's batch, T tokens (of one image with B, 
 rows: chosen tokens, H heads, C channels of a head, S signal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
+from moeca_dist.cache.budget import Backlog, Budget
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import HomeTable, OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.planned import Ahead, StepPlans
@@ -22,6 +23,7 @@ from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import AS_COMPUTED, Storage
 from moeca_dist.cache.usage import UsageHistory
+from moeca_dist.kernels.types import Forecast
 from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
 
@@ -50,6 +52,7 @@ class SegmentCache:
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
         self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
+        self.backlog = Backlog()
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
@@ -60,7 +63,8 @@ class SegmentCache:
     def num_bytes(self) -> int:
         usage = 0 if self.usage is None else self.usage.num_bytes
         modules = sum(rows.num_bytes for rows in self.modules.values())
-        return self.branches.num_bytes + self.home.num_bytes + modules + self.keys_values.num_bytes + usage
+        branches = self.branches.num_bytes + self.home.num_bytes + self.backlog.num_bytes
+        return branches + modules + self.keys_values.num_bytes + usage
 
 
 @dataclass
@@ -75,7 +79,7 @@ class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
     ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
-    ahead, None where each step decides for itself.
+    ahead, None where each step decides for itself. ``budget``: None where the number of rows follows from the data.
     """
 
     block: int
@@ -89,6 +93,7 @@ class BlockStep:
     owned: OwnedBlock | None = None
     ahead: Ahead | None = None
     timer: Timer = UNTIMED
+    budget: Budget | None = None
 
     @property
     def all_full(self) -> bool:
@@ -97,6 +102,18 @@ class BlockStep:
     @property
     def per_branch(self) -> bool:
         return self.policy.unit == "branch"
+
+    @property
+    def only_forecasts(self) -> bool:
+        """Whether attention, shared expert and dense blocks are all served from the cache, and no row of them not."""
+        policy = self.policy
+        computed = policy.computes_modules or policy.attention_sync or policy.refreshes_rows
+        return not computed and not any(segment.full for segment in self.segments)
+
+    def forecasts(self, name: str) -> Iterator[tuple[slice, Forecast]]:
+        """The images of each segment, and what is expected of a module; where ``only_forecasts``."""
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            yield segment.images, cache.module(name).forecast(self.step.index)
 
     def serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
         """A module's output [B, T, D]: computed for the full segments and stored, from the cache for the others.
@@ -201,7 +218,8 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``. ``planned``: each step decides for the next one.
+    sessions together; None in placement ``home``. ``planned``: each step decides for the next one. ``budget``: the
+    rows that a cache step computes at most, in exchange mode ``budget``.
     """
 
     def __init__(
@@ -217,12 +235,14 @@ class CacheSession:
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
         planned: bool = False,
+        budget: Budget | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
         self.timer = timer
+        self.budget = budget
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
@@ -306,6 +326,7 @@ class StepCache:
             session.owned(index),
             self.ahead,
             session.timer,
+            session.budget,
         )
 
     @property
