@@ -52,7 +52,7 @@ def calibrated(case: Case) -> Case:
 def tuned(quality: str) -> Case:
     """A file that the repository ships, with the calibration that lies beside it."""
     cache = load_config(TUNED / f"demo_{quality}.yaml").cache
-    return Case("tuned (network_forecast)", quality, cache.model_dump(exclude_none=True))
+    return Case("tuned", quality, cache.model_dump(exclude_none=True))
 
 
 def at_tuned_steps(series: str, policy: str, **options: Any) -> Case:
