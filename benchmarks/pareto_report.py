@@ -1,6 +1,6 @@
 """From the records of ``benchmarks/pareto.py`` to its JSON file, Markdown table and plot.
 
-Shape suffixes: N images, F features.
+Shape suffixes: N images.
 """
 
 import base64
@@ -17,10 +17,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
-from moeca_dist.demo.data import augment, to_uint8
+from moeca_dist.demo.data import real_digits
 from moeca_dist.demo.judge import Judge, features
+from moeca_dist.evaluation.distribution import Gaussian, frechet_distance
 from moeca_dist.quality import psnr_db
 
 Record = dict[str, Any]
@@ -31,11 +31,11 @@ MARKERS = "osD^*vPX<>hd"
 
 def summarise(found: Sequence[Record], cases: Sequence[Any], sent: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row per configuration, by FLOPs ratio: each figure's mean (wall clock: median) and spread over the seeds."""
-    judge, real_NF = Judge.train(), features(real_digits())
+    judge, real = Judge.train(), Gaussian.fit(features(real_digits()))
     rows = []
     for case in cases:
         mine = [record for record in found if record["name"] == case.name]
-        seeds = [seed_figures(mine, seed, judge, real_NF) for seed in sorted({record["seed"] for record in mine})]
+        seeds = [seed_figures(mine, seed, judge, real) for seed in sorted({record["seed"] for record in mine})]
         branches = sum(record["branches_refreshed"] for record in mine)
         rows.append(
             {
@@ -59,7 +59,7 @@ def summarise(found: Sequence[Record], cases: Sequence[Any], sent: Mapping[str, 
 QUALITY = ("psnr_db", "pooled_psnr_db", "ssim", "rel_l2", "accuracy", "frechet")
 
 
-def seed_figures(found: Sequence[Record], seed: int, judge: Judge, real_NF: NDArray[np.float32]) -> dict[str, float]:
+def seed_figures(found: Sequence[Record], seed: int, judge: Judge, real: Gaussian) -> dict[str, float]:
     mine = sorted((record for record in found if record["seed"] == seed), key=lambda record: record["batch"])
     error_N = torch.tensor([value for record in mine for value in record["squared_error"]], dtype=torch.float64)
     energy = sum(sum(record["energy"]) for record in mine)
@@ -73,31 +73,13 @@ def seed_figures(found: Sequence[Record], seed: int, judge: Judge, real_NF: NDAr
         "ssim": mean(value for record in mine for value in record["ssim"]),
         "rel_l2": math.sqrt(float(error_N.sum()) / energy),
         "accuracy": judge.accuracy(images_NHWC, np.arange(len(images_NHWC)) % 10),
-        "frechet": frechet_distance(features(images_NHWC), real_NF),
+        "frechet": frechet_distance(Gaussian.fit(features(images_NHWC)), real),
     }
 
 
 def unpacked(stored: Mapping[str, Any]) -> NDArray[np.uint8]:
     data = zlib.decompress(base64.b64decode(stored["data"]))
     return np.frombuffer(data, dtype=np.uint8).reshape(stored["shape"]).copy()
-
-
-def real_digits() -> NDArray[np.uint8]:
-    """All real digits, each drawn once as the training images are: uint8 [1797, 16, 16, 1]."""
-    ink_NHW = torch.tensor(load_digits().images, dtype=torch.float32) / 16
-    return np.asarray(to_uint8(augment(ink_NHW, torch.Generator().manual_seed(0))))
-
-
-def frechet_distance(first_NF: NDArray[np.floating], second_NF: NDArray[np.floating]) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017, section 2)."""
-    first_NF, second_NF = first_NF.astype(np.float64), second_NF.astype(np.float64)
-    apart_F = first_NF.mean(0) - second_NF.mean(0)
-    first_FF, second_FF = np.cov(first_NF, rowvar=False), np.cov(second_NF, rowvar=False)
-    values_F, vectors_FF = np.linalg.eigh(first_FF)
-    root_FF = (vectors_FF * np.sqrt(values_F.clip(min=0))) @ vectors_FF.T
-    # The trace of (AB)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
-    cross_F = np.linalg.eigvalsh(root_FF @ second_FF @ root_FF).clip(min=0)
-    return float(apart_F @ apart_F + np.trace(first_FF) + np.trace(second_FF) - 2 * np.sqrt(cross_F).sum())
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
@@ -69,6 +69,8 @@ class ParallelConfig(_Section):
     the same number of groups a run is the same on any number of ranks, whatever waits."""
     budget_fill: bool = False
     """Whether rows that nobody needs recompute the stored branches that are expected to be off most."""
+    expert_placement: _PathField | None = None
+    """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: float = Field(120.0, gt=0, le=86_400)
     """A peer that stays silent for longer ends the run."""
@@ -171,6 +173,27 @@ class SamplingConfig(_Section):
     """Folder of a local sd-vae-ft-mse; without it latent models save latents."""
 
 
+class TelemetryConfig(_Section):
+    """What is recorded about a run besides its report; images are the same with and without."""
+
+    period_s: float | None = Field(None, ge=0.1, le=3600)
+    """Seconds between samples of each rank's GPU; None: no sampling. Reading a GPU takes some 40 ms."""
+    trace: int | None = Field(None, ge=1)
+    """Profile so many denoising steps at the beginning, into one trace per rank; None: none."""
+
+
+QualityName = Literal["draft", "balanced", "faithful"]
+QUALITY_NAMES: tuple[QualityName, ...] = get_args(QualityName)
+
+
+class QualityConfig(_Section):
+    """Tuned files (``moeca tune``) for this network; `--quality` and `--target-psnr` take the cache of one of them."""
+
+    draft: _PathField | None = None
+    balanced: _PathField | None = None
+    faithful: _PathField | None = None
+
+
 class Config(_Section):
     """Everything one run depends on, except the requests themselves."""
 
@@ -178,6 +201,8 @@ class Config(_Section):
     parallel: ParallelConfig = ParallelConfig()
     cache: CacheConfig = CacheConfig()
     sampling: SamplingConfig = SamplingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":
@@ -215,16 +240,18 @@ def parse_size(text: str) -> int:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Defaults < the YAML file at ``path`` < ``overrides`` such as ``"sampling.num_steps=50"``.
 
-    Relative paths in the file resolve against the file's folder, those in an override against the current folder.
+    Relative paths in the file resolve against the file's folder, those in an override against the current folder. A
+    calibration in the file belongs to the file's cache and sampling: an override that changes either drops it, and the
+    full steps and order that it was fitted for.
     Raises `UserError` (one line, every problem in it) for anything that is missing, unknown or not allowed.
     """
     path = Path(path)
     tree = _anchored(read_sections(path), path.parent)
-    overridden: set[str] = set()
-    for override in overrides:
-        change = _anchored(_parse_override(override), Path())
+    changes = [_anchored(_parse_override(override), Path()) for override in overrides]
+    overridden = {key for change in changes for key in _leaf_keys(change)}
+    tree = _without_stale_calibration(tree, changes)
+    for change in changes:
         tree = _merged(tree, change)
-        overridden |= set(_leaf_keys(change))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -253,6 +280,11 @@ def _check_budget(parallel: ParallelConfig) -> None:
             raise ValueError(
                 "parallel.exchange budget needs parallel.budget, the rows of each image and rank in a layer: "
                 "`moeca budget` reads them off a run with parallel.budget 1.0"
+            )
+        if parallel.expert_placement is not None:
+            raise ValueError(
+                "parallel.exchange budget gives every rank rows for an equal run of consecutive experts: remove "
+                "parallel.expert_placement, or use exact or planned"
             )
         return
     for name in ("budget", "budget_groups", "budget_fill"):
@@ -291,6 +323,24 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
         below = result.get(key)
         result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
+
+
+def _without_stale_calibration(tree: dict[str, Any], changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The file's sections, less a calibration and what it was fitted for where an override changes either."""
+    cache = tree.get("cache")
+    if not isinstance(cache, dict) or "calibration" not in cache:
+        return tree
+    sampling = tree.get("sampling", {})
+    for change in changes:
+        of_cache, of_sampling = change.get("cache", {}), change.get("sampling", {})
+        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "placement", "memory_limit"}
+        for key in ("num_steps", "cfg_scale"):
+            if isinstance(of_sampling, dict) and key in of_sampling and isinstance(sampling, dict):
+                stale = stale or of_sampling[key] != sampling.get(key)
+        if stale:
+            kept = {key: value for key, value in cache.items() if key not in ("calibration", "full_steps", "order")}
+            return tree | {"cache": kept}
+    return tree
 
 
 def _leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -23,23 +23,27 @@ from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.config import CacheConfig, Config, load_config, validate_world
+from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.errors import UserError
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import check_weights, load_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, budget_groups, budget_rows, check_exchange, choose_placement
+from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.report import CacheReport, ExchangeReport, Report
-from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, weight_norms
+from moeca_dist.parallel.placement_table import PlacementTable
+from moeca_dist.report import CacheReport, ExchangeReport, FlopsReport, Report, describe_requests
+from moeca_dist.sampling.calibration import Calibration, FittedFor, fitting_calibration, read_calibration, weight_norms
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.timing import Seconds, Section, SectionTimer
+from moeca_dist.sampling.step import OnStep
+from moeca_dist.telemetry import GpuRecord, merge
+from moeca_dist.timing import Seconds, Section
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, check_autoencoder, to_uint8
 from moeca_dist.work import Work
@@ -53,7 +57,7 @@ Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 class _Counters:
     """What one run did on this rank."""
 
-    timer: SectionTimer
+    observed: Observation
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
@@ -68,6 +72,7 @@ class _RankResult:
     seconds: dict[tuple[int, Section], float]
     bytes_sent: int
     bytes_exact: int
+    gpu: GpuRecord | None
 
 
 class Engine:
@@ -78,8 +83,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, model: DiffusionTransformer, decoder: LatentDecoder | None = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: DiffusionTransformer,
+        decoder: LatentDecoder | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
+        """``calibration``: of this cache and network, where there is no file of it."""
         self.config = config
         self.mesh = mesh
         self.model = model
@@ -89,7 +100,8 @@ class Engine:
         check_exchange(config, self.policy)
         self.placement = self._choose_placement()
         self.budget_rows = self._budget_rows()
-        self.calibration = self._read_calibration()
+        self.calibration = calibration or self._read_calibration()
+        self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
     def from_config(
@@ -102,7 +114,7 @@ class Engine:
         """
         config = config if isinstance(config, Config) else load_config(config, overrides)
         mesh = mesh or join(config)
-        model = agreed(mesh, lambda: load_weights(config.model, mesh))
+        model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
         return cls(config, mesh, model, agreed(mesh, lambda: _decoder(config, model.spec, mesh)))
 
     @property
@@ -112,46 +124,62 @@ class Engine:
     @property
     def resolved_config(self) -> Config:
         """The configuration with the values that the model and the world decided: running it again is the same run."""
-        sampling = self.config.sampling.model_copy(update={"num_steps": self.num_steps})
-        parallel = self.config.parallel.model_copy(update={"ep_size": self.mesh.ep_size})
-        return self.config.model_copy(update={"sampling": sampling, "parallel": parallel})
+        return resolve(self.config, self.model.spec, self.mesh.world_size)
 
     @property
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
 
-    def generate(self, requests: Sequence[Request], *, progress: bool = False) -> tuple[NDArray[np.generic], Report]:
+    def generate(
+        self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> tuple[NDArray[np.generic], Report]:
         """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
         batches: list[NDArray[np.generic]] = []
-        report = self.generate_into(lambda _, batch: batches.append(batch), requests, progress=progress)
+        report = self.generate_into(
+            lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
+        )
         if batches:
             return np.concatenate(batches), report
         return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
 
-    def generate_into(self, sink: Sink, requests: Sequence[Request], *, progress: bool = False) -> Report:
+    def generate_into(
+        self,
+        sink: Sink,
+        requests: Sequence[Request],
+        *,
+        progress: bool = False,
+        trace_sink: TraceSink | None = None,
+        watcher: OnStep | None = None,
+    ) -> Report:
         """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
 
+        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end. ``watcher`` is
+        called on this rank after every step of every round.
+
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
-        model does not have, and PeerLostError if a rank dies or hangs.
+        model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
         """
         check_requests(requests, self.model.spec)
         self.check_memory(len(requests))
-        counters = self._start()
+        observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
+        counters = self._start(observed)
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        with tqdm(
-            total=len(rounds) * self.num_steps, unit="step", desc="denoising", disable=not (progress and self._is_first)
-        ) as bar:
+        num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
+        with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
-                counters.timer.end_step(step.index)
+                observed.end_step(step.index)
+                if watcher is not None:
+                    watcher(step)
                 if self.mesh.expert_group is not None:
                     counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
             for shares in rounds:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
-        return self._report(len(requests), counters)
+        observed.deliver_trace()
+        return self._report(requests, counters)
 
     def check_memory(self, num_images: int) -> None:
         """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
@@ -162,9 +190,17 @@ class Engine:
             agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
 
     def without_cache(self) -> "Engine":
-        """The exact path over the same network and ranks: the reference for this engine's images."""
+        """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
+        return self.with_cache(CacheConfig())
+
+    def with_cache(self, cache: CacheConfig) -> "Engine":
+        """Another cache over the same network and ranks.
+
+        Without telemetry, and with the exact exchange, which all policies offer.
+        """
         parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
-        config = self.config.model_copy(update={"cache": CacheConfig(), "parallel": parallel})
+        changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
+        config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
@@ -174,12 +210,18 @@ class Engine:
         call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
         would exceed ``cache.memory_limit``.
         """
+        return self.denoise_counting(share, combine)[0]
+
+    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was."""
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
-        counters = self._start()
-        return self._denoise(share, counters, lambda step: counters.timer.end_step(step.index), combine)
+        observed = Observation(TelemetryConfig(), None, self.mesh, None)
+        counters = self._start(observed)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
+        return samples_BCHW, self._work(len(share), counters.cache).flops()
 
     def combine(self) -> Corrected | None:
         """What takes the place of guidance in one batch, where a calibration is configured."""
@@ -191,7 +233,8 @@ class Engine:
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
-        options = self.config.cache.model_dump(mode="json", exclude_none=True)
+        # Defaults are left out, so that a calibration outlives options that it knows nothing of.
+        options = self.config.cache.model_dump(mode="json", exclude_defaults=True)
         cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
         if self.policy is not None:
             cache["full_steps"] = {half: self._full_steps(half) for half in self._halves}
@@ -199,6 +242,8 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
+        if self._gpu is not None:
+            self._gpu.close()
         self.mesh.close()
 
     @property
@@ -286,7 +331,7 @@ class Engine:
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
             statistics=counters.cache,
-            timer=counters.timer,
+            timer=counters.observed.timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self._planned,
@@ -306,9 +351,9 @@ class Engine:
         combine: Combine | None,
     ) -> Tensor:
         session = self._open_session(share, counters, combine)
-        model = partial(self.model, timer=counters.timer)
+        model = partial(self.model, timer=counters.observed.timer)
         started = time.perf_counter()
-        with counters.timer.section("other"):
+        with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
                 exact(model) if session is None else cached(model, session),
                 share,
@@ -339,26 +384,30 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _start(self) -> _Counters:
-        counters = _Counters(SectionTimer(self.mesh.device))
+    def _start(self, observed: Observation) -> _Counters:
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic(counters.timer)
-        return counters
+            self.mesh.expert_group.reset_traffic(observed.timer)
+        return _Counters(observed)
 
-    def _report(self, num_images: int, counters: _Counters) -> Report:
-        spec, mesh, group = self.model.spec, self.mesh, self.mesh.expert_group
+    def _work(self, num_images: int, statistics: CacheStatistics) -> Work:
+        return Work(self.model.spec, num_images * len(self._halves) * self.num_steps, self.policy, statistics)
+
+    def _report(self, requests: Sequence[Request], counters: _Counters) -> Report:
+        num_images = len(requests)
+        mesh, group = self.mesh, self.mesh.expert_group
         mine = _RankResult(
             counters.cache,
             counters.denoise_s,
-            counters.timer.per_step(),
+            counters.observed.seconds.per_step(),
             group.traffic.bytes_sent if group else 0,
             int(group.traffic.bytes_exact) if group else 0,
+            counters.observed.gpu_record(),
         )
         ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
         statistics = CacheStatistics()
         for theirs in ranks:
             statistics.merge(theirs.cache)
-        work = Work(spec, num_images * (2 if self._guided else 1) * self.num_steps, self.policy, statistics)
+        work = self._work(num_images, statistics)
         wall_s = time.perf_counter() - counters.started
         remark = None if self.policy is None else self.policy.remark(statistics)
         if remark is not None and self._is_first:
@@ -389,6 +438,8 @@ class Engine:
                 self.config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark
             ),
             seconds=Seconds.of([theirs.seconds for theirs in ranks], self.num_steps),
+            telemetry=merge([theirs.gpu for theirs in ranks], self.config.telemetry.period_s or 0.0, num_images),
+            requests=describe_requests(requests),
         )
 
 
@@ -398,6 +449,14 @@ _EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "
 _WITHOUT_EFFECT_ON_VALUES = frozenset(
     {"calibration", "placement", "memory_limit", "interval", "full_steps", "schedule"}
 )
+
+
+def resolve(config: Config, spec: ModelSpec, world_size: int) -> Config:
+    """``config`` with what the model and the number of ranks decide where it leaves it open."""
+    num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
+    sampling = config.sampling.model_copy(update={"num_steps": num_steps})
+    parallel = config.parallel.model_copy(update={"ep_size": config.parallel.ep_size or world_size})
+    return config.model_copy(update={"sampling": sampling, "parallel": parallel})
 
 
 def join(config: Config) -> Mesh:
@@ -413,11 +472,18 @@ def join(config: Config) -> Mesh:
     )
 
 
+def read_placement(config: Config) -> PlacementTable | None:
+    """The configured expert placement; UserError for a file that is none. Loading checks that it fits."""
+    path = config.parallel.expert_placement
+    return None if path is None else PlacementTable.read(path)
+
+
 def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode without effect, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, a calibration that is none, and a decoder that is not
+    there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
@@ -426,6 +492,8 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
     if config.parallel.exchange == "budget":
         budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, [0] * spec.num_experts)
+    if config.cache.calibration is not None:
+        read_calibration(config.cache.calibration)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     _check_decoder(config, spec)
     return spec

@@ -1,4 +1,4 @@
-"""The one exception type that is shown to people as a single line."""
+"""The exceptions that are shown to people as a single line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class PeerLostError(RuntimeError):
     """Another rank of the run died or stopped answering; entry points exit with code 1."""
+
+
+class IncompleteError(RuntimeError):
+    """Part of the work could not be done; what could be is there. Entry points exit with code 1."""

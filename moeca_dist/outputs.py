@@ -3,7 +3,7 @@
 ``OUT/`` holds ``images/000000.png ...``, ``grid.png``, ``samples.npz`` (``arr_0``, uint8 [N, H, W, C], the field's FID
 input), ``config.yaml`` and ``report.json``; for latents without a decoder ``latents.npz`` (``arr_0``, float32
 [N, C, H, W]) takes the place of the pictures. A compared run adds ``uncached/`` with the exact samples, and
-``comparison.png`` with both grids.
+``comparison.png`` with both grids; a profiled run adds ``traces/rank_000.json.gz ...``.
 """
 
 import math
@@ -28,49 +28,68 @@ GRID_TILE = 64
 COMPARE_CHUNK = 64  # images held in memory at a time
 
 
-class SampleWriter:
-    """Writes the samples of one generation into a folder: pictures one by one, the array at the end."""
+class SampleArray:
+    """All samples of a run in one file-backed array: 50,000 pictures would not fit in memory beside the model."""
 
     def __init__(self, folder: Path, num_images: int) -> None:
-        self._folder = folder
+        self._mapped = folder / "arr_0.npy"
         self._num_images = num_images
         self._written = 0
         self.samples: NDArray[np.generic] | None = None
-        folder.mkdir(parents=True)
 
-    def add(self, requests: Sequence[Request], samples: NDArray[np.generic]) -> None:
+    def add(self, samples: NDArray[np.generic]) -> None:
         """Append samples: uint8 pictures [n, H, W, C], or float32 latents [n, C, H, W]."""
         if self.samples is None:
-            # A file-backed array: 50,000 pictures would not fit in memory beside the model.
             self.samples = np.lib.format.open_memmap(
                 self._mapped, mode="w+", dtype=samples.dtype, shape=(self._num_images, *samples.shape[1:])
             )
         self.samples[self._written : self._written + len(samples)] = samples
         self._written += len(samples)
-        if samples.dtype == np.uint8:
-            folder = self._folder / "images"
-            folder.mkdir(exist_ok=True)
-            for request, picture in zip(requests, samples, strict=True):
-                _picture(picture).save(folder / f"{request.index:06d}.png")
 
     def grid(self) -> Image.Image | None:
         """The first pictures at a glance; None for latents."""
         assert self.samples is not None
         return _grid(self.samples[:GRID_LIMIT]) if self.samples.dtype == np.uint8 else None
 
-    def finish(self) -> None:
+    def finish(self, folder: Path) -> None:
+        """Write ``samples.npz`` and ``grid.png``, or ``latents.npz``, into ``folder``; the array goes."""
         assert self.samples is not None and self._written == self._num_images
         grid = self.grid()
         if grid is not None:
-            grid.save(self._folder / "grid.png")
+            grid.save(folder / "grid.png")
         self.samples = None  # flushes the mapped file
-        with zipfile.ZipFile(self._folder / ("samples.npz" if grid is not None else "latents.npz"), "w") as archive:
+        with zipfile.ZipFile(folder / ("samples.npz" if grid is not None else "latents.npz"), "w") as archive:
             archive.write(self._mapped, "arr_0.npy")
         self._mapped.unlink()
 
+
+class SampleWriter:
+    """Writes the samples of one generation into a folder: pictures one by one, the array at the end."""
+
+    def __init__(self, folder: Path, num_images: int) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+        self._array = SampleArray(folder, num_images)
+
     @property
-    def _mapped(self) -> Path:
-        return self._folder / "arr_0.npy"
+    def samples(self) -> NDArray[np.generic] | None:
+        return self._array.samples
+
+    def add(self, requests: Sequence[Request], samples: NDArray[np.generic]) -> None:
+        """Append samples: uint8 pictures [n, H, W, C], or float32 latents [n, C, H, W]."""
+        self._array.add(samples)
+        if samples.dtype == np.uint8:
+            folder = self._folder / "images"
+            folder.mkdir(exist_ok=True)
+            for request, pixels_HWC in zip(requests, samples, strict=True):
+                picture(pixels_HWC).save(folder / f"{request.index:06d}.png")
+
+    def grid(self) -> Image.Image | None:
+        """The first pictures at a glance; None for latents."""
+        return self._array.grid()
+
+    def finish(self) -> None:
+        self._array.finish(self._folder)
 
 
 class OutputFolder:
@@ -105,6 +124,12 @@ class OutputFolder:
         assert self._uncached is not None
         self._uncached.add(requests, samples)
 
+    def add_trace(self, rank: int, trace: bytes) -> None:
+        """Keep one rank's profile: gzipped JSON."""
+        folder = self._partial / "traces"
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{rank:03d}.json.gz").write_bytes(trace)
+
     def quality(self) -> dict[str, float] | None:
         """How near the samples are to the uncached ones; None without any, and for latents."""
         if self._uncached is None:
@@ -119,6 +144,11 @@ class OutputFolder:
             paired.add(unit_images(np.array(found[chunk])), unit_images(np.array(exact[chunk])))
         result = paired.result()
         return {"psnr_db": result.psnr_db, "rel_l2": result.rel_l2, "ssim": result.ssim}
+
+    def add_file(self, name: str, text: str) -> Path:
+        """Put a text file beside the samples; its final place."""
+        (self._partial / name).write_text(text, encoding="utf-8")
+        return self.path / name
 
     def finish(self, config: Config, report: Report) -> None:
         """Write the rest and move the folder into place, replacing an older one as a whole."""
@@ -159,7 +189,8 @@ def _refuse_occupied(path: Path, overwrite: bool) -> None:
         raise UserError(f"the output folder {path} holds something else than an earlier run: choose another with --out")
 
 
-def _picture(pixels_HWC: NDArray[np.generic]) -> Image.Image:
+def picture(pixels_HWC: NDArray[np.generic]) -> Image.Image:
+    """uint8 [H, W, C] with one or three channels."""
     return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
 
 
@@ -171,7 +202,7 @@ def _grid(pictures_NHWC: NDArray[np.generic]) -> Image.Image:
     canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
     canvas[:count] = pictures_NHWC
     sheet = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    image = _picture(sheet.reshape(rows * height, columns * width, channels))
+    image = picture(sheet.reshape(rows * height, columns * width, channels))
     zoom = max(1, GRID_TILE // height)
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 

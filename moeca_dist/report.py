@@ -1,10 +1,13 @@
 """What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moeca_dist.timing import Seconds
+from moeca_dist.types import Request
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Report:
     """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's.
 
     ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
-    (against the uncached images) are there where the uncached run was made as well.
+    (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
+    they are, see ``describe_requests``.
     """
 
     num_images: int
@@ -102,6 +106,8 @@ class Report:
     wall_speedup: float | None = None
     quality: dict[str, float] | None = None
     telemetry: dict[str, Any] | None = None
+    requests: dict[str, Any] | None = None
+    batch: dict[str, Any] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
         """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
@@ -144,6 +150,15 @@ class Report:
         if self.quality is not None:
             rows.append(("  quality", f"{self.quality['psnr_db']:.1f} dB PSNR, SSIM {self.quality['ssim']:.4f}"))
         return rows
+
+
+def describe_requests(requests: Iterable[Request]) -> dict[str, Any]:
+    """The seeds, and a digest of every (index, label, seed) in order: runs that agree made images of the same noise."""
+    digest, seeds = hashlib.sha256(), set()
+    for request in requests:
+        seeds.add(request.seed)
+        digest.update(f"{request.index} {request.label} {request.seed}\n".encode())
+    return {"seeds": sorted(seeds), "sha256": digest.hexdigest()}
 
 
 def scaled(value: float, base: int) -> str:

@@ -33,6 +33,9 @@ def write_plots(report: Mapping[str, Any], out: Path) -> list[Path]:
         drawn["refreshed_per_expert.png"] = lambda: expert_bars(report)
     if any(report["exchange"].get("bytes_per_step") or ()):
         drawn["bytes_per_step.png"] = lambda: bytes_bars(report)
+    watched = [record for record in (report["telemetry"] or {"ranks": []})["ranks"] if record is not None]
+    if any(len(record["series"]["time_s"]) > 1 for record in watched):
+        drawn["telemetry.png"] = lambda: telemetry_curves(report)
     folder = out / FOLDER
     try:
         folder.mkdir(exist_ok=True)
@@ -111,4 +114,37 @@ def seconds_bars(report: Mapping[str, Any]) -> Figure:
     axes.set(xlabel="denoising step", ylabel="s", title=f"Seconds of denoising, policy {report['cache']['policy']}")
     figure.legend(loc="outside right upper", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# Panel title, factor of the unit, and the figures drawn in it: solid, dashed.
+_PANELS = (
+    ("memory, GiB", 2**-30, ("memory_bytes",)),
+    ("busy, %", 100, ("utilisation",)),
+    ("power, W", 1, ("power_w",)),
+    ("PCIe, MB/s", 1e-6, ("pcie_sent_bytes_per_s", "pcie_received_bytes_per_s")),
+    ("NVLink, GB/s", 1e-9, ("nvlink_sent_bytes_per_s", "nvlink_received_bytes_per_s")),
+)
+
+
+def telemetry_curves(report: Mapping[str, Any]) -> Figure:
+    """What each rank's GPU did over the run: one panel per figure that any of them offers; received is dashed."""
+    ranks = [(rank, record) for rank, record in enumerate(report["telemetry"]["ranks"]) if record is not None]
+    offered = {name for _, record in ranks for name in record["series"]}
+    panels = [panel for panel in _PANELS if offered & set(panel[2])]
+    figure = Figure(figsize=(10, 0.8 + 1.7 * max(1, len(panels))), layout="constrained")
+    rows = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, factor, names) in zip(rows, panels, strict=False):
+        for rank, record in ranks:
+            for line, name in zip(("-", "--"), names, strict=False):
+                if name in record["series"]:
+                    values = factor * np.array(record["series"][name])
+                    label = f"rank {rank}" if line == "-" else None
+                    colour = _SECTION_COLOURS[rank % len(_SECTION_COLOURS)]
+                    axes.plot(record["series"]["time_s"], values, line, color=colour, label=label, linewidth=1)
+        axes.set_ylabel(title)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    rows[0].legend(loc="upper right", frameon=False, ncols=8)
+    rows[-1].set_xlabel("seconds")
     return figure

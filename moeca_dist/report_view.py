@@ -43,6 +43,8 @@ def render(report: Mapping[str, Any]) -> str:
             _table("Exchange", _exchange(report)),
             _table("Cache", _cache(report)),
         ]
+        if report["telemetry"] is not None:
+            parts += [_table("GPUs", _telemetry(report))]
         if report["cache"]["per_layer"]:
             parts += [_blocks(report["cache"]["per_layer"])]
     except (KeyError, TypeError) as error:
@@ -127,6 +129,40 @@ def _cache(report: Mapping[str, Any]) -> _Rows:
         shares = ", ".join(f"{counts[kind] / every:.1%} {label}" for kind, label in _MODULES.items() if counts[kind])
         rows.append((f"{name} of tokens", shares))
     return [*rows, *([("remark", cache["remark"])] if cache["remark"] else [])]
+
+
+def _telemetry(report: Mapping[str, Any]) -> _Rows:
+    """Energy of all devices together, then one line per rank."""
+    telemetry = report["telemetry"]
+    rows = []
+    if telemetry["energy_j"] is not None:
+        rows.append(("energy", f"{telemetry['energy_j']:,.0f} J, {telemetry['energy_j_per_image']:,.1f} J per image"))
+    for rank, record in enumerate(telemetry["ranks"]):
+        rows.append((f"rank {rank}", "no GPU to watch" if record is None else ", ".join(_gpu(record))))
+    return rows
+
+
+def _gpu(record: Mapping[str, Any]) -> list[str]:
+    """What one rank's device did, as far as it says."""
+    facts = [record["device"]]
+    if record["memory_bytes_peak"] is not None:
+        facts.append(f"{scaled(record['memory_bytes_peak'], 1024)}iB at its peak")
+    if record["utilisation_mean"] is not None:
+        facts.append(f"{record['utilisation_mean']:.0%} busy")
+    if record["power_w_mean"] is not None:
+        facts.append(f"{record['power_w_mean']:.0f} W (up to {record['power_w_max']:.0f})")
+    for name in ("nvlink", "pcie"):
+        moved = record[f"{name}_bytes"]
+        if moved is not None:
+            label = {"nvlink": "NVLink", "pcie": "PCIe"}[name]
+            ways = ", ".join(f"{scaled(moved[way], 1024)}iB {way}" for way in ("sent", "received"))
+            facts.append(f"{label} {ways}")
+    facts += [
+        f"slowed by {reason} in {share:.0%} of the samples" for reason, share in (record["throttled"] or {}).items()
+    ]
+    if record["ended_early"] is not None:
+        facts.append(f"sampling ended early: {record['ended_early']}")
+    return facts
 
 
 _MODULES = {"computed": "computed", "rows": "row by row", "served": "served"}

@@ -97,7 +97,7 @@ def test_ddpm_gain_is_that_of_the_posterior(index: int) -> None:
     moved = output.clone()
     moved[:, :4] += 1
     by_output = (diffusion.posterior(moved, state, entry)[0] - mean).mean()
-    assert ddpm.state_gain(index, 10) == pytest.approx(float(by_state / by_output), rel=1e-3)
+    assert ddpm.gains(index, 10) == pytest.approx((float(by_state), float(by_output)), rel=1e-3)
 
 
 def small_config(name: str, folder: Path, **cache: Any) -> Config:

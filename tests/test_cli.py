@@ -1,5 +1,6 @@
 """The command line: what it writes, and how every mistake ends (one line, its exit code, nothing written)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from moeca_dist import PeerLostError, UserError
 from moeca_dist.cli import generate_main, main
 from moeca_dist.cli.arguments import parse_labels
 from moeca_dist.config import load_config
+from moeca_dist.report import describe_requests
+from moeca_dist.types import Request
 from tests.golden_files import load_golden
 from tests.ranks import free_port
 
@@ -64,6 +67,8 @@ def test_generate_writes_samples_and_a_summary(folder: Path, out: Path, capsys) 
     latents = np.load(out / "latents.npz")["arr_0"]
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == np.float32
     assert load_config(out / "config.yaml").sampling.batch_size == 2
+    requests = [Request(0, 7, 5), Request(1, 1, 5), Request(2, 2, 5)]
+    assert json.loads((out / "report.json").read_text())["requests"] == describe_requests(requests)
     printed = capsys.readouterr().out
     assert "images" in printed and str(out / "latents.npz") in printed and "sd-vae-ft-mse" in printed
     # Labels are used in turn, and another batch size, entry point or run gives the same samples.

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.pareto_bytes import count
 from benchmarks.pareto_cases import CASES, QUICK, Case, checked
-from benchmarks.pareto_report import frechet_distance, mark_frontier, unpacked
+from benchmarks.pareto_report import mark_frontier, unpacked
 from benchmarks.pareto_run import Job, Settings, packed
 from moeca_dist import UserError
 from moeca_dist.config import CacheConfig
@@ -163,18 +163,6 @@ def test_only_what_nothing_else_beats_is_marked() -> None:
     rows = [{"name": name, "flops_ratio": r, "psnr_db": {"mean": p}} for name, (r, p) in points.items()]
     mark_frontier(rows)
     assert [row["name"] for row in rows if row["non_dominated"]] == ["a", "b", "c", "twin"]
-
-
-def test_frechet_distance_of_known_gaussians() -> None:
-    """For diagonal covariances it is the squared distance of means and of standard deviations."""
-    rng = np.random.default_rng(0)
-    first_NF = rng.standard_normal((4000, 3)) * [1.0, 2.0, 0.5]
-    assert frechet_distance(first_NF, first_NF) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(first_NF, first_NF * 3 + 1) == pytest.approx(
-        ((first_NF.mean(0) * 2 + 1) ** 2).sum() + 4 * first_NF.var(0, ddof=1).sum(), rel=1e-9
-    )
-    second_NF = rng.standard_normal((4000, 3)) * [2.0, 2.0, 1.5] + [3.0, 0.0, 0.0]
-    assert frechet_distance(first_NF, second_NF) == pytest.approx(9 + 1 + 0 + 1, rel=0.05)
 
 
 def test_pictures_survive_the_partial_file() -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from moeca_dist.errors import PeerLostError, UserError
+from moeca_dist.errors import IncompleteError, PeerLostError, UserError
 
 FIRST_RANK_LEAD_S = 5.0
 
@@ -33,6 +33,9 @@ def exit_code(run: Callable[[], None]) -> int:
         return 2
     except PeerLostError as error:
         # Every rank that is left says so: the lost one may be rank 0.
+        _complain(error)
+        return 1
+    except IncompleteError as error:
         _complain(error)
         return 1
     except KeyboardInterrupt:

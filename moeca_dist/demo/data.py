@@ -8,8 +8,10 @@ Shape suffixes: N images, C channels (1), H and W pixels.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -102,3 +104,9 @@ def augment(ink_NHW: Tensor, generator: torch.Generator) -> Tensor:
 def to_uint8(x_NCHW: Tensor) -> Tensor:
     """Images in [-1, 1] (values outside are clipped) as uint8 [N, H, W, C], the layout of ``samples.npz``."""
     return ((x_NCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def real_digits() -> NDArray[np.uint8]:
+    """All real digits, each drawn once as the training images are: uint8 [1797, 16, 16, 1]."""
+    ink_NHW = torch.tensor(load_digits().images, dtype=torch.float32) / 16
+    return np.asarray(to_uint8(augment(ink_NHW, torch.Generator().manual_seed(0))))

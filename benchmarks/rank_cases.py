@@ -1,0 +1,35 @@
+"""What ``network.py`` and ``scaling.py`` compare: the exact path and caching policies, by their names in the tables."""
+
+from pathlib import Path
+
+from rank_job import Cell
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+UNCACHED = "uncached"
+DEFAULT = "moeca_forecast"
+
+CELLS: tuple[Cell, ...] = (
+    Cell(UNCACHED, {"policy": "none"}),
+    Cell(DEFAULT, {"policy": "moeca_forecast"}),
+    Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "placement": "owner"}),
+    Cell("taylorseer", {"policy": "taylorseer"}),
+    Cell("fora", {"policy": "fora"}),
+    Cell("moeca", {"policy": "moeca"}),
+)
+# On one rank there is nothing to place: what stands for these cells there.
+ON_ONE_RANK = {"moeca_forecast, owner": DEFAULT}
+# The quick four: what is measured where nothing else is asked for.
+COMMON = (UNCACHED, DEFAULT, "moeca_forecast, owner", "taylorseer")
+
+
+def config_path(name: str) -> Path:
+    """A name in ``configs/``, or a file."""
+    path = Path(name)
+    return path if path.suffix else CONFIGS / f"{name}.yaml"
+
+
+def chosen(names: list[str], ep_size: int) -> tuple[Cell, ...]:
+    """The cells called ``names``; those that place something only where there are other ranks."""
+    by_name = {cell.name: cell for cell in CELLS}
+    return tuple(by_name[name] for name in names if ep_size > 1 or name not in ON_ONE_RANK)
