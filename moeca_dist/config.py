@@ -281,6 +281,11 @@ def _check_budget(parallel: ParallelConfig) -> None:
                 "parallel.exchange budget needs parallel.budget, the rows of each image and rank in a layer: "
                 "`moeca budget` reads them off a run with parallel.budget 1.0"
             )
+        if parallel.expert_placement is not None:
+            raise ValueError(
+                "parallel.exchange budget gives every rank rows for an equal run of consecutive experts: remove "
+                "parallel.expert_placement, or use exact or planned"
+            )
         return
     for name in ("budget", "budget_groups", "budget_fill"):
         if getattr(parallel, name):

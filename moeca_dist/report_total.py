@@ -1,12 +1,13 @@
 """One report over the parts of a large job, each of which some group of ranks generated on its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.timing import Seconds
 
 _BRANCHES = ("routed", "refreshed", "unmatched", "reused", "forecast", "full_step", "score", "forced", "deferred")
+Blocks = tuple[dict[str, Any], ...]
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
 
 
@@ -22,6 +23,7 @@ class ReportTotal:
         self._branches = dict.fromkeys(_BRANCHES, 0)
         self._exchange: dict[str, Any] = dict.fromkeys(_EXCHANGE, 0)
         self._bytes_per_step: list[int] = []
+        self._budget: Blocks = ()
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
@@ -39,6 +41,7 @@ class ReportTotal:
             self._branches[name] += report["branches"][name]
         for name in _EXCHANGE:
             self._exchange[name] += report["exchange"][name]
+        self._budget = _budgets(self._budget, report["exchange"]["budget"])
         self._bytes_per_step = _sum(self._bytes_per_step, list(report["exchange"]["bytes_per_step"]))
         layers = [dict(layer) for layer in report["cache"]["per_layer"]]
         pairs = zip(self._per_layer, layers, strict=True) if self._per_layer else ()
@@ -70,6 +73,7 @@ class ReportTotal:
                 first["exchange"]["placement"],
                 **self._exchange,
                 bytes_per_step=tuple(self._bytes_per_step),
+                budget=self._budget,
             ),
             cache=CacheReport(
                 first["cache"]["policy"],
@@ -83,6 +87,20 @@ class ReportTotal:
             requests=requests,
             batch=batch,
         )
+
+
+def _budgets(mine: Blocks, theirs: Sequence[Mapping[str, Any]]) -> Blocks:
+    """Block by block: who waited adds up, and of the rows that were needed the larger number holds for both."""
+    pairs = zip(mine or theirs, theirs, strict=True)
+    return tuple(
+        {
+            "block": one["block"],
+            "rows": one["rows"],
+            "deferred": one["deferred"] + (other["deferred"] if mine else 0),
+            "demand": {share: max(rows, other["demand"].get(share, 0)) for share, rows in one["demand"].items()},
+        }
+        for one, other in pairs
+    )
 
 
 def _sum(mine: Any, theirs: Any) -> Any:
