@@ -7,8 +7,8 @@ branches, R rows computed here.
 import torch
 from torch import Tensor, nn
 
+from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.rows import Rows
-from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, observe, segment_parts, store_fresh
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
