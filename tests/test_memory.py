@@ -9,9 +9,9 @@ import torch
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.policies import POLICIES
 from moeca_dist.calibrate import calibrate
+from moeca_dist.checks import check_cache_fits
 from moeca_dist.cli import main
 from moeca_dist.config import Config, parse_size
-from moeca_dist.engine import check_cache_fits
 from moeca_dist.memory import cache_size
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from tests.golden_files import load_golden
