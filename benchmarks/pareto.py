@@ -61,7 +61,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bytes-images", type=int, default=8, help="images sampled on 2 EP ranks to count bytes; 0: no"
     )
-    parser.add_argument("--only", default="", help="run the configurations whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="run the configurations whose name contains one of these"
+    )
     parser.add_argument("--quick", action="store_true", help="4 images, 1 seed, 3 configurations: does it run?")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pareto")
@@ -72,9 +74,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    cases = [case for case in CASES if args.only in case.name and (not args.quick or case.name in QUICK)]
+    wanted = [case for case in CASES if any(part in case.name for part in args.only)]
+    cases = [case for case in wanted if not args.quick or case.name in QUICK]
     if not cases:
-        raise UserError(f"no configuration's name contains {args.only!r}")
+        raise UserError(f"no configuration's name contains {' or '.join(args.only)}")
     if min(args.num_images, args.batch_size, args.workers) < 1 or args.num_images < 2:
         raise UserError("--num-images must be at least 2, --batch-size and --workers at least 1")
     configs = checked(cases, args.num_steps, guided=args.cfg_scale != 1)

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moeca_dist.cache.policies import POLICIES, build_policy
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
-from moeca_dist.config import CacheConfig
+from moeca_dist.config import QUALITY_NAMES, CacheConfig, load_config
 from moeca_dist.errors import UserError
 
+TUNED = Path(__file__).parents[1] / "configs" / "tuned"
 # Full steps of 50, for runs of 50 steps.
 DEFAULT_STEPS = tuple(scaled_steps(50))  # those of moeca_forecast, for the others too
-FOURTEEN = [0, 1, 3, 6, 11, 15, 19, 23, 27, 31, 35, 39, 43, 48]
-EIGHT = [0, 1, 7, 16, 25, 33, 40, 47]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,31 @@ def calibrated(case: Case) -> Case:
     return replace(case, series=f"{case.series}, calibrated", calibrated=True)
 
 
+def tuned(quality: str) -> Case:
+    """A file that the repository ships, with the calibration that lies beside it."""
+    cache = load_config(TUNED / f"demo_{quality}.yaml").cache
+    return Case("tuned (network_forecast)", quality, cache.model_dump(exclude_none=True))
+
+
+def at_tuned_steps(series: str, policy: str, **options: Any) -> Case:
+    """Another policy with the full steps of the shipped default."""
+    steps = tuned("balanced").cache["full_steps"]
+    return Case(series, "tuned steps", {"policy": policy, "full_steps": steps, **options})
+
+
+AT_TUNED_STEPS = (
+    at_tuned_steps("taylorseer order 1", "taylorseer", order=1),
+    at_tuned_steps("taylorseer order 2", "taylorseer", order=2),
+    at_tuned_steps("moeca_forecast placed", "moeca_forecast"),
+)
+
 CALIBRATED = (
+    *AT_TUNED_STEPS,
     Case("fora", "every 5", {"policy": "fora", "interval": 5}),
     placed("taylorseer order 1", "default steps", "taylorseer", list(DEFAULT_STEPS), order=1),
-    placed("taylorseer order 2", "default steps", "taylorseer", list(DEFAULT_STEPS), order=2),
     Case("moeca_forecast placed", "default", {"policy": "moeca_forecast"}),
     placed("network_forecast", "default steps", "network_forecast", list(DEFAULT_STEPS)),
-    *uniform("network_forecast", "network_forecast", [5, 6, 8]),
-    Case("moeca", "5% every 4", {"policy": "moeca", "refresh_ratio": 0.05}),
+    *uniform("network_forecast", "network_forecast", [5, 8]),
 )
 
 CASES: tuple[Case, ...] = (
@@ -67,29 +84,21 @@ CASES: tuple[Case, ...] = (
     placed("taylorseer order 2", "default steps", "taylorseer", list(DEFAULT_STEPS), order=2),
     *uniform("moeca_forecast uniform", "moeca_forecast", [3, 4, 5]),
     Case("moeca_forecast placed", "default", {"policy": "moeca_forecast"}),
-    Case("moeca_forecast placed", "default, 1 extra entry", {"policy": "moeca_forecast", "extra_entries": 1}),
     Case("moeca_forecast placed", "default, attention too", {"policy": "moeca_forecast", "attention_sync": True}),
-    placed("moeca_forecast placed", "14 + 8", "moeca_forecast", {"conditional": FOURTEEN, "unconditional": EIGHT}),
     placed("branch reuse (order 0)", "default steps", "moeca_forecast", list(DEFAULT_STEPS), order=0),
     Case("random branches", "5% every 4", {"policy": "random", "ratio": 0.05}),
     # 7%: the paper's FLOPs ratio of 2.8, with branches chosen by its score and at random.
     Case("random branches", "7% every 4, attention too", {"policy": "random", "ratio": 0.07, "attention_sync": True}),
-    *(
-        Case("moeca", f"{ratio:.0%} every 4", {"policy": "moeca", "refresh_ratio": ratio})
-        for ratio in (0.05, 0.07, 0.15)
-    ),
+    *(Case("moeca", f"{ratio:.0%} every 4", {"policy": "moeca", "refresh_ratio": ratio}) for ratio in (0.05, 0.07)),
     Case("moeca", "5% attention not refreshed", {"policy": "moeca", "refresh_ratio": 0.05, "attention_sync": False}),
     *uniform("network_forecast", "network_forecast", [4, 5]),
     placed("network_forecast", "default steps", "network_forecast", list(DEFAULT_STEPS)),
     *map(calibrated, CALIBRATED),
+    *AT_TUNED_STEPS,
+    *map(tuned, QUALITY_NAMES),
     *uniform("toca", "toca", [3]),
     *(Case("teacache", f"delta {delta}", {"policy": "teacache", "delta": delta}) for delta in (0.05, 0.1)),
     Case("dice_skip", "every 2", {"policy": "dice_skip"}),
-    *(
-        Case("smaller storage", f"{policy} {dtype}", {"policy": policy, "dtype": dtype} | options)
-        for policy, options in (("moeca_forecast", {}), ("taylorseer", {"full_steps": list(DEFAULT_STEPS)}))
-        for dtype in ("bfloat16", "float8_e4m3fn")
-    ),
     *(Case("fewer steps", f"{steps} steps", {"policy": "none"}, steps) for steps in (10, 13, 25)),
 )
 

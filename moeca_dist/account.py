@@ -33,6 +33,9 @@ class Setup:
     policy: Policy | None
     placement: Placement | None
 
+    def work(self, num_images: int, statistics: CacheStatistics) -> Work:
+        return Work(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
+
 
 @dataclass
 class Counters:
@@ -71,7 +74,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
     statistics = CacheStatistics()
     for theirs in ranks:
         statistics.merge(theirs.cache)
-    work = Work(setup.spec, num_images * len(setup.halves) * setup.num_steps, setup.policy, statistics)
+    work = setup.work(num_images, statistics)
     wall_s = time.perf_counter() - counters.started
     remark = None if setup.policy is None else setup.policy.remark(statistics)
     if remark is not None and mesh.rank == 0:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from moeca_dist.checks import check_requests
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
+from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.quality import psnr_db, squared_error, unit_images
+from moeca_dist.report import FlopsReport
 from moeca_dist.sampling.calibration import Calibration
-from moeca_dist.sampling.combine import DEFAULT_HISTORY, Corrected, Guidance, OutputMemory
+from moeca_dist.sampling.combine import DEFAULT_HISTORY, Corrected, Guidance, OutputMemory, OutputWeights
 from moeca_dist.sampling.fit import Fitted, Recorded
 from moeca_dist.types import Request
 
@@ -57,13 +60,12 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
         )
     for each in (requests, held_out):
         check_requests(each, engine.model.spec)
-    fitted = _fit(engine, _share(engine, requests))
-    share = _share(engine, held_out)
-    exact_BCHW = engine.without_cache().denoise(share)
-    memory = OutputMemory(engine.policy.is_full, DEFAULT_HISTORY)
-    corrected = Corrected(fitted.guidance, fitted.weights, memory)
-    before = _closeness(engine, engine.denoise(share), exact_BCHW)
-    after = _closeness(engine, engine.denoise(share, corrected), exact_BCHW)
+    share = share_of(engine, requests)
+    fitted = fit(engine, share, record(engine, share)).fitted
+    share = share_of(engine, held_out)
+    exact_BCHW, _ = engine.without_cache().denoise(share)
+    before = _closeness(engine, engine.denoise(share)[0], exact_BCHW)
+    after = _closeness(engine, engine.denoise(share, corrected(engine, fitted.weights))[0], exact_BCHW)
     fitted_on: dict[str, Any] = {
         "num_images": len(requests),
         "seeds": sorted({request.seed for request in requests}),
@@ -74,27 +76,57 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
     return Outcome(Calibration(engine.fitted_for(), fitted.weights, fitted_on), before, after)
 
 
-def _fit(engine: Engine, share: Sequence[Request]) -> Fitted:
+def record(engine: Engine, share: Sequence[Request], *, keep_halves: bool = False) -> "Recording":
+    """The exact trajectories of this rank's images. A collective of the world."""
+    exact = Recorded(Guidance(engine.config.sampling.cfg_scale), keep_halves)
+    samples_BCHW, _ = engine.without_cache().denoise(share, exact)
+    return Recording(exact, samples_BCHW)
+
+
+def fit(engine: Engine, share: Sequence[Request], recording: "Recording") -> "FittedRun":
+    """Run ``engine`` on the recorded images while its weights are fitted. A collective of the world."""
     assert engine.policy is not None
-    guidance = Guidance(engine.config.sampling.cfg_scale)
-    exact = Recorded(guidance)
-    engine.without_cache().denoise(share, exact)
     memory = OutputMemory(engine.policy.is_full, DEFAULT_HISTORY)
-    fitted = Fitted(guidance, memory, exact, engine.sampler.state_gain, lambda part: _summed(engine, part))
-    engine.denoise(share, fitted)
-    return fitted
+    reduce = partial(summed, engine.mesh)
+    fitted = Fitted(recording.exact.guidance, memory, recording.exact, engine.sampler.gains, reduce)
+    return FittedRun(fitted, *engine.denoise(share, fitted))
 
 
-def _share(engine: Engine, requests: Sequence[Request]) -> Sequence[Request]:
+@dataclass(frozen=True)
+class Recording:
+    """``samples_BCHW``: where the exact trajectories end."""
+
+    exact: Recorded
+    samples_BCHW: Tensor
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """Samples and work of the cached run whose weights were fitted."""
+
+    fitted: Fitted
+    samples_BCHW: Tensor
+    flops: FlopsReport
+
+
+def corrected(engine: Engine, weights: OutputWeights) -> Corrected:
+    """``weights`` for one batch of ``engine``."""
+    assert engine.policy is not None
+    memory = OutputMemory(engine.policy.is_full, weights.history)
+    return Corrected(Guidance(engine.config.sampling.cfg_scale), weights, memory)
+
+
+def share_of(engine: Engine, requests: Sequence[Request]) -> Sequence[Request]:
+    """What this rank takes of one batch over all ranks."""
     rank, size = engine.mesh.rank, engine.mesh.world_size
     return requests[rank * len(requests) // size : (rank + 1) * len(requests) // size]
 
 
-def _summed(engine: Engine, part: Tensor) -> Tensor:
-    """The sum over all ranks, added in rank order so that it is the same everywhere."""
-    if engine.mesh.world is None:
+def summed(mesh: Mesh, part: Tensor) -> Tensor:
+    """The sum over all ranks, added in rank order so that it is the same everywhere; on the host with several."""
+    if mesh.world is None:
         return part
-    return torch.stack(engine.mesh.world.gather_objects(part.cpu())).sum(0)
+    return torch.stack(mesh.world.gather_objects(part.cpu())).sum(0)
 
 
 def _closeness(engine: Engine, samples_BCHW: Tensor, exact_BCHW: Tensor) -> Closeness:
@@ -104,5 +136,5 @@ def _closeness(engine: Engine, samples_BCHW: Tensor, exact_BCHW: Tensor) -> Clos
     difference = (samples_BCHW - exact_BCHW).double().square().sum()
     energy = exact_BCHW.double().square().sum()
     mine = torch.stack([difference.cpu(), energy.cpu(), decibels.cpu(), torch.tensor(float(len(samples_BCHW)))])
-    off, whole, total_db, count = _summed(engine, mine.double()).tolist()
+    off, whole, total_db, count = summed(engine.mesh, mine.double()).tolist()
     return Closeness((off / whole) ** 0.5, None if engine.model.spec.is_latent else total_db / count)

@@ -10,7 +10,7 @@ from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import check_exchange
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.sampling.calibration import read_calibration
+from moeca_dist.sampling.calibration import Calibration, read_calibration
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Request
@@ -44,12 +44,17 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     return spec
 
 
-def check_cache_fits(config: Config, spec: ModelSpec, mesh: Mesh, num_images: int) -> None:
-    """Raise UserError where this rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+def check_cache_fits(
+    config: Config, spec: ModelSpec, mesh: Mesh, num_images: int, calibration: Calibration | None = None
+) -> None:
+    """Raise UserError where this rank's cache of a round would exceed ``cache.memory_limit``; needs no weights.
+
+    ``calibration``: where there is no file of it.
+    """
     num_steps = config.sampling.num_steps or sampler_for(spec).default_num_steps
     per_round = min(num_images, mesh.world_size * config.sampling.batch_size)
     most = -(-per_round // mesh.world_size)
-    check_memory(cache_size(config, spec, num_steps, mesh.ep_size), config.cache, most, mesh.device)
+    check_memory(cache_size(config, spec, num_steps, mesh.ep_size, calibration), config.cache, most, mesh.device)
 
 
 def check_requests(requests: Sequence[Request], spec: ModelSpec) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
@@ -167,6 +167,18 @@ class TelemetryConfig(_Section):
     """Profile so many denoising steps at the beginning, into one trace per rank; None: none."""
 
 
+QualityName = Literal["draft", "balanced", "faithful"]
+QUALITY_NAMES: tuple[QualityName, ...] = get_args(QualityName)
+
+
+class QualityConfig(_Section):
+    """Tuned files (``moeca tune``) for this network; `--quality` and `--target-psnr` take the cache of one of them."""
+
+    draft: _PathField | None = None
+    balanced: _PathField | None = None
+    faithful: _PathField | None = None
+
+
 class Config(_Section):
     """Everything one run depends on, except the requests themselves."""
 
@@ -175,6 +187,7 @@ class Config(_Section):
     cache: CacheConfig = CacheConfig()
     sampling: SamplingConfig = SamplingConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":
@@ -211,16 +224,18 @@ def parse_size(text: str) -> int:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Defaults < the YAML file at ``path`` < ``overrides`` such as ``"sampling.num_steps=50"``.
 
-    Relative paths in the file resolve against the file's folder, those in an override against the current folder.
+    Relative paths in the file resolve against the file's folder, those in an override against the current folder. A
+    calibration in the file belongs to the file's cache and sampling: an override that changes either drops it, and the
+    full steps and order that it was fitted for.
     Raises `UserError` (one line, every problem in it) for anything that is missing, unknown or not allowed.
     """
     path = Path(path)
     tree = _anchored(read_sections(path), path.parent)
-    overridden: set[str] = set()
-    for override in overrides:
-        change = _anchored(_parse_override(override), Path())
+    changes = [_anchored(_parse_override(override), Path()) for override in overrides]
+    overridden = {key for change in changes for key in _leaf_keys(change)}
+    tree = _without_stale_calibration(tree, changes)
+    for change in changes:
         tree = _merged(tree, change)
-        overridden |= set(_leaf_keys(change))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -274,6 +289,24 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
         below = result.get(key)
         result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
+
+
+def _without_stale_calibration(tree: dict[str, Any], changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The file's sections, less a calibration and what it was fitted for where an override changes either."""
+    cache = tree.get("cache")
+    if not isinstance(cache, dict) or "calibration" not in cache:
+        return tree
+    sampling = tree.get("sampling", {})
+    for change in changes:
+        of_cache, of_sampling = change.get("cache", {}), change.get("sampling", {})
+        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "placement", "memory_limit"}
+        for key in ("num_steps", "cfg_scale"):
+            if isinstance(of_sampling, dict) and key in of_sampling and isinstance(sampling, dict):
+                stale = stale or of_sampling[key] != sampling.get(key)
+        if stale:
+            kept = {key: value for key, value in cache.items() if key not in ("calibration", "full_steps", "order")}
+            return tree | {"cache": kept}
+    return tree
 
 
 def _leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

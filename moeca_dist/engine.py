@@ -31,7 +31,7 @@ from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.report import Report
+from moeca_dist.report import FlopsReport, Report
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitted_for, fitting_calibration
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.sampling.guidance import cached, exact
@@ -51,8 +51,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, model: DiffusionTransformer, decoder: LatentDecoder | None = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: DiffusionTransformer,
+        decoder: LatentDecoder | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
+        """``calibration``: of this cache and network, where there is no file of it."""
         self.config = config
         self.mesh = mesh
         self.model = model
@@ -61,7 +67,7 @@ class Engine:
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         check_exchange(config, self.policy)
         self.placement = self._choose_placement()
-        self.calibration = self._read_calibration()
+        self.calibration = calibration or self._read_calibration()
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -148,7 +154,8 @@ class Engine:
         A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
         """
         if self.config.cache.memory_limit is not None:
-            agreed(self.mesh, lambda: check_cache_fits(self.config, self.model.spec, self.mesh, num_images))
+            spec, calibration = self.model.spec, self.calibration
+            agreed(self.mesh, lambda: check_cache_fits(self.config, spec, self.mesh, num_images, calibration))
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
@@ -157,19 +164,26 @@ class Engine:
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
-    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
-        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
+        """Another cache over the same network and ranks, corrected by ``calibration`` or what the section names."""
+        config = self.config.model_copy(update={"cache": cache})
+        return Engine(config, self.mesh, self.model, self.decoder, calibration)
 
-        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
-        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
-        would exceed ``cache.memory_limit``.
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """This rank's part of one batch as the solver leaves it, and its work.
+
+        float32 [B, C, H, W] on the model's device. ``combine`` takes the place of guidance and of a configured
+        calibration. A collective of the world: all ranks call it together, those without images with an empty share.
+        Raises UserError, on all of them, where the cache would exceed ``cache.memory_limit``.
         """
         if self.config.cache.memory_limit is not None:
-            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size)
+            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
         observed = Observation(TelemetryConfig(), None, self.mesh, None)
-        return self._denoise(share, self._start(observed), lambda step: observed.end_step(step.index), combine)
+        counters = self._start(observed)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
+        return samples_BCHW, self._setup().work(len(share), counters.cache).flops()
 
     def combine(self) -> Corrected | None:
         """What takes the place of guidance in one batch, where a calibration is configured."""

@@ -20,7 +20,7 @@ from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.report import scaled
-from moeca_dist.sampling.calibration import read_calibration
+from moeca_dist.sampling.calibration import Calibration, read_calibration
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Routing, StepContext
 
@@ -166,8 +166,13 @@ class CacheSize:
         )
 
 
-def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) -> CacheSize | None:
-    """What ``config`` keeps of the network ``spec``; None without a cache."""
+def cache_size(
+    config: Config, spec: ModelSpec, num_steps: int, ep_size: int, calibration: Calibration | None = None
+) -> CacheSize | None:
+    """What ``config`` keeps of the network ``spec``; None without a cache.
+
+    ``calibration``: where there is no file of it, or it was read already.
+    """
     guided = config.sampling.cfg_scale != 1
     policy = build_policy(config.cache, num_steps, guided=guided)
     if policy is None:
@@ -178,7 +183,8 @@ def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) ->
         config.cache, policy, num_steps, halves, spec.num_experts_per_tok, spec.hidden_size * element_bytes,
         ExpertPlacement.contiguous(spec.num_experts, ep_size),
     )  # fmt: skip
-    calibration = config.cache.calibration
+    if calibration is None and config.cache.calibration is not None:
+        calibration = read_calibration(config.cache.calibration)
     return CacheSize(
         spec,
         policy,
@@ -189,7 +195,7 @@ def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) ->
         placement,
         ep_size,
         planned=config.parallel.exchange == "planned",
-        output_history=None if calibration is None else read_calibration(calibration).weights.history,
+        output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )
 

@@ -145,6 +145,11 @@ class OutputFolder:
         result = paired.result()
         return {"psnr_db": result.psnr_db, "rel_l2": result.rel_l2, "ssim": result.ssim}
 
+    def add_file(self, name: str, text: str) -> Path:
+        """Put a text file beside the samples; its final place."""
+        (self._partial / name).write_text(text, encoding="utf-8")
+        return self.path / name
+
     def finish(self, config: Config, report: Report) -> None:
         """Write the rest and move the folder into place, replacing an older one as a whole."""
         if self._uncached is not None:

@@ -303,6 +303,9 @@ def test_the_identity_has_a_calibration_s_content_and_not_its_place(tmp_path: Pa
 
 def test_a_limit_may_change_and_the_storage_may_not() -> None:
     first = identity_of(Config.model_validate({"cache": {"policy": "fora"}}))
+    check_same(
+        first, identity_of(Config.model_validate({"cache": {"policy": "fora"}, "quality": {"draft": "moved.yaml"}}))
+    )
     check_same(first, identity_of(Config.model_validate({"cache": {"policy": "fora", "memory_limit": "2GiB"}})))
     with pytest.raises(UserError, match=r"cache\.dtype was model and is now bfloat16"):
         check_same(first, identity_of(Config.model_validate({"cache": {"policy": "fora", "dtype": "bfloat16"}})))

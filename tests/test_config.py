@@ -172,7 +172,7 @@ def test_all_mistakes_are_told_at_once_with_their_place(write) -> None:
     text = message(path, "sampling.num_steps=-1")
     assert text == (
         f"{path}: model.dtype must be 'float32', 'bfloat16' or 'float16', not 'half'; "
-        "unknown key foo; known there are model, parallel, cache, sampling, telemetry; "
+        "unknown key foo; known there are model, parallel, cache, sampling, telemetry, quality; "
         "--set: sampling.num_steps must be greater than or equal to 1, not -1"
     )
 
@@ -213,12 +213,49 @@ def test_ep_size_must_divide_the_world() -> None:
         validate_world(config, 4)
 
 
+# ---- calibrated files ------------------------------------------------------------------------------------------------
+
+CALIBRATED = (
+    "cache: {policy: network_forecast, full_steps: [0, 4], order: 1, calibration: some.json}\n"
+    "sampling: {num_steps: 8, cfg_scale: 1.5}"
+)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampling.num_steps=8",
+        "sampling.batch_size=2",
+        "cache.placement=home",
+        "cache.memory_limit=2GiB",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_a_calibration_outlives_what_it_does_not_depend_on(write, override: str) -> None:
+    cache = load_config(write(CALIBRATED), [override]).cache
+    assert cache.calibration is not None and cache.full_steps == [0, 4] and cache.order == 1
+
+
+@pytest.mark.parametrize(
+    "override", ["sampling.num_steps=4", "sampling={cfg_scale: 1}", "cache.policy=taylorseer", "cache={interval: 2}"]
+)
+def test_a_calibration_goes_with_what_it_was_fitted_for(write, override: str) -> None:
+    cache = load_config(write(CALIBRATED), [override, "model.dtype=bfloat16"]).cache
+    assert (cache.calibration, cache.full_steps, cache.order) == (None, None, None)
+    assert cache.policy == ("taylorseer" if "taylorseer" in override else "network_forecast")
+
+
+def test_a_stated_calibration_stays(write) -> None:
+    overrides = ["cache.full_steps=[0, 3]", "cache.calibration=/other.json"]
+    cache = load_config(write(CALIBRATED), overrides).cache
+    assert (cache.calibration, cache.full_steps) == (Path("/other.json"), [0, 3])
+
+
 # ---- the shipped files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_parses_and_builds(path: Path) -> None:
-    assert path.suffix == ".yaml"
     config = load_config(path)
     if config.model.checkpoint is None:
         assert config.model.name is not None

@@ -88,6 +88,11 @@ def test_remembered_outputs_are_predicted(policy: str, network: str, full_steps:
     cache = config.cache.model_copy(update={"calibration": tmp_path / "fitted.json"})
     report, predicted = generate(config.model_copy(update={"cache": cache}), 3)
     assert report.cache.bytes_peak == predicted[2] > plain
+    limits = [config.cache.model_copy(update={"memory_limit": f"{predicted[2] - short}B"}) for short in (0, 1)]
+    engine = Engine.from_config(config)
+    engine.with_cache(limits[0], outcome.calibration).check_memory(2)
+    with pytest.raises(UserError, match="memory_limit"):
+        engine.with_cache(limits[1], outcome.calibration).check_memory(2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])

@@ -7,7 +7,7 @@ import, and ``--help`` or a mistyped key must not wait for them.
 from collections.abc import Sequence
 
 from moeca_dist import __version__
-from moeca_dist.cli import batch, calibrate, convert, evaluate, generate, report
+from moeca_dist.cli import batch, calibrate, convert, evaluate, generate, report, tune
 from moeca_dist.cli.arguments import Parser, dispatch
 from moeca_dist.cli.outcomes import exit_code
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch.add_arguments(commands.add_parser("batch", help="generate many images on Ray", description=batch.HELP))
     convert.add_arguments(commands.add_parser("convert", help="rewrite a checkpoint", description=convert.HELP))
     calibrate.add_arguments(commands.add_parser("calibrate", help="correct a cache", description=calibrate.HELP))
+    tune.add_arguments(commands.add_parser("tune", help="choose a cache for a target", description=tune.HELP))
     report.add_arguments(commands.add_parser("report", help="show what a run did", description=report.HELP))
     evaluate.add_arguments(commands.add_parser("evaluate", help="measure images", description=evaluate.HELP))
     return exit_code(lambda: dispatch(parser, argv))
@@ -30,6 +31,13 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     """``launch/generate.py``: the same as ``moeca generate``."""
     parser = Parser(description=generate.HELP)
     generate.add_arguments(parser)
+    return exit_code(lambda: dispatch(parser, argv))
+
+
+def tune_main(argv: Sequence[str] | None = None) -> int:
+    """``launch/tune.py``: the same as ``moeca tune``."""
+    parser = Parser(description=tune.HELP)
+    tune.add_arguments(parser)
     return exit_code(lambda: dispatch(parser, argv))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -49,6 +50,10 @@ def at_least_one(text: str) -> int:
     return _integer(text, 1, None)
 
 
+def at_least_zero(text: str) -> int:
+    return _integer(text, 0, None)
+
+
 def seed(text: str) -> int:
     return _integer(text, 0, SEED_LIMIT - 1)
 
@@ -72,3 +77,28 @@ def _integer(text: str, low: int, high: int | None) -> int:
     ):
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return int(text)
+
+
+def decibels(text: str) -> float:
+    return _number(text, 0, "a number of decibels above 0")
+
+
+def ratio(text: str) -> float:
+    return _number(text, 1, "a ratio above 1")
+
+
+def at_least_two(text: str) -> int:
+    number = at_least_one(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("one image has no spread: give at least 2")
+    return number
+
+
+def _number(text: str, above: float, wanted: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not above < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return number

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeca_dist.cli.arguments import Parser, at_least_one, parse_labels, seed
+from moeca_dist.cli.quality import Wish, add_quality_arguments, with_wish
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from moeca_dist.engine import Engine
     from moeca_dist.outputs import OutputFolder
     from moeca_dist.parallel.mesh import Mesh
     from moeca_dist.types import Request
@@ -39,20 +41,21 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--compare-uncached", action="store_true", help="generate the same images without the cache too, and compare"
     )
+    add_quality_arguments(parser)
     # The deepspeed launcher adds it to every command line; the environment it sets too says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_generate, parser=parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
+    config, wish = with_wish(load_config(args.config, args.overrides), args)
     validate_world(config, launcher_number("WORLD_SIZE", 1))
-    if args.compare_uncached and config.cache.policy == "none":
+    if args.compare_uncached and config.cache.policy == "none" and not wish.automatic:
         raise UserError("--compare-uncached has no effect with cache.policy none: name a policy, or leave it away")
-    run_generate(config, args)
+    run_generate(config, wish, args)
 
 
-def run_generate(config: Config, args: argparse.Namespace) -> None:
+def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
     """Generate on all ranks and write the results on rank 0.
 
     Raises UserError, on every rank alike and before weights are read, for what is wrong with checkpoint, labels or
@@ -73,7 +76,7 @@ def run_generate(config: Config, args: argparse.Namespace) -> None:
             lambda: _open_folder(args) if mesh.rank == 0 else None,
         )
         try:
-            _generate_into(folder, config, mesh, args, args.labels or [range(spec.num_classes)])
+            _generate_into(folder, config, wish, mesh, args)
         except BaseException:
             if folder is not None:
                 folder.abandon()
@@ -86,15 +89,15 @@ def run_generate(config: Config, args: argparse.Namespace) -> None:
 
 
 def _generate_into(
-    folder: "OutputFolder | None", config: Config, mesh: "Mesh", args: argparse.Namespace, labels: Sequence[range]
+    folder: "OutputFolder | None", config: Config, wish: Wish, mesh: "Mesh", args: argparse.Namespace
 ) -> None:
     from moeca_dist.engine import Engine
     from moeca_dist.types import Request
     from moeca_dist.vae import HOW_TO_GET_PIXELS
 
-    classes = [label for part in labels for label in part]
+    engine = wish.granted(Engine.from_config(config, mesh=mesh))
+    classes = [label for part in args.labels or [range(engine.model.spec.num_classes)] for label in part]
     requests = [Request(index, classes[index % len(classes)], args.seed) for index in range(args.num_images)]
-    engine = Engine.from_config(config, mesh=mesh)
     uncached = None
     if args.compare_uncached:
         add = folder.add_uncached if folder else _drop
@@ -109,12 +112,21 @@ def _generate_into(
         return
     if uncached is not None:
         report = report.compared_with(uncached, folder.quality())
-    folder.finish(engine.resolved_config, report)
+    folder.finish(_saved(engine, folder), report)
     print(report.summary())
     if engine.produces_pixels:
         print(f"\npictures: {folder.path / ('grid.png' if uncached is None else 'comparison.png')}")
     else:
         print(f"\nlatents: {folder.path / 'latents.npz'}; for pictures, {HOW_TO_GET_PIXELS}")
+
+
+def _saved(engine: "Engine", folder: "OutputFolder") -> Config:
+    """The configuration that repeats the run, with a calibration that was made for it beside it."""
+    config = engine.resolved_config
+    if engine.calibration is None or config.cache.calibration is not None:
+        return config
+    path = folder.add_file("calibration.json", engine.calibration.to_json())
+    return config.model_copy(update={"cache": config.cache.model_copy(update={"calibration": path})})
 
 
 def _open_folder(args: argparse.Namespace) -> "OutputFolder":

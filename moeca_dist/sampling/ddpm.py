@@ -113,16 +113,16 @@ class RespacedDiffusion:
         mean_BCHW = float(self.mean_coef_x0_S[entry]) * x0_BCHW + float(self.mean_coef_xt_S[entry]) * x_BCHW
         return mean_BCHW, log_variance_BCHW
 
-    def state_gain(self, entry: int) -> float:
-        """a / b where the posterior's mean at ``entry`` is ``a * state + b * epsilon``."""
+    def gains(self, entry: int) -> tuple[float, float]:
+        """a and b where the posterior's mean at ``entry`` is ``a * state + b * epsilon``."""
         from_x0 = float(self.mean_coef_x0_S[entry])
         of_state = from_x0 * float(self.sqrt_recip_alphas_bar_S[entry]) + float(self.mean_coef_xt_S[entry])
-        return of_state / (-from_x0 * float(self.sqrt_recipm1_alphas_bar_S[entry]))
+        return of_state, -from_x0 * float(self.sqrt_recipm1_alphas_bar_S[entry])
 
 
-def state_gain(index: int, num_steps: int) -> float:
-    """a / b where step ``index`` of :func:`sample` is ``a * state + b * epsilon + noise``."""
-    return RespacedDiffusion.of(num_steps).state_gain(num_steps - 1 - index)
+def gains(index: int, num_steps: int) -> tuple[float, float]:
+    """a and b where step ``index`` of :func:`sample` is ``a * state + b * epsilon + noise``."""
+    return RespacedDiffusion.of(num_steps).gains(num_steps - 1 - index)
 
 
 def sample(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.sampling.combine import Guidance, OutputMemory, OutputWeights, weighted
-from moeca_dist.sampling.sampler import StateGain
+from moeca_dist.sampling.sampler import Gains
 from moeca_dist.types import StepContext
 
 # Relative to the terms' own energy: keeps weights near plain guidance along directions that the images do not show.
@@ -31,16 +31,23 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass
 class Recorded:
-    """Plain guidance that remembers an exact trajectory: outputs and states of every step, float32 [B, C, H, W]."""
+    """Plain guidance that remembers an exact trajectory, float32 [B, C, H, W] throughout.
+
+    ``outputs`` and ``states`` of every step, and, where ``keep_halves``, what each guidance half gave in it.
+    """
 
     guidance: Guidance
+    keep_halves: bool = False
     outputs: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+    halves: list[list[Tensor]] = field(default_factory=list)
 
     def __call__(self, halves: Sequence[Tensor], x_BCHW: Tensor, step: StepContext, /) -> Tensor:
         out_BCHW = self.guidance(halves, x_BCHW, step)
         self.outputs.append(out_BCHW.float())
         self.states.append(x_BCHW.float())
+        if self.keep_halves:
+            self.halves.append([half.float() for half in halves])
         return out_BCHW
 
 
@@ -51,7 +58,7 @@ class Fitted:
     guidance: Guidance
     memory: OutputMemory
     exact: Recorded
-    state_gain: StateGain
+    gains: Gains
     reduce: Reduce
     rows: list[tuple[float, ...]] = field(default_factory=list)
 
@@ -59,7 +66,8 @@ class Fitted:
         terms = self.memory.terms(halves, x_BCHW, step)
         guided_BCHW = self.guidance(halves, x_BCHW, step).float()
         drifted_BCHW = self.exact.states[step.index] - x_BCHW
-        target_BCHW = self.exact.outputs[step.index] + self.state_gain(step.index, step.num_steps) * drifted_BCHW
+        of_state, of_output = self.gains(step.index, step.num_steps)
+        target_BCHW = self.exact.outputs[step.index] + of_state / of_output * drifted_BCHW
         row = least_squares(terms, target_BCHW - guided_BCHW, self.reduce)
         self.rows.append(row)
         return weighted(guided_BCHW, terms, row)

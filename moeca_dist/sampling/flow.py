@@ -44,14 +44,14 @@ def sample_data_to_noise(
     return _euler(denoise, noise.draw(shape_CHW), times, -1 / num_steps, on_step)
 
 
-def gain_noise_to_data(index: int, num_steps: int) -> float:
-    """a / b of ``next = a * state + b * output`` in :func:`sample_noise_to_data`: the same in every step."""
-    return float(num_steps)
+def gains_noise_to_data(index: int, num_steps: int) -> tuple[float, float]:
+    """a and b of ``next = a * state + b * output`` in :func:`sample_noise_to_data`: the same in every step."""
+    return 1.0, 1 / num_steps
 
 
-def gain_data_to_noise(index: int, num_steps: int) -> float:
-    """As :func:`gain_noise_to_data`, in :func:`sample_data_to_noise`."""
-    return -float(num_steps)
+def gains_data_to_noise(index: int, num_steps: int) -> tuple[float, float]:
+    """As :func:`gains_noise_to_data`, in :func:`sample_data_to_noise`."""
+    return 1.0, -1 / num_steps
 
 
 def check_num_steps(num_steps: int) -> None:

@@ -19,8 +19,8 @@ from moeca_dist.sampling.noise import NoiseSource
 from moeca_dist.sampling.step import Denoiser, OnStep
 from moeca_dist.types import Request
 
-StateGain = Callable[[int, int], float]
-"""(step index, number of steps) -> a / b where the solver's next state is a * state + b * output + noise."""
+Gains = Callable[[int, int], tuple[float, float]]
+"""(step index, number of steps) -> a and b where the solver's next state is a * state + b * output + noise."""
 
 
 class Solver(Protocol):
@@ -46,7 +46,7 @@ class Sampler:
     shape_CHW: tuple[int, int, int]
     null_label: int
     guided_channels: int
-    state_gain: StateGain
+    gains: Gains
 
     @torch.no_grad()
     def sample(
@@ -105,11 +105,11 @@ def sampler_for(spec: ModelSpec) -> Sampler:
             shape_CHW,
             spec.null_label,
             min(3, spec.in_channels),
-            ddpm.state_gain,
+            ddpm.gains,
         )
     solve: Solver = flow.sample_noise_to_data
-    gain: StateGain = flow.gain_noise_to_data
+    gains: Gains = flow.gains_noise_to_data
     default_num_steps = 250
     if spec.time_convention is TimeConvention.FLOW_DATA_TO_NOISE:
-        solve, gain, default_num_steps = flow.sample_data_to_noise, flow.gain_data_to_noise, 50
-    return Sampler(solve, flow.check_num_steps, default_num_steps, shape_CHW, spec.null_label, spec.in_channels, gain)
+        solve, gains, default_num_steps = flow.sample_data_to_noise, flow.gains_data_to_noise, 50
+    return Sampler(solve, flow.check_num_steps, default_num_steps, shape_CHW, spec.null_label, spec.in_channels, gains)

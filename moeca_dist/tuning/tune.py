@@ -1,0 +1,162 @@
+"""Tuning: profile, search by proxy, confirm by real runs, and measure the choice on images that nothing has seen."""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from moeca_dist.checks import check_requests
+from moeca_dist.config import CacheConfig
+from moeca_dist.engine import Engine
+from moeca_dist.errors import UserError
+from moeca_dist.sampling.calibration import Calibration
+from moeca_dist.sampling.combine import OutputWeights
+from moeca_dist.tuning.candidate import Candidate, Figures, Trial
+from moeca_dist.tuning.choose import Chooser
+from moeca_dist.tuning.laboratory import ImageSet, Laboratory, image_set
+from moeca_dist.tuning.schedules import even, num_full
+from moeca_dist.tuning.state import StateFile
+from moeca_dist.tuning.target import Target
+from moeca_dist.types import Request
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``seed``: of the images to fit on; the next two are of the images to check the choice and to report it on."""
+
+    target: Target
+    num_images: int
+    seed: int
+    refinements: int
+
+    def requests(self, engine: Engine, offset: int) -> list[Request]:
+        classes = engine.model.spec.num_classes
+        return [Request(index, index % classes, self.seed + offset) for index in range(self.num_images)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A schedule on the held-out images, without and with a calibration of its own."""
+
+    name: str
+    plain: Figures
+    calibrated: Figures | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen; ``predicted`` by proxy on the fitted images, ``chosen`` by a real run on them."""
+
+    settings: Settings
+    chosen: Trial
+    predicted: Figures
+    held_out: Figures
+    checked: Figures | None
+    comparisons: tuple[Comparison, ...]
+    trials: tuple[Trial, ...]
+    calibration: Calibration
+    num_searches: int
+
+
+def run_identity(engine: Engine, settings: Settings) -> dict[str, Any]:
+    """What a state file must agree with to be gone on with."""
+    fitted_for = engine.without_cache().fitted_for()
+    return {
+        "num_steps": fitted_for.num_steps,
+        "cfg_scale": fitted_for.cfg_scale,
+        "norms": list(fitted_for.norms),
+        "model": engine.config.model.model_dump(mode="json"),
+        "num_images": settings.num_images,
+        "seed": settings.seed,
+    }
+
+
+def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, progress: bool = False) -> Tuned:
+    """Choose a cache for ``settings.target``; ``engine``'s own cache is compared with it.
+
+    A collective of the world: all ranks call it with the same settings, rank 0 with a ``state`` file if any. The
+    exact trajectories are kept meanwhile: four tensors per step, image and rank. Raises UserError for a target that
+    cannot be reached, naming the best reached.
+    """
+    check_target(engine, settings.target)
+    check_requests(settings.requests(engine, 0), engine.model.spec)
+    # How many there will be depends on what they find.
+    with tqdm(unit=" searches and runs", desc="tuning", disable=not progress) as bar:
+        lab = Laboratory.open(engine, settings.requests(engine, 0), settings.seed, state, lambda: _tick(bar))
+        chooser = Chooser(lab, settings.target, settings.refinements)
+        chooser.ladder()
+        chosen, checked = _checked(chooser, chooser.choose(), settings)
+    held_out = image_set(engine, settings.requests(engine, 2))
+    run = lab.fitted(chosen.candidate.cache())
+    weights = run.fitted.weights
+    figures = lab.measured(chosen.candidate.cache(), weights, held_out)
+    comparisons = _comparisons(lab, chosen.candidate, weights, held_out)
+    calibration = Calibration(
+        engine.with_cache(chosen.candidate.cache()).fitted_for(),
+        weights,
+        _fitted_on(engine, settings, comparisons[0], figures),
+    )
+    schedule = chosen.candidate.schedule
+    predicted = Figures(chosen.speedup, tuple(lab.proxy.psnr_db([schedule])[0].tolist()))
+    trials = tuple(chooser.trials.values())
+    return Tuned(settings, chosen, predicted, figures, checked, comparisons, trials, calibration, len(lab.searches))
+
+
+def _tick(bar: "tqdm[NoReturn]") -> None:
+    bar.update()
+
+
+def check_target(engine: Engine, target: Target) -> None:
+    """Raise UserError for a target that means nothing for the model."""
+    if target.kind == "psnr" and engine.model.spec.is_latent:
+        raise UserError("--target-psnr needs images, and this model generates latents: give --target-speedup")
+
+
+def _checked(chooser: Chooser, chosen: Trial, settings: Settings) -> tuple[Trial, Figures | None]:
+    """The choice, made more faithful until it meets a quality target on images that it was not fitted on."""
+    if settings.target.kind == "speedup":
+        return chosen, None
+    lab = chooser.lab
+    images = image_set(lab.engine, settings.requests(lab.engine, 1))
+    while True:
+        cache = chosen.candidate.cache()
+        figures = lab.measured(cache, lab.fitted(cache).fitted.weights, images)
+        if figures.bound_db >= settings.target.value:
+            return chosen, figures
+        chosen = chooser.more_faithful(chosen)
+
+
+def _comparisons(
+    lab: Laboratory, chosen: Candidate, weights: OutputWeights, images: ImageSet
+) -> tuple[Comparison, ...]:
+    """The choice, a uniform schedule of as many full steps, and the cache that the configuration came with."""
+    cache = chosen.cache()
+    rows = [Comparison("tuned", lab.measured(cache, None, images), lab.measured(cache, weights, images))]
+    uniform = Candidate(chosen.policy, chosen.order, even(num_full(chosen.schedule), lab.num_steps, lab.num_halves))
+    others: list[tuple[str, CacheConfig]] = [("uniform", uniform.cache())]
+    own = lab.engine.config.cache.model_copy(update={"calibration": None})
+    if own.policy != "none":
+        others.append((f"as configured ({own.policy})", own))
+    for name, other in others:
+        plain = lab.measured(other, None, images)
+        policy = lab.engine.with_cache(other).policy
+        fits = policy is not None and policy.delta is None
+        rows.append(Comparison(name, plain, lab.measured(other, _weights(lab, other), images) if fits else None))
+    return tuple(rows)
+
+
+def _weights(lab: Laboratory, cache: CacheConfig) -> OutputWeights:
+    return lab.fitted(cache).fitted.weights
+
+
+def _fitted_on(engine: Engine, settings: Settings, comparison: Comparison, figures: Figures) -> dict[str, Any]:
+    def measured(of: Figures) -> dict[str, float]:
+        return {"mean_db": of.mean_db, "bound_db": of.bound_db, "speedup": of.speedup}
+
+    return {
+        "num_images": settings.num_images,
+        "seeds": [settings.seed],
+        "held_out": {"num_images": settings.num_images, "seeds": [settings.seed + 2]},
+        "before": measured(comparison.plain),
+        "after": measured(figures),
+    }
