@@ -60,14 +60,14 @@ def drift(engine: Engine, requests: list[Request]) -> tuple[list[str], NDArray[n
 
 def sensitivity(engine: Engine, requests: list[Request]) -> tuple[list[int], NDArray[np.float64]]:
     """MoE blocks, and [blocks, experts]."""
-    exact, _ = engine.denoise(requests)
+    exact = engine.denoise(requests)
     blocks, rows = [], []
     for block, layer in engine.model.moe_layers():
         row = []
         for expert in range(engine.model.spec.num_experts):
             kept = layer.experts.w2[expert].clone()
             layer.experts.w2[expert].mul_(LARGER)
-            changed, _ = engine.denoise(requests)
+            changed = engine.denoise(requests)
             layer.experts.w2[expert].copy_(kept)
             row.append(float((changed - exact).norm() / exact.norm()) / (LARGER - 1))
         blocks.append(block)

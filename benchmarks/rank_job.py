@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeca_dist.config import CacheConfig, load_config
-from moeca_dist.engine import Engine, join
+from moeca_dist.engine import Engine, join, read_placement
 from moeca_dist.errors import PeerLostError, UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
@@ -86,7 +86,7 @@ def main(path: str) -> int:
 def run(job: Job, folder: Path) -> None:
     config = load_config(job.config, job.overrides)
     mesh = join(config)
-    model = agreed(mesh, lambda: load_weights(config.model, mesh))
+    model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
     classes = model.spec.num_classes
     requests = [Request(index, index % classes, job.seed) for index in range(job.num_images)]
     for cell in job.cells:
@@ -128,6 +128,7 @@ def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.gen
         "batch_size": engine.config.sampling.batch_size,
         "peak_bytes_per_rank": [peak for peak, *_ in ranks],
         "interface_bytes": sum(sent for _, sent, _ in ranks),
+        "cpu_s_per_rank": [work for *_, work in ranks],
         # What the kernel did for these ranks' traffic outside of their system calls counts as others' work too.
         "cores_used_by_others": max(0.0, all_work - sum(work for *_, work in ranks)) / seconds,
     }

@@ -63,9 +63,9 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
     share = share_of(engine, requests)
     fitted = fit(engine, share, record(engine, share)).fitted
     share = share_of(engine, held_out)
-    exact_BCHW, _ = engine.without_cache().denoise(share)
-    before = _closeness(engine, engine.denoise(share)[0], exact_BCHW)
-    after = _closeness(engine, engine.denoise(share, corrected(engine, fitted.weights))[0], exact_BCHW)
+    exact_BCHW = engine.without_cache().denoise(share)
+    before = _closeness(engine, engine.denoise(share), exact_BCHW)
+    after = _closeness(engine, engine.denoise(share, corrected(engine, fitted.weights)), exact_BCHW)
     fitted_on: dict[str, Any] = {
         "num_images": len(requests),
         "seeds": sorted({request.seed for request in requests}),
@@ -79,7 +79,7 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
 def record(engine: Engine, share: Sequence[Request], *, keep_halves: bool = False) -> "Recording":
     """The exact trajectories of this rank's images. A collective of the world."""
     exact = Recorded(Guidance(engine.config.sampling.cfg_scale), keep_halves)
-    samples_BCHW, _ = engine.without_cache().denoise(share, exact)
+    samples_BCHW = engine.without_cache().denoise(share, exact)
     return Recording(exact, samples_BCHW)
 
 
@@ -89,7 +89,7 @@ def fit(engine: Engine, share: Sequence[Request], recording: "Recording") -> "Fi
     memory = OutputMemory(engine.policy.is_full, DEFAULT_HISTORY)
     reduce = partial(summed, engine.mesh)
     fitted = Fitted(recording.exact.guidance, memory, recording.exact, engine.sampler.gains, reduce)
-    return FittedRun(fitted, *engine.denoise(share, fitted))
+    return FittedRun(fitted, *engine.denoise_counting(share, fitted))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import check_exchange
 from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.sampling.calibration import Calibration, read_calibration
 from moeca_dist.sampling.noise import check_stream
 from moeca_dist.sampling.sampler import sampler_for
@@ -25,12 +26,18 @@ def resolve(config: Config, spec: ModelSpec, world_size: int) -> Config:
     return config.model_copy(update={"sampling": sampling, "parallel": parallel})
 
 
+def read_placement(config: Config) -> PlacementTable | None:
+    """The configured expert placement; UserError for a file that is none. Loading checks that it fits."""
+    path = config.parallel.expert_placement
+    return None if path is None else PlacementTable.read(path)
+
+
 def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode without effect, a calibration that is none, and a decoder that is not
-    there or has no use.
+    that the model does not have, an exchange mode without effect, a calibration or expert placement that is none, and a
+    decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
@@ -39,6 +46,7 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)
+    read_placement(config)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     check_decoder(config, spec)
     return spec

@@ -56,6 +56,8 @@ class ParallelConfig(_Section):
     """None: the whole world."""
     exchange: Literal["exact", "planned"] = "exact"
     """When the ranks agree on what travels: in every layer, or once per step on what the step before decided."""
+    expert_placement: _PathField | None = None
+    """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: float = Field(120.0, gt=0, le=86_400)
     """A peer that stays silent for longer ends the run."""

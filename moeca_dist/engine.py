@@ -20,7 +20,7 @@ from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, resolve
+from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
@@ -81,7 +81,7 @@ class Engine:
         """
         config = config if isinstance(config, Config) else load_config(config, overrides)
         mesh = mesh or join(config)
-        model = agreed(mesh, lambda: load_weights(config.model, mesh))
+        model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
         return cls(config, mesh, model, agreed(mesh, lambda: _decoder(config, model.spec, mesh)))
 
     @property
@@ -159,23 +159,29 @@ class Engine:
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
+        return self.with_cache(CacheConfig())
+
+    def with_cache(self, cache: CacheConfig) -> "Engine":
+        """Another cache over the same network and ranks.
+
+        Without telemetry, and with the exact exchange, which all policies offer.
+        """
         parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
-        changes = {"cache": CacheConfig(), "parallel": parallel, "telemetry": TelemetryConfig()}
+        changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
-    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
-        """Another cache over the same network and ranks, corrected by ``calibration`` or what the section names."""
-        config = self.config.model_copy(update={"cache": cache})
-        return Engine(config, self.mesh, self.model, self.decoder, calibration)
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
+        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
 
-    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """This rank's part of one batch as the solver leaves it, and its work.
-
-        float32 [B, C, H, W] on the model's device. ``combine`` takes the place of guidance and of a configured
-        calibration. A collective of the world: all ranks call it together, those without images with an empty share.
-        Raises UserError, on all of them, where the cache would exceed ``cache.memory_limit``.
+        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
+        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        would exceed ``cache.memory_limit``.
         """
+        return self.denoise_counting(share, combine)[0]
+
+    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was."""
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
             how = "a batch of"

@@ -19,6 +19,7 @@ from moeca_dist.models.options import parse_dtype
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import scaled
 from moeca_dist.sampling.calibration import Calibration, read_calibration
 from moeca_dist.sampling.sampler import sampler_for
@@ -32,7 +33,8 @@ class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
     Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing.
-    ``element_bytes``: of a value as the network computes it. ``planned``: each step decides for the next one.
+    ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
+    block. ``planned``: each step decides for the next one.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -45,6 +47,7 @@ class CacheSize:
     num_steps: int
     placement: Placement | None
     ep_size: int
+    experts_per_owner: int
     planned: bool
     output_history: int | None
     output_bytes: int
@@ -93,7 +96,7 @@ class CacheSize:
 
     @property
     def _entries_at_an_owner(self) -> int:
-        return min(self._entries, -(-self.spec.num_experts // self.ep_size))
+        return min(self._entries, self.experts_per_owner)
 
     def _modules(self, half: Half, block: int) -> list[int]:
         """Bytes per token of one block's modules after each step."""
@@ -194,9 +197,22 @@ def cache_size(
         num_steps,
         placement,
         ep_size,
+        experts_per_owner=_experts_per_owner(config, spec, ep_size),
         planned=config.parallel.exchange == "planned",
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
+    )
+
+
+def _experts_per_owner(config: Config, spec: ModelSpec, ep_size: int) -> int:
+    path = config.parallel.expert_placement
+    table = (
+        PlacementTable.contiguous(spec.moe_blocks, spec.num_experts, ep_size)
+        if path is None
+        else PlacementTable.read(path)
+    )
+    return max(
+        len(placement.experts_of(rank)) for placement in table.by_block.values() for rank in range(placement.num_ranks)
     )
 
 

@@ -83,16 +83,20 @@ def test_remembered_outputs_are_predicted(policy: str, network: str, full_steps:
     config = make_config(tmp_path, network, policy=policy, full_steps=full_steps)
     plain = generate(config, 3)[1][2]
     requests = [Request(index, index % 10) for index in range(2)]
-    outcome = calibrate(Engine.from_config(config), requests, requests)
+    engine = Engine.from_config(config)
+    outcome = calibrate(engine, requests, requests)
     (tmp_path / "fitted.json").write_text(outcome.calibration.to_json())
     cache = config.cache.model_copy(update={"calibration": tmp_path / "fitted.json"})
     report, predicted = generate(config.model_copy(update={"cache": cache}), 3)
     assert report.cache.bytes_peak == predicted[2] > plain
     limits = [config.cache.model_copy(update={"memory_limit": f"{predicted[2] - short}B"}) for short in (0, 1)]
-    engine = Engine.from_config(config)
-    engine.with_cache(limits[0], outcome.calibration).check_memory(2)
+    engines = [
+        Engine(config.model_copy(update={"cache": cache}), engine.mesh, engine.model, calibration=outcome.calibration)
+        for cache in limits
+    ]
+    engines[0].check_memory(2)
     with pytest.raises(UserError, match="memory_limit"):
-        engine.with_cache(limits[1], outcome.calibration).check_memory(2)
+        engines[1].check_memory(2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])

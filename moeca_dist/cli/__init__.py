@@ -7,7 +7,7 @@ import, and ``--help`` or a mistyped key must not wait for them.
 from collections.abc import Sequence
 
 from moeca_dist import __version__
-from moeca_dist.cli import batch, calibrate, convert, evaluate, generate, report, tune
+from moeca_dist.cli import batch, calibrate, convert, evaluate, generate, place, report, trace, tune
 from moeca_dist.cli.arguments import Parser, dispatch
 from moeca_dist.cli.outcomes import exit_code
 
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_arguments(commands.add_parser("convert", help="rewrite a checkpoint", description=convert.HELP))
     calibrate.add_arguments(commands.add_parser("calibrate", help="correct a cache", description=calibrate.HELP))
     tune.add_arguments(commands.add_parser("tune", help="choose a cache for a target", description=tune.HELP))
+    trace.add_arguments(commands.add_parser("trace", help="record a run's routing", description=trace.HELP))
+    place.add_arguments(commands.add_parser("place", help="place experts on ranks", description=place.HELP))
     report.add_arguments(commands.add_parser("report", help="show what a run did", description=report.HELP))
     evaluate.add_arguments(commands.add_parser("evaluate", help="measure images", description=evaluate.HELP))
     return exit_code(lambda: dispatch(parser, argv))

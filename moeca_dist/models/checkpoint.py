@@ -7,6 +7,7 @@ most that is held beyond the model itself is one tensor.
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moeca_dist.moe.router import SigmoidRouter
 from moeca_dist.parallel.dispatch import AllToAllDispatcher
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.placement_table import PlacementTable
 
 _STACKED_WEIGHTS = (("w1", "gate"), ("w3", "up"), ("w2", "down"))
 _NAMES_SHOWN = 4
@@ -32,16 +34,16 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    placement: ExpertPlacement | None = None,
+    placement: ExpertPlacement | PlacementTable | None = None,
     **options: Any,
 ) -> DiffusionTransformer:
     """Load a published checkpoint (any wrapping), a ``.safetensors`` file or a sharded folder, ready for inference.
 
     ``model(x_BCHW, t_B, y_B)`` is the raw network output [B, C_out, H, W]; ``model.spec`` says what was loaded.
 
-    With a ``mesh`` of ``ep_size`` > 1 this rank materialises only the experts that ``placement`` (default: equal runs)
-    gives it. A mesh without an expert group (``Mesh(rank, n, n, device, None, None, None)``) loads a rank's weights
-    without any process group; such a model cannot run.
+    With a ``mesh`` of ``ep_size`` > 1 this rank materialises only the experts that ``placement`` (default: equal runs;
+    a table places every block's experts apart) gives it. A mesh without an expert group (``Mesh(rank, n, n, device,
+    None, None, None)``) loads a rank's weights without any process group; such a model cannot run.
 
     Options, where the checkpoint does not tell or is to be overridden: ``family``, ``num_heads``,
     ``num_experts_per_tok``, ``n_group``, ``topk_group``, ``routed_scaling_factor``, ``input_size``; ``dtype``
@@ -113,25 +115,21 @@ def check_fits(source: TensorSource, spec: ModelSpec) -> None:
 
 
 def shard_for(
-    model: DiffusionTransformer, mesh: Mesh | None, placement: ExpertPlacement | None = None
+    model: DiffusionTransformer, mesh: Mesh | None, placement: ExpertPlacement | PlacementTable | None = None
 ) -> DiffusionTransformer:
     """Leave ``mesh``'s rank its own experts in a model on the meta device, in place; nothing to do for one rank.
 
     Raises UserError where ``placement`` is not for this model's experts and this mesh's ranks.
     """
     ep_size = 1 if mesh is None else mesh.ep_size
-    num_experts = model.spec.num_experts
+    blocks, num_experts = model.spec.moe_blocks, model.spec.num_experts
     placement = placement or ExpertPlacement.contiguous(num_experts, ep_size)
-    if (placement.num_experts, placement.num_ranks) != (num_experts, ep_size):
-        raise UserError(
-            f"the expert placement is for {placement.num_experts} experts on {placement.num_ranks} ranks, but there "
-            f"are {num_experts} experts and {ep_size} expert-parallel ranks: correct the table, or pass the mesh"
-        )
+    table = placement if isinstance(placement, PlacementTable) else PlacementTable.same(placement, blocks)
+    table.check_fits(blocks, num_experts, ep_size)
     if mesh is None or ep_size == 1:
         return model
     group = mesh.expert_group
-    make_dispatcher = None if group is None else lambda: AllToAllDispatcher(group, placement)
-    return shard_experts(model, placement, mesh.ep_rank, make_dispatcher)
+    return shard_experts(model, table, mesh.ep_rank, None if group is None else partial(AllToAllDispatcher, group))
 
 
 def full_precision_keys(model: DiffusionTransformer) -> frozenset[str]:

@@ -14,6 +14,7 @@ from moeca_dist.models.registry import build_model, override, published_spec
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.models.tensor_source import open_source
 from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.parallel.placement_table import PlacementTable
 
 _IDENTITY = ("family", "depth", "hidden_size", "num_experts", "expert_width")
 
@@ -42,14 +43,17 @@ def check_weights(config: ModelConfig) -> ModelSpec:
     return spec
 
 
-def load_weights(config: ModelConfig, mesh: Mesh) -> DiffusionTransformer:
-    """This rank's part of the network, ready for inference. Raises UserError as ``check_weights`` does."""
+def load_weights(config: ModelConfig, mesh: Mesh, table: PlacementTable | None = None) -> DiffusionTransformer:
+    """This rank's part of the network, ready for inference; ``table`` None: equal runs of experts.
+
+    Raises UserError as ``check_weights`` does, and for a table of another network or number of ranks.
+    """
     spec = check_weights(config)
     if config.checkpoint is not None:
-        return load_model(config.checkpoint, mesh=mesh, dtype=config.dtype, **_stated(config))
+        return load_model(config.checkpoint, mesh=mesh, placement=table, dtype=config.dtype, **_stated(config))
     with torch.device("meta"):
         model = build_model(spec)
-    shard_for(model, mesh)
+    shard_for(model, mesh, table)
     return randomise(model, mesh.device, parse_dtype(config.dtype))
 
 

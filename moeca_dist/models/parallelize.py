@@ -1,6 +1,7 @@
 """The pass that turns a single-device model into a rank's part of an expert-parallel one."""
 
 from collections.abc import Callable
+from functools import cache
 
 from torch import nn
 
@@ -8,26 +9,28 @@ from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.dispatch import Dispatcher
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.placement_table import PlacementTable
 
 
 def shard_experts(
     model: DiffusionTransformer,
-    placement: ExpertPlacement,
+    table: PlacementTable,
     ep_rank: int,
-    make_dispatcher: Callable[[], Dispatcher] | None = None,
+    make_dispatcher: Callable[[ExpertPlacement], Dispatcher] | None = None,
 ) -> DiffusionTransformer:
-    """Keep only the experts that ``placement`` gives to ``ep_rank``, and swap the dispatcher, in place.
+    """Keep only the experts that ``table`` gives to ``ep_rank``, and swap the dispatchers, in place.
 
     Run it on a model on the meta device, before weights are loaded: experts of other ranks are then never
     materialised. Without ``make_dispatcher`` the layers hold the rank's experts but cannot run (weight inspection).
     """
-    local = placement.experts_of(ep_rank)
-    dispatcher = make_dispatcher() if make_dispatcher is not None else None
-    for _, layer in model.moe_layers():
-        _keep_experts(layer.experts, len(local))
-        layer.local_expert_ids = local
-        if dispatcher is not None:
-            layer.dispatcher = dispatcher
+    # Blocks that are placed alike share a dispatcher, and with it the tables on the device.
+    shared = None if make_dispatcher is None else cache(make_dispatcher)
+    for block, layer in model.moe_layers():
+        placement = table.by_block[block]
+        layer.local_expert_ids = placement.experts_of(ep_rank)
+        _keep_experts(layer.experts, len(layer.local_expert_ids))
+        if shared is not None:
+            layer.dispatcher = shared(placement)
     return model
 
 

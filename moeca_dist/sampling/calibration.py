@@ -70,6 +70,7 @@ def fitted_for(
     config: Config, num_steps: int, policy: Policy | None, halves: Sequence[Half], model: DiffusionTransformer
 ) -> FittedFor:
     """What weights that are calibrated for a run depend on."""
+    # Defaults are left out, so that a calibration outlives options that it knows nothing of.
     options = config.cache.model_dump(mode="json", exclude_defaults=True)
     cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
     if policy is not None:

@@ -7,7 +7,7 @@ nothing is taken on trust: other images decide whether the weights are used at a
 import logging
 
 from moeca_dist.cache.policies.network_forecast import DEFAULT_ORDER
-from moeca_dist.config import QualityName
+from moeca_dist.config import CacheConfig, QualityName
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.sampling.calibration import Calibration
@@ -38,28 +38,33 @@ def automatic(engine: Engine, quality: QualityName | None, target_psnr_db: float
     check = image_set(engine, _requests(engine, SEED + 1))
     shares = STEPS if quality is None else (SHARES[quality],)
     for share in shares:
-        chosen, figures = _calibrated(lab, check, share)
+        cache, calibration, figures = _calibrated(lab, check, share)
         if target_psnr_db is None or figures.bound_db >= target_psnr_db:
             _say(
                 engine,
                 f"calibrated cache: {figures.speedup:.2f}x fewer FLOPs, {figures.mean_db:.1f} dB on average",
             )
-            return chosen
+            return _with(engine, cache, calibration)
     _say(engine, f"no cache gives {target_psnr_db:g} dB to 95% of the images: everything is computed")
-    return engine.without_cache()
+    return _with(engine, CacheConfig(), None)
 
 
-def _calibrated(lab: Laboratory, check: ImageSet, share: float) -> tuple[Engine, Figures]:
+def _with(engine: Engine, cache: CacheConfig, calibration: Calibration | None) -> Engine:
+    """The run that was asked for, telemetry included, with another cache."""
+    config = engine.config.model_copy(update={"cache": cache})
+    return Engine(config, engine.mesh, engine.model, engine.decoder, calibration)
+
+
+def _calibrated(lab: Laboratory, check: ImageSet, share: float) -> tuple[CacheConfig, Calibration | None, Figures]:
     total = max(lab.num_halves, round(share * lab.num_halves * lab.num_steps))
     cache = Candidate("network_forecast", DEFAULT_ORDER, lab.schedules(total)[0]).cache()
     weights = lab.fitted(cache).fitted.weights
     plain, corrected = lab.measured(cache, None, check), lab.measured(cache, weights, check)
     if corrected.mean_db <= plain.mean_db:
         # Too few images for this network: weights that do not help others are not used.
-        return lab.engine.with_cache(cache), plain
+        return cache, None, plain
     fitted_on = {"num_images": NUM_IMAGES, "seeds": [SEED]}
-    calibration = Calibration(lab.engine.with_cache(cache).fitted_for(), weights, fitted_on)
-    return lab.engine.with_cache(cache, calibration), corrected
+    return cache, Calibration(lab.engine.with_cache(cache).fitted_for(), weights, fitted_on), corrected
 
 
 def _requests(engine: Engine, seed: int) -> list[Request]:

@@ -120,7 +120,7 @@ class Laboratory:
         """``cache`` on images that it was not fitted on, with ``weights`` or with plain guidance."""
         engine = self.engine.with_cache(cache)
         combine = None if weights is None else corrected(engine, weights)
-        return self._figures(*engine.denoise(images.share, combine), images)
+        return self._figures(*engine.denoise_counting(images.share, combine), images)
 
     def neighbour(self, schedule: Schedule, tried: set[Schedule], number: int) -> Schedule | None:
         """The best by proxy of some random neighbours that were not tried; None where there is no other."""

@@ -1,0 +1,178 @@
+"""What clusters of H100 GPUs should do with the published networks: a plan, not a measurement.
+
+    python benchmarks/plan.py                        # writes results/plan.json, .md and .png
+
+Every layout of 8, 64, 512 and 4096 GPUs (the size of the expert-parallel group, the rest data-parallel), uncached and
+with the default policy, from the roofline of ``sim_gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hardware import conditions
+from plan_report import plan_markdown, plot
+from sim_gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
+from sim_step import Mode, StepTime, simulate_step
+
+from moeca_dist.cache.policies.moeca_forecast import scaled_steps
+from moeca_dist.parallel.cost import Topology
+from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.traffic import LayerTraffic, Returns, layer_traffic
+
+SHAPES = (
+    Shape("DSMoE-3B-E16", 30, 15, 1152, 16, 2, 2880, 2880, 4608, 256, 32, 50, 3.102e9, "256 x 256"),
+    Shape("DiT-MoE-G-16E2A", 40, 40, 1408, 16, 2, 5632, 2816, 0, 256, 32, 50, 16.504e9, "256 x 256"),
+    Shape(
+        "HiDream-I1", 48, 48, 2560, 4, 2, 6912, 3584, 0, 4352, 1, 50, 17.1e9,
+        "1024 x 1024 and 256 text tokens, routed in all blocks",
+    ),
+    Shape(
+        "HunyuanImage-3.0", 32, 32, 4096, 64, 8, 3072, 3072, 0, 4352, 1, 50, 80e9,
+        "1024 x 1024 and 256 text tokens; keys and values of a quarter of the heads; writing text is not counted", 0.25,
+    ),
+)  # fmt: skip
+MODES: tuple[Mode, ...] = ("exact", "planned", "budget")
+GPUS = (8, 64, 512, 4096)
+ZIPF = 0.3
+REFRESH_SHARE = 0.022  # of the branches in a cache step: measured on the shipped model
+BUDGET_ROOM = 1.25  # rows of a budget over the mean that is needed
+SAMPLED_TOKENS = 16384  # of a group
+SAMPLED_LAYERS = 4
+# DICE (arXiv 2411.16786) reports 61.7-73.3% of a step in the all-to-all for DiT-MoE-XL on 8 RTX 4090 over PCIe.
+REPORTED_SHARES = (0.617, 0.733)
+CHECK = Shape("DiT-MoE-XL-8E2A", 28, 28, 1152, 8, 2, 4608, 2304, 0, 256, 4, 50, 4.168e9, "batch 32 on 8 GPUs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="default: %(default)s")
+    parser.add_argument("--zipf", type=float, default=ZIPF, help="skew of the routing; default: %(default)s")
+    parser.add_argument("--refresh-share", type=float, default=REFRESH_SHARE, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan")
+    args = parser.parse_args(argv)
+    rows = [
+        plan(shape, gpus, ep_size, args)
+        for shape in SHAPES
+        for gpus in args.gpus
+        for ep_size in layouts(shape, gpus)
+    ]  # fmt: skip
+    setting = conditions("cpu") | {"zipf": args.zipf, "refresh_share": args.refresh_share}
+    check = share_of_exchange(CHECK, RTX_4090, PCIE, 8, args.zipf)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out.with_suffix(".json")
+    out.write_text(json.dumps({"conditions": setting, "check": check, "rows": rows}, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(plan_markdown(rows, setting, SHAPES, check))
+    plot(rows, args.out.with_suffix(".png"))
+    print(f"wrote {out}, .md and .png")
+    return 0
+
+
+def layouts(shape: Shape, gpus: int) -> list[int]:
+    """Sizes of the group: an island or less, one rank per expert, and (to see where it ends) all GPUs."""
+    return sorted({min(8, shape.num_experts), min(shape.num_experts, gpus), gpus})
+
+
+def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    full_steps = len(scaled_steps(shape.num_steps))
+    share = full_steps / shape.num_steps
+    groups = min(gpus // ep_size, 4)
+
+    def mean_step(mode: Mode, returns: Returns) -> StepTime:
+        """Of the slowest of some groups, which draw their own routing."""
+        found = [
+            _step(shape, H100, NVLINK_AND_400G, ep_size, args, mode, returns, share, seed) for seed in range(groups)
+        ]
+        return max(found, key=lambda time: time.total)
+
+    exact = mean_step("exact", "sums")
+    found = {str(mode): mean_step(mode, "branches") for mode in MODES}
+    found["owner"] = mean_step("exact", "owner")
+    return {
+        "model": shape.name,
+        "gpus": gpus,
+        "ep_size": ep_size,
+        "dp_size": gpus // ep_size,
+        "images_per_gpu": shape.images_per_gpu,
+        "num_steps": shape.num_steps,
+        "uncached_ms": 1000 * exact.total,
+        "uncached_exchange_share": (exact.exchange + exact.agree) / exact.total,
+        "uncached_wait_share": exact.wait / exact.total,
+        **{f"cached_{mode}_ms": 1000 * time.total for mode, time in found.items()},
+        "cached_exchange_share": (found["exact"].exchange + found["exact"].agree) / found["exact"].total,
+        "gain": exact.total / found["exact"].total,
+        "uncached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * exact.total),
+        "cached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * found["exact"].total),
+        "weight_gib": shape.weight_bytes(ep_size) / 2**30,
+        "cache_gib": shape.stored_bytes() / 2**30,
+    }  # fmt: skip
+
+
+def share_of_exchange(shape: Shape, gpu: Gpu, topology: Topology, ranks: int, zipf: float) -> dict[str, Any]:
+    """The exchange's share of an uncached step, and at which rates of the links it would be what DICE reports."""
+    args = argparse.Namespace(zipf=zipf, refresh_share=REFRESH_SHARE)
+    time = _step(shape, gpu, topology, ranks, args, "exact", "sums", 1.0, 0)
+    sent, (level,) = time.exchange + time.agree, topology.levels
+    rest = time.total - sent
+    return {
+        "model": shape.name, "gpu": gpu.name, "ranks": ranks, "step_ms": 1000 * time.total,
+        "exchange_share": sent / time.total,
+        "implied_gb_s": [level.bytes_per_s / 1e9 * sent / (rest * share / (1 - share)) for share in REPORTED_SHARES],
+    }  # fmt: skip
+
+
+def _step(
+    shape: Shape, gpu: Gpu, topology: Topology, ep_size: int, args: argparse.Namespace, mode: Mode,
+    returns: Returns, full_share: float, seed: int,
+) -> StepTime:  # fmt: skip
+    """The mean step of a run: full and cache steps in their proportion."""
+    tokens = max(8, SAMPLED_TOKENS // ep_size)
+    scale = shape.rank_tokens / tokens
+    machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums")
+    owner_E = np.array(ExpertPlacement.contiguous(shape.num_experts, ep_size).owner_of_expert)
+    # Some layers are drawn and stand for all.
+    drawn = [_layers(shape, ep_size, owner_E, tokens, args, returns, mode, seed * 100 + layer)
+             for layer in range(min(SAMPLED_LAYERS, shape.moe_blocks))]  # fmt: skip
+    times = []
+    for step, kind in enumerate(("full", "cache")):
+        layers = [drawn[layer % len(drawn)][kind] for layer in range(shape.moe_blocks)]
+        owners = [owner_E] * shape.moe_blocks
+        # A budget replaces the exchange of cache steps only: full steps send what they send.
+        how: Mode = "exact" if mode == "budget" and kind == "full" else mode
+        times.append(simulate_step(step, layers, owners, machine, how, kind == "full"))
+    return times[0] * full_share + times[1] * (1 - full_share) if returns != "sums" else times[0]
+
+
+def _layers(
+    shape: Shape, ep_size: int, owner_E: np.ndarray, tokens: int, args: argparse.Namespace, returns: Returns,
+    mode: Mode, seed: int,
+) -> dict[str, LayerTraffic]:  # fmt: skip
+    ids_TK, home_T = zipf_routing(shape, ep_size, tokens, args.zipf, seed)
+    row_bytes = BYTES * shape.hidden
+    computed = {"full": np.ones(ids_TK.shape, bool)}
+    computed["cache"] = np.random.default_rng(seed).random(ids_TK.shape) < args.refresh_share
+    found = {
+        kind: layer_traffic(ids_TK, fresh, home_T, owner_E, ep_size, row_bytes, returns)
+        for kind, fresh in computed.items()
+    }
+    if mode == "budget":
+        found["cache"] = _budget(found["cache"])
+    return found
+
+
+def _budget(traffic: LayerTraffic) -> LayerTraffic:
+    """The same rows in equal splits: every pair of ranks moves the mean and some room."""
+
+    def equal(sent_PO: np.ndarray) -> np.ndarray:
+        return np.full(sent_PO.shape, BUDGET_ROOM * sent_PO.mean())
+
+    there_PO, back_PO = equal(traffic.there_PO), equal(traffic.back_PO)
+    return LayerTraffic(there_PO, back_PO, traffic.owners_O, traffic.rows_E, traffic.branches_P)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The step simulator: phases of work that every rank goes through, and the exchanges between them.
+
+A MoE layer of a step is: work at home (attention, router, cache), an agreement on row counts, the rows' way to the
+owners of their experts, the experts, the way back. After every collective all ranks go on together, so each phase takes
+as long as its slowest rank. What work and links take is the machine's affair: see ``sim_cpu.py`` and ``sim_gpu.py``.
+
+Shape suffixes: P ranks, O owners among them, L MoE layers, E experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeca_dist.parallel.assign import homes
+from moeca_dist.parallel.placement_table import PlacementTable
+from moeca_dist.parallel.routing_trace import RoutingTrace
+from moeca_dist.parallel.traffic import LayerTraffic, Returns, layer_traffic
+
+Mode = Literal["exact", "planned", "budget"]
+
+
+class Machine(Protocol):
+    """What a machine makes of one step's work; seconds throughout."""
+
+    def home_P(self, step: int) -> NDArray[np.float64]:
+        """Work of a step outside the routed experts, of each rank."""
+        ...
+
+    def experts_P(self, rows_E: NDArray[np.int64], owner_E: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Work of one layer's routed experts at each rank."""
+        ...
+
+    def handling_P(self, traffic: LayerTraffic) -> NDArray[np.float64]:
+        """Work of each rank for bringing rows into order, into buffers and out of them."""
+        ...
+
+    def together(self, work_P: NDArray[np.float64]) -> float:
+        """From a common start until the slowest rank has done its work."""
+        ...
+
+    def agree(self, numbers: int) -> float:
+        """Every rank learns so many counts of every rank."""
+        ...
+
+    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool) -> float:
+        """A payload collective."""
+        ...
+
+    def pass_time(self, seconds: float) -> None:
+        """The links have been idle for so long."""
+        ...
+
+
+@dataclass
+class StepTime:
+    """Seconds of the slowest rank; ``wait``: what the others lack of its work, ranks' mean."""
+
+    home: float = 0.0
+    experts: float = 0.0
+    exchange: float = 0.0
+    agree: float = 0.0
+    wait: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Waiting is inside the phases of the slowest rank."""
+        return self.home + self.experts + self.exchange + self.agree
+
+    def __add__(self, other: "StepTime") -> "StepTime":
+        return StepTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> "StepTime":
+        return StepTime(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+def traffic_of_steps(
+    trace: RoutingTrace, table: PlacementTable, num_ranks: int, placement: Literal["home", "owner"]
+) -> Iterator[list[LayerTraffic | None]]:
+    """By step: the traffic of each MoE layer, None where no router ran."""
+    home_N = homes(trace, num_ranks)
+    returns: Returns = "sums" if not trace.keeps_branches else "branches" if placement == "home" else "owner"
+    owners = [np.array(table.by_block[block].owner_of_expert) for block in trace.blocks]
+    for step in range(trace.num_steps):
+        found: list[LayerTraffic | None] = []
+        for place, owner_E in enumerate(owners):
+            ids_NK = trace.expert_ids_SLHBTK[step, place].reshape(-1, trace.num_experts_per_tok)
+            fresh_NK = trace.refreshed_SLHBTK[step, place].reshape(ids_NK.shape)
+            if not trace.keeps_branches and not fresh_NK.any():
+                found.append(None)
+            else:
+                found.append(layer_traffic(ids_NK, fresh_NK, home_N, owner_E, num_ranks, trace.row_bytes, returns))
+        yield found
+
+
+def simulate_step(
+    step: int,
+    layers: Sequence[LayerTraffic | None],
+    owners_LE: Sequence[NDArray[np.int64]],
+    machine: Machine,
+    mode: Mode = "exact",
+    full: bool = True,
+) -> StepTime:
+    """One step. ``full``: everything is computed, so that mode ``planned`` agrees layer by layer as ``exact`` does.
+
+    Mode ``budget`` agrees on nothing: its rows are those of the traffic, its shapes are fixed.
+    """
+    home_P = machine.home_P(step)
+    num_ranks, time = len(home_P), StepTime()
+    planned = mode == "planned" and not full
+    if planned and num_ranks > 1:
+        time.agree += machine.agree(len(layers) * (2 * num_ranks + 4))
+    for traffic, owner_E in zip(layers, owners_LE, strict=True):
+        work_P = home_P / len(layers)
+        payload = traffic is not None and bool(traffic.rows_E.any())
+        if traffic is not None and payload and num_ranks > 1:
+            work_P = work_P + machine.handling_P(traffic)
+        _phase(time, "home", work_P, machine)
+        if traffic is None:
+            continue
+        if num_ranks > 1 and (mode == "exact" or (mode == "planned" and full)):
+            time.agree += machine.agree(2 * num_ranks)
+        if not payload:
+            continue
+        if num_ranks > 1:
+            time.exchange += machine.send(traffic.there_PO, traffic.owners_O, back=False)
+        _phase(time, "experts", machine.experts_P(traffic.rows_E, owner_E), machine)
+        if num_ranks > 1:
+            time.exchange += machine.send(traffic.back_PO, traffic.owners_O, back=True)
+    return time
+
+
+def _phase(time: StepTime, name: str, work_P: NDArray[np.float64], machine: Machine) -> None:
+    seconds = machine.together(work_P)
+    setattr(time, name, getattr(time, name) + seconds)
+    time.wait += seconds - float(work_P.mean()) if len(work_P) > 1 else 0.0
+    machine.pass_time(seconds)

@@ -1,0 +1,68 @@
+"""Where the experts of every MoE block live: one table per block, because blocks route independently of each other.
+
+On disk it is JSON: ``num_experts``, ``num_ranks`` and ``owner_of_expert``, a list of ranks for each block.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeca_dist.errors import UserError
+from moeca_dist.parallel.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class PlacementTable:
+    """The ``ExpertPlacement`` of each MoE block, by block index; all of the same experts and ranks."""
+
+    by_block: Mapping[int, ExpertPlacement]
+
+    @classmethod
+    def same(cls, placement: ExpertPlacement, blocks: Sequence[int]) -> "PlacementTable":
+        """One placement for all blocks."""
+        return cls(dict.fromkeys(blocks, placement))
+
+    @classmethod
+    def contiguous(cls, blocks: Sequence[int], num_experts: int, num_ranks: int) -> "PlacementTable":
+        return cls.same(ExpertPlacement.contiguous(num_experts, num_ranks), blocks)
+
+    @classmethod
+    def read(cls, path: Path) -> "PlacementTable":
+        """Raises UserError for a file that is missing or was not written by ``to_json``."""
+        if not path.is_file():
+            raise UserError(f"the expert placement {path} does not exist: write it with `moeca place`")
+        try:
+            content = json.loads(path.read_text())
+            num_experts, num_ranks = int(content["num_experts"]), int(content["num_ranks"])
+            owners = {int(block): tuple(map(int, table)) for block, table in content["owner_of_expert"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is no expert placement ({error}): write it with `moeca place`") from error
+        short = [block for block, table in owners.items() if len(table) != num_experts]
+        if short:
+            raise UserError(f"{path}: block {short[0]} does not place {num_experts} experts: write the file anew")
+        return cls({block: ExpertPlacement(table, num_ranks) for block, table in owners.items()})
+
+    def to_json(self, remarks: Mapping[str, Any]) -> str:
+        """What ``read`` reads; ``remarks`` are kept beside it for people."""
+        placements = self.by_block.values()
+        (num_experts,), (num_ranks,) = {p.num_experts for p in placements}, {p.num_ranks for p in placements}
+        owners = {str(block): list(placement.owner_of_expert) for block, placement in self.by_block.items()}
+        content = {"num_experts": num_experts, "num_ranks": num_ranks, "owner_of_expert": owners, **remarks}
+        return json.dumps(content, indent=1) + "\n"
+
+    def check_fits(self, blocks: Sequence[int], num_experts: int, num_ranks: int) -> None:
+        """Raise UserError unless the table is for these MoE blocks, experts and expert-parallel ranks."""
+        for placement in self.by_block.values():
+            if (placement.num_experts, placement.num_ranks) != (num_experts, num_ranks):
+                raise UserError(
+                    f"the expert placement is for {placement.num_experts} experts on {placement.num_ranks} ranks, but "
+                    f"there are {num_experts} experts and {num_ranks} expert-parallel ranks: correct the table, or the "
+                    "number of ranks"
+                )
+        if set(self.by_block) != set(blocks):
+            raise UserError(
+                f"the expert placement is for the blocks {sorted(self.by_block)}, but this network's MoE blocks are "
+                f"{list(blocks)}: write a table for this network with `moeca place`"
+            )

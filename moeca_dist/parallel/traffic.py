@@ -1,0 +1,89 @@
+"""What one exchange of a MoE layer moves and computes, counted from its routing: the bytes that the exchange sends.
+
+The same rules as ``dispatch.py`` and ``pairs.py`` follow, without tensors on their way: a hidden row travels once per
+pair (a token and a rank that owns some of its experts), a header per branch. What a rank sends to itself is left out.
+
+Shape suffixes: T tokens of all ranks, K routed experts per token, E experts, P ranks as homes, O owners.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
+from moeca_dist.parallel.pairs import HEADER_BYTES
+
+Returns = Literal["sums", "branches", "owner"]
+"""What comes back: sums per pair (nothing is kept), single branches (kept at home), or sums of what owners keep."""
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """Bytes ``there_PO`` from homes to owners and ``back_PO`` from owners to homes, by pair of ranks.
+
+    ``owners_O``: the rank of each column; ranks without experts have none. ``rows_E``: branches computed by expert.
+    ``branches_P``: what each home asks for, a header each, those that stay at home among them.
+    """
+
+    there_PO: NDArray[np.int64]
+    back_PO: NDArray[np.int64]
+    owners_O: NDArray[np.int64]
+    rows_E: NDArray[np.int64]
+    branches_P: NDArray[np.int64]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of all ranks together, as ``Traffic.bytes_sent`` counts them."""
+        return int(self.there_PO.sum() + self.back_PO.sum())
+
+
+def layer_traffic(
+    expert_ids_TK: NDArray[np.integer],
+    refreshed_TK: NDArray[np.bool_],
+    home_T: NDArray[np.integer],
+    owner_of_expert_E: NDArray[np.integer],
+    num_ranks: int,
+    row_bytes: int,
+    returns: Returns,
+) -> LayerTraffic:
+    """One layer in one step, of all ranks of a group together; ``home_T``: the rank of each token."""
+    owners_O, column_E = np.unique(owner_of_expert_E, return_inverse=True)
+    column_TK = column_E[expert_ids_TK]
+    shape = num_ranks, len(owners_O)
+    sent_TK = refreshed_TK
+    if returns == "owner":
+        sent_TK = np.repeat(np.any(refreshed_TK, axis=1, keepdims=True), refreshed_TK.shape[1], axis=1)
+    branches_PO = _branches(column_TK, sent_TK, home_T, shape)
+    hidden_PO = _pairs(column_TK, refreshed_TK, home_T, shape)
+    answers_PO = hidden_PO if returns != "owner" else _pairs(column_TK, sent_TK, home_T, shape)
+    header = {"sums": SUM_HEADER_BYTES, "branches": BRANCH_HEADER_BYTES, "owner": HEADER_BYTES}[returns]
+    away_PO = owners_O[None, :] != np.arange(num_ranks)[:, None]
+    back_PO = (branches_PO if returns == "branches" else answers_PO) * row_bytes
+    return LayerTraffic(
+        (branches_PO * header + hidden_PO * row_bytes) * away_PO,
+        back_PO * away_PO,
+        owners_O,
+        np.bincount(expert_ids_TK[refreshed_TK], minlength=len(owner_of_expert_E)),
+        branches_PO.sum(1),
+    )
+
+
+def _branches(
+    column_TK: NDArray[np.integer], sent_TK: NDArray[np.bool_], home_T: NDArray[np.integer], shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    """[P, O]: branches by home and owner."""
+    cell_N = (home_T[:, None] * shape[1] + column_TK)[sent_TK]
+    return np.bincount(cell_N, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def _pairs(
+    column_TK: NDArray[np.integer], sent_TK: NDArray[np.bool_], home_T: NDArray[np.integer], shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    """[P, O]: tokens with at least one branch at the owner."""
+    # Slots of a token at one owner count once: sorted, equal neighbours are dropped.
+    sorted_TK = np.sort(np.where(sent_TK, column_TK, -1), axis=1)
+    first_TK = sorted_TK >= 0
+    first_TK[:, 1:] &= sorted_TK[:, 1:] != sorted_TK[:, :-1]
+    return _branches(sorted_TK, first_TK, home_T, shape)

@@ -1,0 +1,172 @@
+"""The step simulator: its phases, its CPU table, its validation, and the plan's sanity."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeca_dist.errors import UserError
+from moeca_dist.parallel.placement_table import PlacementTable
+from moeca_dist.parallel.routing_trace import RoutingTrace
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The benchmark's modules import each other as scripts do."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    yield importlib.import_module
+
+
+def made_trace(keeps: bool = True) -> RoutingTrace:
+    """3 steps, 2 MoE layers, 2 halves, 4 images of 8 tokens, top-2 of 8; only step 0 is full, step 2 refreshes none."""
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((3, 2, 2, 4, 8, 8)), -1)[..., :2].astype(np.uint8)
+    fresh = rng.random(ids.shape) < 0.2
+    fresh[0], fresh[2] = True, False
+    return RoutingTrace(ids, fresh, (1, 3), 8, 64, keeps)
+
+
+def made_table() -> dict[str, Any]:
+    """Every image costs 10 ms of each step; an expert 0.1 ms per row; an exchange 2 ms and 1 us per byte."""
+    compute = {
+        str(world): {str(n): {"attention": [0.01 * n] * 3, "experts": [1.0] * 3} for n in (1, 2, 4)} for world in (1, 2)
+    }
+    micro = {
+        "experts": {"least_s": 0.0, "per_expert_s": {str(n): 1e-4 * n for n in (1, 2, 256)}},
+        "exchange": {
+            "agree_s": 0.001,
+            "agree_core_s": 0.0,
+            "layer_s": 0.0,
+            "cells": [{"tokens": n, "bytes": n, "core_s": 0.002 + 1e-6 * n} for n in (1, 100, 10_000)],
+        },
+    }
+    return {"compute": dict.fromkeys(("uncached", "moeca_forecast"), compute), "micro": {"2": micro, "4": micro}}
+
+
+class Counted:
+    """One second for everything, two ranks."""
+
+    def __init__(self) -> None:
+        self.agreed: list[int] = []
+        self.idle = 0.0
+
+    def home_P(self, step: int) -> np.ndarray:
+        return np.array([2.0, 4.0])
+
+    def experts_P(self, rows_E: np.ndarray, owner_E: np.ndarray) -> np.ndarray:
+        return np.array([1.0, 3.0])
+
+    def handling_P(self, traffic: Any) -> np.ndarray:
+        return np.array([0.5, 0.5])
+
+    def together(self, work_P: np.ndarray) -> float:
+        return float(work_P.max())
+
+    def agree(self, numbers: int) -> float:
+        self.agreed.append(numbers)
+        return 0.25
+
+    def send(self, sent_PO: np.ndarray, owners_O: np.ndarray, back: bool) -> float:
+        return 1.0
+
+    def pass_time(self, seconds: float) -> None:
+        self.idle += seconds
+
+
+@pytest.mark.parametrize(("mode", "agreements"), [("exact", [2, 2, 2]), ("planned", [2, 1, 1]), ("budget", [0, 0, 0])])
+def test_a_step_is_its_phases(load, mode: str, agreements: list[int]) -> None:
+    sim = load("sim_step")
+    trace, table = made_trace(), PlacementTable.contiguous((1, 3), 8, 2)
+    owners = [np.array(table.by_block[block].owner_of_expert) for block in (1, 3)]
+    for step, layers in enumerate(sim.traffic_of_steps(trace, table, 2, "home")):
+        machine = Counted()
+        time = sim.simulate_step(step, layers, owners, machine, mode, full=step == 0)
+        assert len(machine.agreed) == agreements[step] and time.agree == 0.25 * agreements[step]
+        if step == 2:  # nothing travels
+            assert (time.home, time.experts, time.exchange) == (4.0, 0.0, 0.0)
+        else:
+            assert (time.home, time.experts, time.exchange) == (5.0, 6.0, 4.0)
+            # Of every phase what the mean rank lacks of the slowest: 1 of home, 2 of experts.
+            assert time.wait == pytest.approx(3.0)
+        assert machine.idle == time.home + time.experts and time.total == time.home + time.experts + time.exchange + (
+            time.agree
+        )
+
+
+def test_module_policies_agree_on_nothing_where_no_router_ran(load) -> None:
+    sim = load("sim_step")
+    layers = list(sim.traffic_of_steps(made_trace(keeps=False), PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
+    assert layers[2] == [None, None] and None not in layers[0]
+
+
+def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
+    cpu, netns, simulate = load("sim_cpu"), load("netns"), load("simulate")
+    trace, table = made_trace(), made_table()
+    # Nothing is refreshed in the last step: it is all of the table.
+    assert simulate.predict_run(table, trace, "moeca_forecast", 1, 2.0)[2].total == pytest.approx(0.04 + 1.0)
+    two, four = (simulate.predict_run(table, trace, "moeca_forecast", ranks, 2.0) for ranks in (2, 4))
+    # Half of the images each; with four ranks two share a core, so nothing is gained.
+    assert two[2].home == pytest.approx(1.02) and four[2].home == pytest.approx(2 * 1.01)
+    slow = simulate.predict_run(table, trace, "moeca_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1), probe_mbit=0.8)
+    step = next(load("sim_step").traffic_of_steps(trace, PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
+    most = sum(max(traffic.there_PO.sum(1).max(), traffic.there_PO.sum(0).max()) for traffic in step) / 1e5
+    most += sum(max(traffic.back_PO.sum(1).max(), traffic.back_PO.sum(0).max()) for traffic in step) / 1e5
+    assert most - 4 * 1024 / 1e5 <= slow[0].exchange <= most
+    with pytest.raises(UserError, match="no measurement of 4"):
+        cpu.CpuMachine({"compute": {"uncached": {"1": {"1": {}}}}, "micro": table["micro"]}, "uncached", trace, 1, 2.0)
+
+
+def test_validation_writes_every_error_and_fails_above_the_target(load, tmp_path: Path, capsys) -> None:
+    simulate = load("simulate")
+    trace, table = made_trace(), made_table() | {"conditions": {}}
+    (tmp_path / "net.json").write_text(json.dumps(table))
+    for policy in ("uncached", "moeca_forecast"):
+        trace.save(tmp_path / f"net_{policy}.npz")
+    expected = sum(step.total for step in simulate.predict_run(table, trace, "moeca_forecast", 2, 2.0))
+
+    def row(measured: float, num_ranks: int = 2) -> dict[str, Any]:
+        return {
+            "config": "net", "policy": "moeca_forecast", "num_ranks": num_ranks, "link": None, "measured_link": None,
+            "num_images": 4, "num_steps": 3, "cores_used_by_others": 0.0, "seconds": {"exchange": 1.0},
+            "denoise_s": {"median": measured, "low": measured, "high": measured},
+        }  # fmt: skip
+
+    sweep = tmp_path / "sweep.json"
+    argv = ["--validate", str(sweep), "--tables", str(tmp_path), "--cores", "2", "--out", str(tmp_path / "out")]
+    conditions = {"date": "today", "commit": "abc", "note": ""}
+    sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(9.9, 1), row(expected * 1.1)]}))
+    assert simulate.main(argv) == 0
+    written = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(written) == 1 and written[0]["error"] == pytest.approx(1 / 1.1 - 1)
+    assert "1 of 1 cells are within 15%" in (tmp_path / "out.md").read_text()
+    sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(expected * 1.3)]}))
+    assert simulate.main(argv) == 1
+    sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(1.0) | {"num_steps": 7}]}))
+    assert simulate.main(argv) == 2 and "measure again" in capsys.readouterr().err
+
+
+def test_the_plan_keeps_to_what_must_hold(load, tmp_path: Path, monkeypatch) -> None:
+    plan = load("plan")
+    monkeypatch.setattr(plan, "SAMPLED_TOKENS", 2048)
+    monkeypatch.setattr(plan, "SAMPLED_LAYERS", 1)
+    assert plan.main(["--gpus", "8", "64", "--out", str(tmp_path / "plan")]) == 0
+    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {shape.name for shape in plan.SHAPES}
+    for row in rows:
+        assert row["ep_size"] * row["dp_size"] == row["gpus"] and 0 < row["uncached_exchange_share"] < 1
+        assert row["cached_planned_ms"] <= row["cached_exact_ms"] < row["uncached_ms"]
+    for shape in plan.SHAPES:
+        widest, island = (
+            next(row for row in rows if row["model"] == shape.name and row["gpus"] == 64 and row["ep_size"] == size)
+            for size in (64, min(8, shape.num_experts))
+        )
+        # Leaving the island costs more than it brings.
+        assert widest["uncached_ms"] > island["uncached_ms"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000 and "predictions" in (tmp_path / "plan.md").read_text()
