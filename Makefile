@@ -46,6 +46,8 @@ lint: $(STAMP)
 gpu: $(if $(GPU_PYTHON),,$(STAMP))
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu
 	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/layer.py --device cuda --ranks 1 --out benchmarks/results/layer_cuda
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/kernels.py --device cuda --out benchmarks/results/kernels_cuda
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu_e2e.py --device cuda --out benchmarks/results/gpu_e2e_cuda
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

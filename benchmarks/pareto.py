@@ -77,7 +77,7 @@ def benchmark(args: argparse.Namespace) -> None:
     wanted = [case for case in CASES if any(part in case.name for part in args.only)]
     cases = [case for case in wanted if not args.quick or case.name in QUICK]
     if not cases:
-        raise UserError(f"no configuration's name contains {' or '.join(args.only)}")
+        raise UserError(f"no configuration's name contains {' or '.join(map(repr, args.only))}")
     if min(args.num_images, args.batch_size, args.workers) < 1 or args.num_images < 2:
         raise UserError("--num-images must be at least 2, --batch-size and --workers at least 1")
     configs = checked(cases, args.num_steps, guided=args.cfg_scale != 1)

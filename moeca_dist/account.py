@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeca_dist.cache.policy import Half, Policy
@@ -32,6 +32,12 @@ class Setup:
     halves: Sequence[Half]
     policy: Policy | None
     placement: Placement | None
+    budget_rows: Mapping[int, int]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing travels, and the exchange mode means nothing."""
+        return self.mesh.expert_group is None and self.config.parallel.exchange == "exact"
 
     def work(self, num_images: int, statistics: CacheStatistics) -> Work:
         return Work(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
@@ -91,7 +97,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         flops=work.flops(),
         branches=work.branches(),
         exchange=ExchangeReport(
-            mode=config.parallel.exchange if group or config.parallel.exchange == "planned" else "local",
+            mode="local" if setup.is_local else config.parallel.exchange,
             placement=setup.placement,
             bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
             bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
@@ -99,6 +105,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
             collectives_elided=group.traffic.collectives_elided if group else 0,
             agreements=group.traffic.agreements if group else 0,
             bytes_per_step=work.bytes_per_step(),
+            budget=work.budget(setup.budget_rows),
         ),
         cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark),
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),

@@ -8,7 +8,7 @@ from moeca_dist.errors import UserError
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import check_exchange
+from moeca_dist.moe.placement import budget_rows, check_exchange
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.sampling.calibration import Calibration, read_calibration
@@ -47,6 +47,8 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)
     read_placement(config)
+    if config.parallel.exchange == "budget":
+        budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, [0] * spec.num_experts)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     check_decoder(config, spec)
     return spec

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.account import Counters, Setup, account
+from moeca_dist.arrangement import budget_of_round, placement_of_values, rows_of_budget
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
@@ -26,11 +27,10 @@ from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
+from moeca_dist.moe.placement import check_exchange
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.report import FlopsReport, Report
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitted_for, fitting_calibration
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
@@ -66,7 +66,11 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         check_exchange(config, self.policy)
-        self.placement = self._choose_placement()
+        element_bytes = next(model.parameters()).element_size()
+        self.placement = placement_of_values(
+            config, model.spec, self.policy, self.num_steps, self._halves, mesh.ep_size, element_bytes
+        )
+        self.budget_rows = rows_of_budget(config, model.spec, mesh.ep_size)
         self.calibration = calibration or self._read_calibration()
         self._gpu = open_gpu(config.telemetry, mesh)
 
@@ -166,7 +170,7 @@ class Engine:
 
         Without telemetry, and with the exact exchange, which all policies offer.
         """
-        parallel = self.config.parallel.model_copy(update={"exchange": "exact"})
+        parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
         changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
@@ -225,22 +229,17 @@ class Engine:
         path = self.config.cache.calibration
         return None if path is None else agreed(self.mesh, lambda: fitting_calibration(path, self.fitted_for()))
 
-    def _choose_placement(self) -> Placement | None:
-        if self.policy is None:
-            return None
-        spec = self.model.spec
-        return choose_placement(
-            self.config.cache,
-            self.policy,
+    def _setup(self) -> Setup:
+        return Setup(
+            self.config,
+            self.mesh,
+            self.model.spec,
             self.num_steps,
             self._halves,
-            spec.num_experts_per_tok,
-            spec.hidden_size * next(self.model.parameters()).element_size(),
-            ExpertPlacement.contiguous(spec.num_experts, self.mesh.ep_size),
+            self.policy,
+            self.placement,
+            self.budget_rows or {},
         )
-
-    def _setup(self) -> Setup:
-        return Setup(self.config, self.mesh, self.model.spec, self.num_steps, self._halves, self.policy, self.placement)
 
     def _open_session(
         self, share: Sequence[Request], counters: Counters, combine: Combine | None
@@ -260,6 +259,7 @@ class Engine:
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self.config.parallel.exchange == "planned",
+            budget=budget_of_round(self.config, self.budget_rows, self.model.spec, self.mesh, len(share)),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )
@@ -312,6 +312,9 @@ class Engine:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic(observed.timer)
         return Counters(observed)
+
+
+_EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "budget_fill": False}
 
 
 def join(config: Config) -> Mesh:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moeca_dist.arrangement import placement_of_values
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES
@@ -17,8 +18,7 @@ from moeca_dist.config import CacheConfig, Config, parse_size
 from moeca_dist.errors import UserError
 from moeca_dist.models.options import parse_dtype
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, choose_placement
-from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.moe.placement import Placement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import scaled
 from moeca_dist.sampling.calibration import Calibration, read_calibration
@@ -34,7 +34,7 @@ class CacheSize:
 
     Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
-    block. ``planned``: each step decides for the next one.
+    block. ``planned``: each step decides for the next one. ``budgeted``: rows are, and branches wait for room.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -49,6 +49,7 @@ class CacheSize:
     ep_size: int
     experts_per_owner: int
     planned: bool
+    budgeted: bool
     output_history: int | None
     output_bytes: int
 
@@ -80,6 +81,8 @@ class CacheSize:
         yield from (self._modules(half, block) for block in range(self.spec.depth))
         if self.planned:
             yield self._plans(half)
+        if self.budgeted:
+            yield self._backlogs(half)
 
     @property
     def _row(self) -> int:
@@ -128,6 +131,16 @@ class CacheSize:
             branches * (expert_id + entry + found + reason) * sum(both)
             for both in zip(served, [*served[1:], False], strict=True)
         ]
+
+    def _backlogs(self, half: Half) -> list[int]:
+        """Bytes per token of what waits for room, in all blocks, after each step."""
+        expert_id, waited = 8, 1
+        branches = len(self.spec.moe_blocks) * self.spec.num_experts_per_tok
+        started, held = False, []
+        for index in range(self.num_steps):
+            started |= not self._is_full(index, half)
+            held.append(branches * (expert_id + waited) * started)
+        return held
 
     def _outputs(self, half: Half) -> list[int]:
         """Bytes per image of the outputs that a calibrated run remembers, after each step."""
@@ -182,10 +195,7 @@ def cache_size(
         return None
     halves = HALVES if guided else HALVES[:1]
     element_bytes = parse_dtype(config.model.dtype).itemsize
-    placement = choose_placement(
-        config.cache, policy, num_steps, halves, spec.num_experts_per_tok, spec.hidden_size * element_bytes,
-        ExpertPlacement.contiguous(spec.num_experts, ep_size),
-    )  # fmt: skip
+    placement = placement_of_values(config, spec, policy, num_steps, halves, ep_size, element_bytes)
     if calibration is None and config.cache.calibration is not None:
         calibration = read_calibration(config.cache.calibration)
     return CacheSize(
@@ -199,6 +209,7 @@ def cache_size(
         ep_size,
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
         planned=config.parallel.exchange == "planned",
+        budgeted=config.parallel.exchange == "budget",
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher
+from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, FixedRows
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.types import Branches, Request, Routing
 
@@ -177,6 +177,13 @@ class _RecordingDispatcher:
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
         return self._inner.combine(outputs_RD, dispatched)
+
+    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> DispatchedRows:
+        """Never noted: traces are recorded with the exact exchange."""
+        return self._inner.dispatch_fixed(x_TD, fixed)
+
+    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
+        return self._inner.combine_fixed(outputs_RD, dispatched)
 
     def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
         return self._inner.combine_sums(outputs_RD, dispatched, routing)

@@ -1,8 +1,14 @@
 """Shared fixtures. Worker ranks are started once per session: each start costs seconds."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which DeepSpeed does wherever it is installed.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.ranks import RankPool
 

@@ -20,6 +20,9 @@ from moeca_dist.errors import IncompleteError
 from moeca_dist.report_view import read_report
 from tests.faulty_workers import PoisonedChunkWorker
 
+# Minutes of two raylets, with timeouts that a busy machine stretches.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # More images than a test needs: kills wait for something to happen, and there must be work left when it does.
 NUM_IMAGES = 320

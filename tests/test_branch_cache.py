@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeca_dist.cache.branches import BranchCache
+from moeca_dist.cache.branches import BranchCache, Match
 from moeca_dist.cache.rows import RowCache
+from moeca_dist.kernels.types import FreshRows
+from moeca_dist.types import Routing
 
 EXPERTS, K, HIDDEN = 5, 2, 3
 
@@ -45,6 +47,14 @@ class DictCache:
         return last + (last - before) / (last_step - before_step) * (step - last_step)
 
 
+def serve(
+    cache: BranchCache, ids_TK: Tensor, gates_TK: Tensor, match: Match, refresh_TK: Tensor, fresh_TKD: Tensor, step: int
+) -> Tensor:
+    branch_N = refresh_TK.flatten().nonzero().squeeze(1)
+    fresh = FreshRows(fresh_TKD.flatten(0, 1), branch_N, branch_N, padded=False)
+    return cache.serve(Routing(ids_TK, gates_TK), match, refresh_TK, fresh, step)
+
+
 @given(
     data=st.data(),
     tokens=st.integers(0, 4),
@@ -75,19 +85,14 @@ def test_matches_the_dictionary(data: st.DataObject, tokens: int, forecast: bool
         else:
             chosen = data.draw(st.lists(st.booleans(), min_size=tokens * K, max_size=tokens * K))
             refresh_TK = ~match.found_TK | torch.tensor(chosen, dtype=torch.bool).reshape(tokens, K)
-            served = cache.weighted_sum(gates_TK, ~refresh_TK, match, step)
+            served = serve(cache, ids_TK, gates_TK, match, refresh_TK, fresh_TKD, step)
             for token, ids in enumerate(ids_TK.tolist()):
                 wanted = torch.zeros(HIDDEN)
                 for slot, expert in enumerate(ids):
-                    if not refresh_TK[token, slot]:
-                        wanted += gates_TK[token, slot] * naive.value(token, expert, step, forecast)
+                    fresh_D = fresh_TKD[token, slot]
+                    value_D = fresh_D if refresh_TK[token, slot] else naive.value(token, expert, step, forecast)
+                    wanted += gates_TK[token, slot] * value_D
                 torch.testing.assert_close(served[token], wanted, atol=1e-4, rtol=1e-4)
-            token_N, slot_N = refresh_TK.nonzero().unbind(1)
-            cache.store(
-                token_N, match.entry_TK[refresh_TK], match.found_TK[refresh_TK], ids_TK[refresh_TK],
-                fresh_TKD[token_N, slot_N], step,
-            )  # fmt: skip
-            cache.touch(match, step)
         naive.step(step, ids_TK, refresh_TK, fresh_TKD)
 
 
@@ -108,7 +113,8 @@ def test_slot_order_means_nothing() -> None:
     ids_TK = torch.tensor([[3, 1]])
     cache.store_all(ids_TK, values, cache.match(ids_TK), 0)
     swapped = torch.tensor([[1, 3]])
-    served = cache.weighted_sum(torch.tensor([[0.5, 2.0]]), torch.tensor([[True, True]]), cache.match(swapped), 1)
+    gates_TK, nothing_TK = torch.tensor([[0.5, 2.0]]), torch.tensor([[False, False]])
+    served = serve(cache, swapped, gates_TK, cache.match(swapped), nothing_TK, values, 1)
     assert served.tolist() == [[0.5 * 10 + 2.0 * 1] * HIDDEN]
 
 

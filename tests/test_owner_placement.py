@@ -152,7 +152,9 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
         cache = session.at(StepContext(index, len(script), 0.0)).block(0)
         before = group.traffic.collectives, group.traffic.collectives_elided
         parts = segment_parts(x_TD, cache)
-        plan = LayerPlan(routing, parts, [decide(part, routing, cache) for part in parts])
+        matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
+        decisions = [decide(part, routing, match, cache) for part, match in zip(parts, matches, strict=True)]
+        plan = LayerPlan(routing, parts, decisions)
         out_TD = routed_at_owners(x_TD, plan, cache, pairs, experts)
         moved.append((group.traffic.collectives - before[0], group.traffic.collectives_elided - before[1]))
         touched = loop.touched

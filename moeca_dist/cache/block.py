@@ -7,13 +7,14 @@ Shape suffixes: B images of the network's batch, T tokens of one image, D hidden
 channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
+from moeca_dist.cache.budget import Backlog, Budget
 from moeca_dist.cache.owned import HomeTable, OwnedBlock
 from moeca_dist.cache.planned import Ahead
 from moeca_dist.cache.policy import Half, ModuleView, Policy
@@ -21,6 +22,7 @@ from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import Storage
 from moeca_dist.cache.usage import UsageHistory
+from moeca_dist.kernels.types import Forecast
 from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import StepContext
 
@@ -47,6 +49,7 @@ class SegmentCache:
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
         self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
+        self.backlog = Backlog()
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
@@ -57,7 +60,8 @@ class SegmentCache:
     def num_bytes(self) -> int:
         usage = 0 if self.usage is None else self.usage.num_bytes
         modules = sum(rows.num_bytes for rows in self.modules.values())
-        return self.branches.num_bytes + self.home.num_bytes + modules + self.keys_values.num_bytes + usage
+        branches = self.branches.num_bytes + self.home.num_bytes + self.backlog.num_bytes
+        return branches + modules + self.keys_values.num_bytes + usage
 
 
 @dataclass
@@ -72,7 +76,7 @@ class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
     ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
-    ahead, None where each step decides for itself.
+    ahead, None where each step decides for itself. ``budget``: None where the number of rows follows from the data.
     """
 
     block: int
@@ -86,6 +90,7 @@ class BlockStep:
     owned: OwnedBlock | None = None
     ahead: Ahead | None = None
     timer: Timer = UNTIMED
+    budget: Budget | None = None
 
     @property
     def all_full(self) -> bool:
@@ -94,6 +99,18 @@ class BlockStep:
     @property
     def per_branch(self) -> bool:
         return self.policy.unit == "branch"
+
+    @property
+    def only_forecasts(self) -> bool:
+        """Whether attention, shared expert and dense blocks are all served from the cache, and no row of them not."""
+        policy = self.policy
+        computed = policy.computes_modules or policy.attention_sync or policy.refreshes_rows
+        return not computed and not any(segment.full for segment in self.segments)
+
+    def forecasts(self, name: str) -> Iterator[tuple[slice, Forecast]]:
+        """The images of each segment, and what is expected of a module; where ``only_forecasts``."""
+        for segment, cache in zip(self.segments, self.caches, strict=True):
+            yield segment.images, cache.module(name).forecast(self.step.index)
 
     def serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
         """A module's output [B, T, D]: computed for the full segments and stored, from the cache for the others.

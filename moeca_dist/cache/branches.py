@@ -1,15 +1,19 @@
 """The branch cache: what each routed expert gave for each token, found again by expert id.
 
-Shape suffixes: T tokens of one segment, K routed experts per token, J entries per token, D hidden size, N branches.
+Shape suffixes: T tokens of one segment, K routed experts per token, J entries per token, D hidden size, N branches,
+R rows.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
+from moeca_dist.kernels.reference import match_entries, slopes
+from moeca_dist.kernels.select import kernels_for
+from moeca_dist.kernels.types import BranchesToServe, FreshRows, RoutedTokens, RouterWeights, StoredBranches
+from moeca_dist.types import Routing
 
 EMPTY = -1
 
@@ -56,14 +60,32 @@ class EntryTable:
         if self._ids_TJ is None:
             entries = torch.arange(expert_ids_TK.shape[1], device=expert_ids_TK.device)
             return Match(entries.expand_as(expert_ids_TK), torch.zeros_like(expert_ids_TK, dtype=torch.bool))
-        same_TKJ = expert_ids_TK[:, :, None] == self._ids_TJ[:, None, :]
-        found_TK = same_TKJ.any(-1)
-        # Entries in use are sorted behind all others; the stable sort makes the choice independent of the device.
-        age_TJ = self._used_TJ + same_TKJ.any(1) * (int(self._last_step) + 2)
-        free_TJ = age_TJ.argsort(dim=-1, stable=True)
-        nth_TK = ((~found_TK).cumsum(-1) - 1).clamp(min=0)
-        entry_TK = torch.where(found_TK, same_TKJ.int().argmax(-1), free_TJ.gather(1, nth_TK))
-        return Match(entry_TK, found_TK)
+        return Match(*match_entries(expert_ids_TK, self._ids_TJ, self._used_TJ, self._last_step))
+
+    def stand_ins(self, match: Match, refresh_TK: Tensor, expert_ids_TK: Tensor) -> tuple[Match, Tensor]:
+        """Entries where some unmatched branches are not refreshed, and the expert ids [T, K] that the tokens then have.
+
+        In place of such a branch stands the token's branch that was used last and is not in use; the table must hold
+        as many branches of each token as it is routed to. Where all unmatched branches are refreshed nothing changes.
+        """
+        assert self._ids_TJ is not None
+        found_TK = match.found_TK
+        in_use_TJ = torch.zeros_like(self._ids_TJ, dtype=torch.bool).scatter_(1, match.entry_TK, found_TK)
+        free_TJ = (self._used_TJ + in_use_TJ * (self._last_step + 2)).argsort(dim=-1, stable=True)
+        kept_TK = ~found_TK & ~refresh_TK
+        nth_kept_TK = kept_TK.cumsum(-1) - 1
+        nth_new_TK = (~found_TK & refresh_TK).cumsum(-1) - 1
+        last_T1 = self.num_entries - 1 - found_TK.sum(-1, keepdim=True)
+        # New branches take the entries that were used longest ago, from the other end.
+        nth_TK = torch.where(kept_TK, last_T1 - nth_kept_TK, nth_new_TK).clamp(min=0)
+        entry_TK = torch.where(found_TK, match.entry_TK, free_TJ.gather(1, nth_TK))
+        ids_TK = torch.where(kept_TK, self._ids_TJ.gather(1, entry_TK), expert_ids_TK)
+        return Match(entry_TK, found_TK), ids_TK
+
+    def route(self, x_TD: Tensor, router: RouterWeights) -> RoutedTokens:
+        """Route the tokens and ``match`` them in one."""
+        assert self._ids_TJ is not None, "the first step of a request is a full step"
+        return kernels_for(x_TD.device).route(x_TD, router, self._ids_TJ, self._used_TJ, self._last_step)
 
     def touch(self, match: Match, step: int) -> None:
         """Note which entries the routing of ``step`` used."""
@@ -102,48 +124,58 @@ class BranchCache(EntryTable):
         tokens, k, hidden = values_TKD.shape
         if self._ids_TJ is None:
             self._allocate(tokens, values_TKD, with_reference=gates_TK is not None)
+        assert self._ids_TJ is not None
         token_N = torch.arange(tokens, device=values_TKD.device).repeat_interleave(k)
-        self.store(
-            token_N, match.entry_TK.flatten(), match.found_TK.flatten(), expert_ids_TK.flatten(),
-            values_TKD.view(-1, hidden), step, None if gates_TK is None else gates_TK.flatten(),
-        )  # fmt: skip
-        self.touch(match, step)
-
-    def store(
-        self,
-        token_N: Tensor,
-        entry_N: Tensor,
-        found_N: Tensor,
-        expert_ids_N: Tensor,
-        values_ND: Tensor,
-        step: int,
-        gates_N: Tensor | None = None,
-    ) -> None:
-        """Keep some freshly computed branches, at the entries that ``match`` gave them."""
-        assert self._ids_TJ is not None, "the first step of a request is a full step"
-        at_N = token_N * self.num_entries + entry_N
+        at_N = token_N * self.num_entries + match.entry_TK.flatten()
+        values_ND = values_TKD.view(-1, hidden)
         if self.forecast:
             gap_N = step - self._steps_TJ.view(-1)[at_N]
+            found_N = match.found_TK.flatten()
             self._slopes_TJD.put(at_N, slopes(values_ND, self._values_TJD.rows(at_N), gap_N, found_N))
         self._values_TJD.put(at_N, values_ND)
-        self._ids_TJ.view(-1)[at_N] = expert_ids_N
         self._steps_TJ.view(-1)[at_N] = step
-        if self._gates_TJ is not None and self._norms_TJ is not None and gates_N is not None:
-            self._gates_TJ.view(-1)[at_N] = gates_N.float()
-            self._norms_TJ.view(-1)[at_N] = values_ND.float().norm(dim=-1)
-        self._last_step = max(self._last_step, step)
+        self._ids_TJ.scatter_(1, match.entry_TK, expert_ids_TK)
+        if self._gates_TJ is not None and self._norms_TJ is not None and gates_TK is not None:
+            self._gates_TJ.scatter_(1, match.entry_TK, gates_TK.float())
+            self._norms_TJ.scatter_(1, match.entry_TK, values_TKD.float().norm(dim=-1))
+        self.touch(match, step)
 
-    def weighted_sum(self, gates_TK: Tensor, served_TK: Tensor, match: Match, step: int) -> Tensor:
-        """[T, D]: sum of the *current* gate x stored (or forecast) value over the branches in ``served_TK``."""
-        # Bags of rows take a third of the time of a batched product of weights and entries on CPU.
-        weights_TK = (gates_TK * served_TK).to(self._values_TJD.dtype)
-        first_T1 = torch.arange(0, self._steps_TJ.numel(), self.num_entries, device=weights_TK.device)[:, None]
-        at_TK = match.entry_TK + first_T1
-        total_TD = _weighted_rows(at_TK, self._values_TJD, weights_TK)
-        if self.forecast:
-            ahead_TK = weights_TK * (step - self._steps_TJ.gather(1, match.entry_TK))
-            total_TD += _weighted_rows(at_TK, self._slopes_TJD, ahead_TK)
+    def serve(
+        self,
+        routing: Routing,
+        match: Match,
+        refresh_TK: Tensor,
+        fresh: FreshRows,
+        step: int,
+        reference_gates_TK: Tensor | None = None,
+    ) -> Tensor:
+        """[T, D]: sum of the *current* gate x branch: fresh where it is refreshed, else stored or forecast.
+
+        ``fresh`` holds what ``refresh_TK`` says; it is kept at the entries that ``match`` gave it.
+        ``reference_gates_TK``: given always or never.
+        """
+        assert self._ids_TJ is not None, "the first step of a request is a full step"
+        ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
+        stored = StoredBranches(self._values_TJD, self._slopes_TJD if self.forecast else None, self._steps_TJ)
+        branches = BranchesToServe(gates_TK, match.entry_TK, match.found_TK, refresh_TK)
+        total_TD = kernels_for(gates_TK.device).serve_branches(stored, branches, fresh, step)
+        _replace(self._ids_TJ, match.entry_TK, refresh_TK, ids_TK)
+        if self._gates_TJ is not None and self._norms_TJ is not None and reference_gates_TK is not None:
+            _replace(self._gates_TJ, match.entry_TK, refresh_TK, reference_gates_TK.float())
+            norm_N = fresh.rows_RD.index_select(0, fresh.row_N).float().norm(dim=-1)
+            # The last place takes what stands for padding.
+            norms = norm_N.new_zeros(refresh_TK.numel() + 1).scatter_(0, fresh.branch_N, norm_N)
+            _replace(self._norms_TJ, match.entry_TK, refresh_TK, norms[:-1].view_as(refresh_TK))
+        self.touch(match, step)
         return total_TD
+
+    def expected_change(self, match: Match, step: int) -> Tensor:
+        """fp32 [T, K]: how far a stored branch is extrapolated, |slope| x steps; at order 0 the steps alone."""
+        gap_TK = (step - self._steps_TJ).gather(1, match.entry_TK).float()
+        if not self.forecast:
+            return gap_TK
+        norm_TJ = self._slopes_TJD.unpack().float().norm(dim=-1)
+        return gap_TK * norm_TJ.gather(1, match.entry_TK)
 
     def reference(self, match: Match) -> Reference | None:
         """What was kept of the branches of a routing; arbitrary where they are unmatched. None without gates."""
@@ -151,11 +183,6 @@ class BranchCache(EntryTable):
             return None
         shares_TJ = self._norms_TJ / self._norms_TJ.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return Reference(self._gates_TJ.gather(1, match.entry_TK), shares_TJ.gather(1, match.entry_TK))
-
-    def nothing(self, num_tokens: int) -> Tensor:
-        """[T, D] zeros: what a full step serves from the cache."""
-        stored = self._values_TJD
-        return torch.zeros(num_tokens, stored.shape[2], dtype=stored.dtype, device=stored.data_XD.device)
 
     @property
     def num_bytes(self) -> int:
@@ -178,13 +205,6 @@ class BranchCache(EntryTable):
             self._norms_TJ = torch.zeros(shape, device=like_TKD.device)
 
 
-def _weighted_rows(at_TK: Tensor, stored_TJD: Packed, weights_TK: Tensor) -> Tensor:
-    """[T, D]: sum over k of weight x the row ``at`` of all stored ones."""
-    rows = stored_TJD.unpack().view(-1, stored_TJD.shape[-1])
-    return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
-
-
-def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:
-    """[N, D] change per step; zero where ``before`` is another expert's value, or none."""
-    inverse_N = torch.where(found_N, gap_N.to(values_ND.dtype).reciprocal(), 0.0)
-    return (values_ND - before_ND) * inverse_N[:, None]
+def _replace(table_TJ: Tensor, entry_TK: Tensor, changed_TK: Tensor, new_TK: Tensor) -> None:
+    """Write ``new_TK`` to its entries where ``changed_TK``; dense, because the number of changes is not known."""
+    table_TJ.scatter_(1, entry_TK, torch.where(changed_TK, new_TK, table_TJ.gather(1, entry_TK)))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.cache.branches import EntryTable, Match, slopes
+from moeca_dist.cache.branches import EntryTable, Match
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
+from moeca_dist.kernels.reference import slopes
 
 
 class RowPool:

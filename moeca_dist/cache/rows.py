@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
+from moeca_dist.kernels.types import Forecast
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,26 @@ class RowCache:
 
     def forecast_into(self, out_BTD: Tensor, step: int) -> None:
         """Write the value expected in ``step``: the stored one at order 0."""
-        if len(self._differences) == 1:
-            out_BTD.copy_(self.value_BTD)
-        sum_BTD = self.value_BTD
-        factor: float | Tensor = 1.0
-        for degree, packed in enumerate(self._differences[1:], start=1):
-            difference = packed.unpack()
-            factor = factor * ((step - self._step) / degree)
+        forecast = self.forecast(step)
+        if not forecast.terms:
+            out_BTD.copy_(forecast.value_BTD)
+        sum_BTD = forecast.value_BTD
+        for difference_BTD, factor in forecast.terms:
             # One pass for each order: copying first would be another over memory, which is all that a forecast costs.
             if isinstance(factor, Tensor):
-                torch.addcmul(sum_BTD, difference, factor.to(difference.dtype), out=out_BTD)
+                torch.addcmul(sum_BTD, difference_BTD, factor.to(difference_BTD.dtype), out=out_BTD)
             else:
-                torch.add(sum_BTD, difference, alpha=factor, out=out_BTD)
+                torch.add(sum_BTD, difference_BTD, alpha=factor, out=out_BTD)
             sum_BTD = out_BTD
+
+    def forecast(self, step: int) -> Forecast:
+        """The value expected in ``step``, to be summed up where it is used."""
+        factor: float | Tensor = 1.0
+        terms = []
+        for degree, difference in enumerate(self._differences[1:], start=1):
+            factor = factor * ((step - self._step) / degree)
+            terms.append((difference.unpack(), factor))
+        return Forecast(self.value_BTD, terms)
 
     @property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
+from moeca_dist.cache.budget import Budget
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.planned import Ahead, StepPlans
@@ -29,7 +30,8 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``. ``planned``: each step decides for the next one.
+    sessions together; None in placement ``home``. ``planned``: each step decides for the next one. ``budget``: the
+    rows that a cache step computes at most, in exchange mode ``budget``.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class CacheSession:
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
         planned: bool = False,
+        budget: Budget | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
         self.timer = timer
+        self.budget = budget
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
@@ -134,6 +138,7 @@ class StepCache:
             session.owned(index),
             self.ahead,
             session.timer,
+            session.budget,
         )
 
     @property

@@ -35,6 +35,11 @@ class Packed:
         """Whether rows come back as they were put."""
         return self.data_XD.dtype == self.dtype
 
+    @property
+    def exact(self) -> Tensor | None:
+        """The rows themselves where they are kept as they were put."""
+        return self.data_XD if self.is_exact else None
+
     def unpack(self) -> Tensor:
         """All rows in the dtype of the computation; the stored tensor itself where that is its dtype."""
         rows_XD = self.data_XD.to(self.dtype)

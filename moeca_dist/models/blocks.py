@@ -107,9 +107,9 @@ class AdaLNBlock(nn.Module):
             return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache).forward(x_BTD)
         with timer.section("attention"):
             attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
-        x_BTD = modulation.after_attention(x_BTD, attended_BTD)
+        x_BTD, entering_BTD = modulation.enter_feed_forward(x_BTD, attended_BTD)
         with timer.section("experts" if isinstance(self.feed_forward, MoELayer) else "dense"):
-            fed_BTD = self.feed_forward(modulation.to_feed_forward(x_BTD))
+            fed_BTD = self.feed_forward(entering_BTD)
         return modulation.after_feed_forward(x_BTD, fed_BTD)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.rows import Rows
+from moeca_dist.kernels.select import kernels_for
 from moeca_dist.models.attention import Attention, RotaryTable, merge_heads, mix
-from moeca_dist.models.modulation import Modulation
+from moeca_dist.models.modulation import Modulation, empty_stream
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.timing import Section
 
@@ -31,16 +32,45 @@ class CachedBlock:
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; the argument is left as it is."""
+        if self.cache.only_forecasts:
+            return self._forecast(x_BTD)
         attended_BTD = self.cache.serve("attention", x_BTD, lambda images: self._attend(x_BTD, images))
+        if isinstance(self.feed_forward, MoELayer) and self.cache.per_branch:
+            after_BTD, entering_BTD = self.modulation.enter_feed_forward(x_BTD, attended_BTD)
+            with self.cache.timer.section("experts"):
+                fed_BTD = self._branches(self.feed_forward, x_BTD, attended_BTD, after_BTD, entering_BTD)
+            return self.modulation.after_feed_forward(after_BTD, fed_BTD)
         after_BTD = self.modulation.after_attention(x_BTD, attended_BTD)
         if not isinstance(self.feed_forward, MoELayer):
             fed_BTD = self._dense(x_BTD, attended_BTD, after_BTD)
-        elif self.cache.per_branch:
-            with self.cache.timer.section("experts"):
-                fed_BTD = self._branches(self.feed_forward, x_BTD, attended_BTD, after_BTD)
         else:
             fed_BTD = self._module("moe", after_BTD)
         return self.modulation.after_feed_forward(after_BTD, fed_BTD)
+
+    def _forecast(self, x_BTD: Tensor) -> Tensor:
+        """A step that computes nothing but branches: forecasts are added to the residual stream unmaterialised."""
+        after_BTD, cache = empty_stream(x_BTD), self.cache
+        if isinstance(self.feed_forward, MoELayer) and cache.per_branch:
+            entering_BTD = empty_stream(x_BTD)
+            with cache.timer.section("bookkeeping"):
+                for images, attended in cache.forecasts("attention"):
+                    self.modulation.at(images).forecast_into_feed_forward(
+                        x_BTD[images], attended, after_BTD[images], entering_BTD[images]
+                    )
+            with cache.timer.section("experts"):
+                fed_BTD = self.feed_forward(entering_BTD, cache)
+            return self.modulation.after_feed_forward(after_BTD, fed_BTD)
+        name = "moe" if isinstance(self.feed_forward, MoELayer) else "dense"
+        kernels = kernels_for(x_BTD.device)
+        with cache.timer.section("bookkeeping"):
+            for images, attended in cache.forecasts("attention"):
+                gate_BD = self.modulation.gate_attention_BD[images]
+                kernels.gated_residual(x_BTD[images], gate_BD, attended, after_BTD[images])
+            out_BTD = empty_stream(x_BTD)
+            for images, fed in cache.forecasts(name):
+                gate_BD = self.modulation.gate_feed_forward_BD[images]
+                kernels.gated_residual(after_BTD[images], gate_BD, fed, out_BTD[images])
+        return out_BTD
 
     def _attend(self, x_BTD: Tensor, images: slice) -> Tensor:
         with self.cache.timer.section("attention"):
@@ -48,8 +78,9 @@ class CachedBlock:
             self.cache.store_keys_values(images, k, v)
             return self.attention.attend(q, k, v)
 
-    def _branches(self, layer: MoELayer, x_BTD: Tensor, attended_BTD: Tensor, after_BTD: Tensor) -> Tensor:
-        entering_BTD = self.modulation.to_feed_forward(after_BTD)
+    def _branches(
+        self, layer: MoELayer, x_BTD: Tensor, attended_BTD: Tensor, after_BTD: Tensor, entering_BTD: Tensor
+    ) -> Tensor:
         plan = layer.decide(entering_BTD, self.cache)
         rows = None
         if self.cache.policy.attention_sync and not self.cache.all_full:

@@ -5,10 +5,14 @@ Shape suffixes: B images (or single tokens, as images of one), T tokens of one i
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NORM_EPS = 1e-6
+from moeca_dist.kernels.reference import NORM_EPS
+from moeca_dist.kernels.select import kernels_for
+from moeca_dist.kernels.types import Entering, Forecast
+
 Index = slice | Tensor
 
 
@@ -43,14 +47,38 @@ class Modulation:
             self.gate_feed_forward_BD[images],
         )
 
+    def enter_feed_forward(self, x_BTD: Tensor, attended_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """``after_attention``, and ``to_feed_forward`` of it."""
+        after_BTD, entering_BTD = empty_stream(x_BTD), empty_stream(x_BTD)
+        self.forecast_into_feed_forward(x_BTD, Forecast(attended_BTD), after_BTD, entering_BTD)
+        return after_BTD, entering_BTD
+
+    def forecast_into_feed_forward(
+        self, x_BTD: Tensor, attended: Forecast, after_BTD: Tensor, entering_BTD: Tensor
+    ) -> None:
+        """The same of an attention output that is extrapolated on the way."""
+        entering = Entering(entering_BTD, self.shift_feed_forward_BD, self.scale_feed_forward_BD)
+        kernels_for(x_BTD.device).residual_modulated(x_BTD, self.gate_attention_BD, attended, after_BTD, entering)
+
     def to_attention(self, x_BTD: Tensor) -> Tensor:
         return modulate(normalise(x_BTD), self.shift_attention_BD, self.scale_attention_BD)
 
     def after_attention(self, x_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
-        return x_BTD + self.gate_attention_BD[:, None] * attended_BTD
+        return _residual(x_BTD, self.gate_attention_BD, attended_BTD)
 
     def to_feed_forward(self, x_BTD: Tensor) -> Tensor:
         return modulate(normalise(x_BTD), self.shift_feed_forward_BD, self.scale_feed_forward_BD)
 
     def after_feed_forward(self, x_BTD: Tensor, fed_BTD: Tensor) -> Tensor:
-        return x_BTD + self.gate_feed_forward_BD[:, None] * fed_BTD
+        return _residual(x_BTD, self.gate_feed_forward_BD, fed_BTD)
+
+
+def _residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
+    after_BTD = empty_stream(x_BTD)
+    kernels_for(x_BTD.device).gated_residual(x_BTD, gate_BD, Forecast(branch_BTD), after_BTD)
+    return after_BTD
+
+
+def empty_stream(like_BTD: Tensor) -> Tensor:
+    """Room for a residual stream; contiguous, which the output of the patch embedding is not."""
+    return torch.empty_like(like_BTD, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 """One MoE layer in a cache step, segment by segment: what is refreshed, what is served, what is stored.
 
 Shape suffixes: T tokens (of a segment in ``Part``, of all in a routing), K routed experts per token, D hidden size,
-N refreshed branches.
+N refreshed branches, R rows.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,13 @@ from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.branches import Match
-from moeca_dist.cache.policy import LayerView
+from moeca_dist.cache.policy import LayerView, RefreshPlan
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.statistics import Reason
+from moeca_dist.kernels.select import kernels_for
+from moeca_dist.kernels.types import FreshRows
+from moeca_dist.moe.router import Router
+from moeca_dist.parallel.dispatch import FixedRows
 from moeca_dist.types import Routing, StepContext, positions
 
 
@@ -38,17 +42,30 @@ class Part:
 
 @dataclass(frozen=True)
 class Decision:
-    """``served_TD``: the weighted sum of the branches that are not refreshed, zero where all are.
+    """``reason_TK``: uint8, a ``Reason`` for every branch.
 
-    None in placement ``owner``, where the sums are made beside the experts. ``reason_TK``: uint8, a ``Reason`` for
-    every branch. ``num_refreshed`` counts ``refresh_TK``; not in placement ``owner``, where no shape depends on it.
+    ``num_refreshed`` counts ``refresh_TK``; 0 in placement ``owner`` and where rows are budgeted: no shape depends on
+    it there.
     """
 
     match: Match
     refresh_TK: Tensor
     reason_TK: Tensor
-    served_TD: Tensor | None = None
     num_refreshed: int = 0
+
+
+@dataclass(frozen=True)
+class BudgetedRows:
+    """``fixed``: what travels. ``lists``: for each segment its branches, T * K for padding, and the slot of each."""
+
+    fixed: FixedRows
+    lists: Sequence[tuple[Tensor, Tensor]]
+
+    def fresh(self, rows_RD: Tensor, row_of_slot: Tensor) -> list[FreshRows]:
+        return [
+            FreshRows(rows_RD, branch_N, row_of_slot.index_select(0, slot_N), padded=True)
+            for branch_N, slot_N in self.lists
+        ]
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,8 @@ class LayerPlan:
     """What a layer does in one step; decided before anything is computed. No decisions where all segments are full.
 
     In exchange mode ``planned`` the ``routing`` of served segments is one step old and ``current`` is what the router
-    chooses now; ``traffic`` is what all ranks send, where they have agreed on it already.
+    chooses now; ``traffic`` is what all ranks send, where they have agreed on it already. In mode ``budget`` the
+    ``routing`` is what tokens have while branches wait, and ``fixed`` the rows that travel where no segment is full.
     """
 
     routing: Routing
@@ -64,6 +82,7 @@ class LayerPlan:
     decisions: Sequence[Decision]
     current: Routing | None = None
     traffic: Tensor | None = None
+    fixed: BudgetedRows | None = None
 
     def refreshed_branches(self) -> Tensor:
         """Positions int64 [N] of the refreshed ones among all branches, ascending."""
@@ -101,43 +120,72 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
     ]
 
 
-def decide(part: Part, routing: Routing, cache: BlockStep) -> Decision:
-    """Ask the policy about a segment's branches, and sum up those that this rank's cache serves."""
-    mine, kept = part.routing(routing), part.kept
+@dataclass(frozen=True)
+class Routed:
+    """What the router chose, and where the branches of each segment are stored; scores where they were asked for."""
+
+    scores_TE: Tensor | None
+    routing: Routing
+    matches: Sequence[Match]
+
+
+def route(x_TD: Tensor, router: Router, parts: Sequence[Part], *, with_scores: bool) -> Routed:
+    """All tokens; branches are kept at home."""
+    fuses = kernels_for(x_TD.device).fuses_routing and not any(part.segment.full for part in parts)
+    weights = router.weights() if fuses else None
+    if weights is None:
+        scores_TE = router.scores(x_TD) if with_scores else None
+        routing = router(x_TD) if scores_TE is None else router.route(scores_TE)
+        matches = [part.kept.branches.match(routing.expert_ids_TK[part.tokens]) for part in parts]
+        return Routed(scores_TE, routing, matches)
+    routed = [part.kept.branches.route(x_TD[part.tokens], weights) for part in parts]
+    return Routed(
+        torch.cat([each.scores_TE for each in routed]),
+        Routing(torch.cat([each.expert_ids_TK for each in routed]), torch.cat([each.gates_TK for each in routed])),
+        [Match(each.entry_TK, each.found_TK) for each in routed],
+    )
+
+
+def decide(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Decision:
+    """Ask the policy about a segment's branches."""
+    mine = part.routing(routing)
     observe(part, mine)
-    match = (kept.branches if cache.owned is None else kept.home).match(mine.expert_ids_TK)
     if part.segment.full:
-        return computed(part, match, at_home=cache.owned is None)
+        return computed(match)
     reason_TK = choose(part, mine, match, cache.step, cache)
     if cache.owned is not None:
-        return Decision(match, reason_TK != Reason.SERVED, reason_TK)
-    return served(part, mine, match, reason_TK, cache)
+        return Decision(match, refreshed(reason_TK), reason_TK)
+    return served(match, reason_TK)
 
 
-def computed(part: Part, match: Match, *, at_home: bool = True) -> Decision:
+def computed(match: Match) -> Decision:
     """All branches of a full segment."""
     refresh_TK = torch.ones_like(match.found_TK)
     reason_TK = torch.full_like(refresh_TK, Reason.FULL, dtype=torch.uint8)
-    if not at_home:
-        return Decision(match, refresh_TK, reason_TK)
-    nothing_TD = part.kept.branches.nothing(refresh_TK.shape[0])
-    return Decision(match, refresh_TK, reason_TK, nothing_TD, refresh_TK.numel())
+    return Decision(match, refresh_TK, reason_TK, refresh_TK.numel())
 
 
-def served(
-    part: Part, mine: Routing, match: Match, reason_TK: Tensor, cache: BlockStep, num_refreshed: int | None = None
-) -> Decision:
+def served(match: Match, reason_TK: Tensor, num_refreshed: int | None = None) -> Decision:
     """The branches of a segment in a cache step, kept at home; ``num_refreshed`` where the host knows it already."""
-    refresh_TK = reason_TK != Reason.SERVED
+    refresh_TK = refreshed(reason_TK)
     if num_refreshed is None:
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
         num_refreshed = int(refresh_TK.sum())
-    served_TD = part.kept.branches.weighted_sum(mine.gates_TK, ~refresh_TK, match, cache.step.index)
-    return Decision(match, refresh_TK, reason_TK, served_TD, num_refreshed)
+    return Decision(match, refresh_TK, reason_TK, num_refreshed)
+
+
+def refreshed(reason_TK: Tensor) -> Tensor:
+    """bool [T, K]: branches that are computed, for whatever reason."""
+    return reason_TK < Reason.SERVED
 
 
 def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:
     """uint8 [T, K]: which branches of a segment the policy refreshes in ``step``, this one or the next, and why."""
+    return judge(part, mine, match, step, cache)[0]
+
+
+def judge(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> tuple[Tensor, RefreshPlan]:
+    """As ``choose``, and what the policy said."""
     found_TK = match.found_TK
     plan = cache.policy.plan(step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == found_TK.shape
@@ -145,7 +193,7 @@ def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: Bl
     reason_TK.masked_fill_(plan.refresh_TK, Reason.SCORE)
     if plan.forced_TK is not None:
         reason_TK.masked_fill_(plan.forced_TK, Reason.FORCED)
-    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
+    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED), plan
 
 
 def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None:
@@ -154,24 +202,26 @@ def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None
     cache.statistics.count_branches(cache.step, cache.block, plan.routing.expert_ids_TK, reason, num_experts)
 
 
-def store_fresh(plan: LayerPlan, branch_N: Tensor, fresh_ND: Tensor, cache: BlockStep) -> None:
-    """Write what was refreshed (``branch_N`` among all branches) back to the segments' caches, which lie in order."""
-    k, start = plan.routing.num_experts_per_tok, 0
+def fresh_parts(plan: LayerPlan, rows_RD: Tensor, branch_N: Tensor, row_N: Tensor) -> list[FreshRows]:
+    """What was computed for each segment; ``branch_N`` among all branches, ascending, so that segments lie in order."""
+    k, start, found = plan.routing.num_experts_per_tok, 0, []
     for part, decision in zip(plan.parts, plan.decisions, strict=True):
         window = slice(start, start + decision.num_refreshed)
-        mine, routing = branch_N[window] - part.tokens.start * k, part.routing(plan.routing)
-        gates_TK = cache.policy.reference_gates(routing)
-        part.kept.branches.store(
-            mine // k,
-            decision.match.entry_TK.flatten()[mine],
-            decision.match.found_TK.flatten()[mine],
-            routing.expert_ids_TK.flatten()[mine],
-            fresh_ND[window],
-            cache.step.index,
-            None if gates_TK is None else gates_TK.flatten()[mine],
-        )
-        part.kept.branches.touch(decision.match, cache.step.index)
+        mine_N = branch_N[window] - part.tokens.start * k
+        found.append(FreshRows(rows_RD, mine_N, row_N[window], padded=False))
         start += decision.num_refreshed
+    return found
+
+
+def serve(plan: LayerPlan, fresh: Sequence[FreshRows], cache: BlockStep) -> Tensor:
+    """[T, D] routed sums of all segments, from what was computed and what is kept; keeps what was computed."""
+    totals = []
+    for part, decision, mine in zip(plan.parts, plan.decisions, fresh, strict=True):
+        routing = part.routing(plan.routing)
+        gates_TK = cache.policy.reference_gates(routing)
+        branches = part.kept.branches
+        totals.append(branches.serve(routing, decision.match, decision.refresh_TK, mine, cache.step.index, gates_TK))
+    return torch.cat(totals)
 
 
 def _view(part: Part, routing: Routing, match: Match, cache: BlockStep) -> LayerView:

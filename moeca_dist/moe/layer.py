@@ -4,12 +4,22 @@ Shape suffixes: B images, T tokens (of one image with B, else of all), D hidden 
 branches, R rows computed here.
 """
 
-import torch
 from torch import Tensor, nn
 
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.rows import Rows
-from moeca_dist.moe.cached import LayerPlan, count_reasons, decide, observe, segment_parts, store_fresh
+from moeca_dist.moe.budgeted import budgeted_layer
+from moeca_dist.moe.cached import (
+    BudgetedRows,
+    LayerPlan,
+    count_reasons,
+    decide,
+    fresh_parts,
+    observe,
+    route,
+    segment_parts,
+    serve,
+)
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.moe.planned import plan_next, planned_layer
@@ -52,22 +62,34 @@ class MoELayer(nn.Module):
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
-        plan = (
-            self._plan(x_TD, cache) if cache.ahead is None else planned_layer(x_TD, self.gate, cache, self.dispatcher)
-        )
+        if cache.ahead is not None:
+            plan = planned_layer(x_TD, self.gate, cache, self.dispatcher)
+        elif cache.budget is not None:
+            plan = budgeted_layer(x_TD, self.gate, cache, self.dispatcher)
+        else:
+            plan = self._plan(x_TD, cache)
         with cache.timer.section("bookkeeping"):
             count_reasons(plan, cache, self.num_experts)
         return plan
 
     def _plan(self, x_TD: Tensor, cache: BlockStep) -> LayerPlan:
-        routing = self.gate(x_TD)
-        self.dispatcher.count_exact(routing, x_TD)
+        parts = segment_parts(x_TD, cache)
         cache.count("router", x_TD)
-        with cache.timer.section("bookkeeping"):
-            parts = segment_parts(x_TD, cache)
+        if cache.all_full and cache.owned is None:
             # At home a full step needs no decisions; owners are told what to keep in every step.
-            decided = cache.owned is not None or not cache.all_full
-            return LayerPlan(routing, parts, [decide(part, routing, cache) for part in parts] if decided else [])
+            routing = self.gate(x_TD)
+            self.dispatcher.count_exact(routing, x_TD)
+            return LayerPlan(routing, parts, [])
+        if cache.owned is not None:
+            routing = self.gate(x_TD)
+            matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
+        else:
+            routed = route(x_TD, self.gate, parts, with_scores=False)
+            routing, matches = routed.routing, list(routed.matches)
+        self.dispatcher.count_exact(routing, x_TD)
+        with cache.timer.section("bookkeeping"):
+            pairs = zip(parts, matches, strict=True)
+            return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
@@ -91,7 +113,11 @@ class MoELayer(nn.Module):
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
-        return self._full_step(x_TD, plan, cache) if cache.all_full else self._step(x_TD, plan, cache)
+        if cache.all_full:
+            return self._full_step(x_TD, plan, cache)
+        if plan.fixed is not None:
+            return self._fixed_step(x_TD, plan, plan.fixed, cache)
+        return self._step(x_TD, plan, cache)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
@@ -132,9 +158,13 @@ class MoELayer(nn.Module):
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         rows_ND, dispatched = self._compute(x_TD, branches, plan.traffic)
         with cache.timer.section("bookkeeping"):
-            fresh_ND = rows_ND.index_select(0, dispatched.slot_of_branch_N)
-            routed_TD = torch.cat([decision.served_TD for decision in plan.decisions if decision.served_TD is not None])
-            gates_N = routing.gates_TK.flatten()[branch_N].to(fresh_ND.dtype)
-            routed_TD.index_add_(0, branches.token_N, fresh_ND * gates_N[:, None])
-            store_fresh(plan, branch_N, fresh_ND, cache)
-        return routed_TD
+            fresh = fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N)
+            return serve(plan, fresh, cache)
+
+    def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Tensor:
+        """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""
+        dispatched = self.dispatcher.dispatch_fixed(x_TD, budgeted.fixed)
+        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+        rows_ND = self.dispatcher.combine_fixed(outputs_RD, dispatched)
+        with cache.timer.section("bookkeeping"):
+            return serve(plan, budgeted.fresh(rows_ND, dispatched.slot_of_branch_N), cache)

@@ -49,7 +49,7 @@ def planned_layer(x_TD: Tensor, router: Router, cache: BlockStep, dispatcher: Di
             refreshed = None
             if traffic_PC is not None:
                 refreshed = int(traffic_PC[dispatcher.rank, dispatcher.num_counts + index])
-            decisions.append(_decision(part, plan, part.routing(routing), cache, refreshed))
+            decisions.append(_decision(part, plan, part.routing(routing), refreshed))
         sizes = None if traffic_PC is None else traffic_PC[:, : dispatcher.num_counts]
         return LayerPlan(routing, parts, decisions, current, sizes)
 
@@ -80,9 +80,7 @@ def _ahead(part: Part, current: Routing, step: StepContext, cache: BlockStep) ->
     return SegmentPlan(mine.expert_ids_TK, match, choose(part, mine, match, step, cache))
 
 
-def _decision(
-    part: Part, plan: SegmentPlan | None, mine: Routing, cache: BlockStep, num_refreshed: int | None
-) -> Decision:
+def _decision(part: Part, plan: SegmentPlan | None, mine: Routing, num_refreshed: int | None) -> Decision:
     if plan is None:
-        return computed(part, part.kept.branches.match(mine.expert_ids_TK))
-    return served(part, mine, plan.match, plan.reason_TK, cache, num_refreshed)
+        return computed(part.kept.branches.match(mine.expert_ids_TK))
+    return served(plan.match, plan.reason_TK, num_refreshed)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeca_dist.kernels.types import RouterWeights
 from moeca_dist.types import Routing
 
 
@@ -19,6 +20,10 @@ class Router(nn.Module):
     def route(self, scores_TE: Tensor) -> Routing:
         expert_ids_TK = self.choose(scores_TE)
         return Routing(expert_ids_TK, self.gates(scores_TE, expert_ids_TK))
+
+    def weights(self) -> RouterWeights | None:
+        """What a kernel needs to do all of it at once; None where it cannot."""
+        return None
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """[T, E]"""
@@ -40,6 +45,9 @@ class SoftmaxRouter(Router):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.num_experts_per_tok = num_experts_per_tok
+
+    def weights(self) -> RouterWeights:
+        return RouterWeights(self.weight, None, self.num_experts_per_tok, "softmax", normalised=False, scale=1.0)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight).softmax(dim=-1)
@@ -76,6 +84,13 @@ class SigmoidRouter(Router):
         self.n_group = n_group
         self.topk_group = topk_group
         self.routed_scaling_factor = routed_scaling_factor
+
+    def weights(self) -> RouterWeights | None:
+        if self.topk_group != self.n_group:
+            return None
+        bias_E = self.e_score_correction_bias
+        scale = self.routed_scaling_factor
+        return RouterWeights(self.weight, bias_E, self.num_experts_per_tok, "sigmoid", normalised=True, scale=scale)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD.float(), self.weight.float()).sigmoid()

@@ -8,7 +8,7 @@ Rows are gathered with ``index_select``: on CPU it takes a quarter of the time o
 
 Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, E experts, L experts held here,
 N branches of this rank, M pairs of a token of this rank and an owner, P ranks of the group, R rows received and
-computed here, S pairs received.
+computed here, S pairs received (or slots for one rank).
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeca_dist.kernels.reference import inverse
+from moeca_dist.kernels.select import kernels_for
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.placement import ExpertPlacement
@@ -26,6 +28,7 @@ from moeca_dist.types import Branches, Routing, positions
 
 BRANCH_HEADER_BYTES = WORD_BYTES  # expert, and whether a pair starts
 SUM_HEADER_BYTES = 2 * WORD_BYTES  # and the gate
+FIXED_HEADER_BYTES = 16  # the expert; a whole memory transaction, so that rows stay aligned
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class DispatchedRows:
     slot_of_branch_N: Tensor
     row_of_received_R: Tensor
     plan: RowPlan | None = None
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """Branches in a fixed number of slots for each rank, whose experts are all there.
+
+    ``token_PS``: int64; ``expert_PS``: int64 global ids, the number of experts in empty slots.
+    """
+
+    token_PS: Tensor
+    expert_PS: Tensor
 
 
 class Dispatcher(Protocol):
@@ -94,6 +108,14 @@ class Dispatcher(Protocol):
         """[R, D] expert outputs -> [N, D] outputs of this rank's branches, in the order of ``slot_of_branch_N``."""
         ...
 
+    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> DispatchedRows:
+        """Equal splits: a hidden row for every slot, without an agreement and without a host synchronisation."""
+        ...
+
+    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
+        """[R, D] -> [N, D] outputs, arbitrary for empty slots; ``slot_of_branch_N`` says where that of each slot is."""
+        ...
+
     def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
         """[R, D] outputs of all branches of ``routing``, dispatched with their gates -> [T, D] weighted sums."""
         ...
@@ -124,11 +146,14 @@ class LocalDispatcher:
     def dispatch(
         self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
     ) -> DispatchedRows:
-        branch_of_slot_N = branches.expert_ids_N.argsort(stable=True)
-        slot_of_branch_N = _inverse(branch_of_slot_N)
-        rows_ND = x_TD.index_select(0, branches.token_N.index_select(0, branch_of_slot_N))
-        counts_E = torch.bincount(branches.expert_ids_N, minlength=self.num_experts)
-        return DispatchedRows(rows_ND, counts_E, slot_of_branch_N, slot_of_branch_N)
+        rows = kernels_for(x_TD.device).gather_rows(x_TD, branches.token_N, branches.expert_ids_N, self.num_experts)
+        return DispatchedRows(rows.rows_RD, rows.counts_L, rows.position_R, rows.position_R)
+
+    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> DispatchedRows:
+        return self.dispatch(x_TD, Branches(fixed.token_PS.flatten(), fixed.expert_PS.flatten()))
+
+    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
+        return outputs_RD
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
         return outputs_RD
@@ -200,6 +225,27 @@ class AllToAllDispatcher:
         rows_RD = outputs_RD.index_select(0, dispatched.row_of_received_R)
         return send_back(self.exchange, rows_RD, plan.branches, payload=plan.payload)
 
+    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> DispatchedRows:
+        ranks, slots = fixed.token_PS.shape
+        first, width = FIXED_HEADER_BYTES // x_TD.element_size(), x_TD.shape[1]
+        # Whole words, so that the header of every row is one.
+        odd = (first + width) * x_TD.element_size() % WORD_BYTES // x_TD.element_size()
+        sent = x_TD.new_zeros(ranks * slots, first + width + odd)
+        sent[:, :2].view(torch.int32)[:, 0] = self._local_or_none(fixed.expert_PS).flatten()
+        if x_TD.shape[0]:
+            sent[:, first : first + width] = x_TD.index_select(0, fixed.token_PS.flatten())
+        arrived = self._equal_splits(sent, slots)
+        local_R = arrived[:, :2].view(torch.int32)[:, 0]
+        expert_R = torch.where(local_R < 0, self.num_local, local_R)
+        source_R = torch.arange(ranks * slots, device=x_TD.device)
+        hidden_RD = arrived[:, first : first + width]
+        rows = kernels_for(x_TD.device).gather_rows(hidden_RD, source_R, expert_R, self.num_local)
+        return DispatchedRows(rows.rows_RD, rows.counts_L, source_R, rows.position_R)
+
+    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
+        rows_RD = outputs_RD.index_select(0, dispatched.row_of_received_R)
+        return self._equal_splits(rows_RD, rows_RD.shape[0] // self.num_ranks)
+
     def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
         plan = dispatched.plan
         assert plan is not None and plan.gates_R is not None
@@ -226,13 +272,20 @@ class AllToAllDispatcher:
         header_RW, hidden_SD = send(self.exchange, header_NW, rows_MD, branch_leg, leg, payload=payload)
         code_R = header_RW[:, 0]
         starts_R = (code_R & 1) != 0
-        expert_R, order_R = (code_R >> 1).sort(stable=True)
-        rows_RD = hidden_SD.index_select(0, (starts_R.cumsum(0) - 1).index_select(0, order_R))
+        rows = kernels_for(x_TD.device).gather_rows(hidden_SD, starts_R.cumsum(0) - 1, code_R >> 1, self.num_local)
         starts_S = positions(starts_R, hidden_SD.shape[0])
         gates_R = None if gates_N is None else header_RW[:, 1].contiguous().view(torch.float32)
         plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R)
-        counts_L = torch.bincount(expert_R, minlength=self.num_local)
-        return DispatchedRows(rows_RD, counts_L, _inverse(pairs.branch_N), _inverse(order_R), plan)
+        return DispatchedRows(rows.rows_RD, rows.counts_L, inverse(pairs.branch_N), rows.position_R, plan)
+
+    def _equal_splits(self, rows: Tensor, slots: int) -> Tensor:
+        return self.exchange.all_to_all_rows(rows, [slots] * self.num_ranks, [slots] * self.num_ranks)
+
+    def _local_or_none(self, expert_PS: Tensor) -> Tensor:
+        """int32: positions among the owner's experts, -1 for empty slots."""
+        self.pairs.owners(expert_PS.device)
+        local_E = F.pad(self.pairs.local_id_E, (0, 1), value=-1)
+        return local_E[expert_PS].to(torch.int32)
 
     def _headers(self, branches: Branches, gates_N: Tensor | None, pairs: Pairs) -> Tensor:
         """int32 [N, 1 or 2]: expert among the owner's own and whether a pair starts; the bits of the fp32 gate."""
@@ -242,8 +295,3 @@ class AllToAllDispatcher:
             return code_N[:, None]
         gate_N = gates_N.index_select(0, pairs.branch_N).float().view(torch.int32)
         return torch.stack([code_N, gate_N], 1)
-
-
-def _inverse(order_N: Tensor) -> Tensor:
-    """Where each element went: ``inverse[order[i]] = i``."""
-    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.shape[0], device=order_N.device))

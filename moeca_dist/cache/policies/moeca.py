@@ -75,7 +75,7 @@ class Moeca(Scheduled):
             chosen_TK = relative_TK > self.tau0
         else:
             chosen_TK = self._highest(relative_TK.masked_fill(~view.match.found_TK, -torch.inf), view.num_images)
-        return RefreshPlan(chosen_TK | ~view.match.found_TK)
+        return RefreshPlan(chosen_TK | ~view.match.found_TK, priority_TK=relative_TK)
 
     def score(self, view: LayerView) -> Tensor:
         """[T, K] fp32: s of every branch; meaningless where it is unmatched."""
