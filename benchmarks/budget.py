@@ -8,7 +8,8 @@ One rank, so one group of experts; the policy is that of ``configs/demo.yaml``.
 import argparse
 from typing import Any
 
-from benchmarks.hardware import REPOSITORY
+from hardware import REPOSITORY
+
 from moeca_dist import Engine, Request
 from moeca_dist.config import load_config
 from moeca_dist.quality import psnr_db, squared_error, unit_images

@@ -9,7 +9,8 @@ over them (``docs/performance.md`` lists the passes).
 
 import argparse
 
-from benchmarks.kernels import BATCHES, FRESH, MODELS
+from kernels import BATCHES, FRESH, MODELS
+
 from moeca_dist.models.flops import forward_flops
 from moeca_dist.models.registry import published_spec
 from moeca_dist.models.spec import ModelSpec

@@ -14,10 +14,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from device_timing import Roofline, measure_roofline
+from hardware import conditions
+from kernels import BATCHES, MODELS, write
 
-from benchmarks.device_timing import Roofline, measure_roofline
-from benchmarks.hardware import conditions
-from benchmarks.kernels import BATCHES, MODELS, write
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config
 

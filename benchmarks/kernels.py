@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_timing import measure_roofline, median_seconds
+from hardware import conditions
 
-from benchmarks.device_timing import measure_roofline, median_seconds
-from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
 from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.select import kernels_for

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_dist.engine import Engine, check_requests
+from moeca_dist.checks import check_requests
+from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.quality import psnr_db, squared_error, unit_images

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moeca_dist.arrangement import placement_of_values
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES
@@ -17,10 +18,10 @@ from moeca_dist.config import CacheConfig, Config, parse_size
 from moeca_dist.errors import UserError
 from moeca_dist.models.options import parse_dtype
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, choose_placement
-from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.moe.placement import Placement
+from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import scaled
-from moeca_dist.sampling.calibration import read_calibration
+from moeca_dist.sampling.calibration import Calibration, read_calibration
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Routing, StepContext
 
@@ -32,8 +33,8 @@ class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
     Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing.
-    ``element_bytes``: of a value as the network computes it. ``planned``: each step decides for the next one.
-    ``budgeted``: rows are, and branches wait for room.
+    ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
+    block. ``planned``: each step decides for the next one. ``budgeted``: rows are, and branches wait for room.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -46,6 +47,7 @@ class CacheSize:
     num_steps: int
     placement: Placement | None
     ep_size: int
+    experts_per_owner: int
     planned: bool
     budgeted: bool
     output_history: int | None
@@ -97,7 +99,7 @@ class CacheSize:
 
     @property
     def _entries_at_an_owner(self) -> int:
-        return min(self._entries, -(-self.spec.num_experts // self.ep_size))
+        return min(self._entries, self.experts_per_owner)
 
     def _modules(self, half: Half, block: int) -> list[int]:
         """Bytes per token of one block's modules after each step."""
@@ -180,19 +182,22 @@ class CacheSize:
         )
 
 
-def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) -> CacheSize | None:
-    """What ``config`` keeps of the network ``spec``; None without a cache."""
+def cache_size(
+    config: Config, spec: ModelSpec, num_steps: int, ep_size: int, calibration: Calibration | None = None
+) -> CacheSize | None:
+    """What ``config`` keeps of the network ``spec``; None without a cache.
+
+    ``calibration``: where there is no file of it, or it was read already.
+    """
     guided = config.sampling.cfg_scale != 1
     policy = build_policy(config.cache, num_steps, guided=guided)
     if policy is None:
         return None
     halves = HALVES if guided else HALVES[:1]
     element_bytes = parse_dtype(config.model.dtype).itemsize
-    placement = choose_placement(
-        config.cache, policy, num_steps, halves, spec.num_experts_per_tok, spec.hidden_size * element_bytes,
-        ExpertPlacement.contiguous(spec.num_experts, ep_size),
-    )  # fmt: skip
-    calibration = config.cache.calibration
+    placement = placement_of_values(config, spec, policy, num_steps, halves, ep_size, element_bytes)
+    if calibration is None and config.cache.calibration is not None:
+        calibration = read_calibration(config.cache.calibration)
     return CacheSize(
         spec,
         policy,
@@ -202,10 +207,23 @@ def cache_size(config: Config, spec: ModelSpec, num_steps: int, ep_size: int) ->
         num_steps,
         placement,
         ep_size,
+        experts_per_owner=_experts_per_owner(config, spec, ep_size),
         planned=config.parallel.exchange == "planned",
         budgeted=config.parallel.exchange == "budget",
-        output_history=None if calibration is None else read_calibration(calibration).weights.history,
+        output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
+    )
+
+
+def _experts_per_owner(config: Config, spec: ModelSpec, ep_size: int) -> int:
+    path = config.parallel.expert_placement
+    table = (
+        PlacementTable.contiguous(spec.moe_blocks, spec.num_experts, ep_size)
+        if path is None
+        else PlacementTable.read(path)
+    )
+    return max(
+        len(placement.experts_of(rank)) for placement in table.by_block.values() for rank in range(placement.num_ranks)
     )
 
 

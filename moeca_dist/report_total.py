@@ -1,13 +1,12 @@
 """One report over the parts of a large job, each of which some group of ranks generated on its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.timing import Seconds
 
 _BRANCHES = ("routed", "refreshed", "unmatched", "reused", "forecast", "full_step", "score", "forced", "deferred")
-Blocks = tuple[dict[str, Any], ...]
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
 
 
@@ -23,7 +22,7 @@ class ReportTotal:
         self._branches = dict.fromkeys(_BRANCHES, 0)
         self._exchange: dict[str, Any] = dict.fromkeys(_EXCHANGE, 0)
         self._bytes_per_step: list[int] = []
-        self._budget: Blocks = ()
+        self._budget: list[dict[str, Any]] = []
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
@@ -41,11 +40,12 @@ class ReportTotal:
             self._branches[name] += report["branches"][name]
         for name in _EXCHANGE:
             self._exchange[name] += report["exchange"][name]
-        self._budget = _budgets(self._budget, report["exchange"]["budget"])
         self._bytes_per_step = _sum(self._bytes_per_step, list(report["exchange"]["bytes_per_step"]))
         layers = [dict(layer) for layer in report["cache"]["per_layer"]]
         pairs = zip(self._per_layer, layers, strict=True) if self._per_layer else ()
         self._per_layer = [_sum(mine, theirs) | {"block": mine["block"]} for mine, theirs in pairs] or layers
+        budget = [dict(layer) for layer in report["exchange"].get("budget", ())]
+        self._budget = [_joined(*pair) for pair in zip(self._budget, budget, strict=True)] if self._budget else budget
         self._modules = _sum(self._modules, report["cache"]["modules"])
         self._seconds = _sum(self._seconds, report["seconds"])
         self._remarks.add(report["cache"]["remark"])
@@ -73,7 +73,7 @@ class ReportTotal:
                 first["exchange"]["placement"],
                 **self._exchange,
                 bytes_per_step=tuple(self._bytes_per_step),
-                budget=self._budget,
+                budget=tuple(self._budget),
             ),
             cache=CacheReport(
                 first["cache"]["policy"],
@@ -89,18 +89,11 @@ class ReportTotal:
         )
 
 
-def _budgets(mine: Blocks, theirs: Sequence[Mapping[str, Any]]) -> Blocks:
-    """Block by block: who waited adds up, and of the rows that were needed the larger number holds for both."""
-    pairs = zip(mine or theirs, theirs, strict=True)
-    return tuple(
-        {
-            "block": one["block"],
-            "rows": one["rows"],
-            "deferred": one["deferred"] + (other["deferred"] if mine else 0),
-            "demand": {share: max(rows, other["demand"].get(share, 0)) for share, rows in one["demand"].items()},
-        }
-        for one, other in pairs
-    )
+def _joined(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """One block's budget: who was deferred adds up, of each demand the larger, which was enough for both parts."""
+    names = {**mine["demand"], **theirs["demand"]}
+    demand = {name: max(part["demand"].get(name, 0) for part in (mine, theirs)) for name in names}
+    return {**mine, "deferred": mine["deferred"] + theirs["deferred"], "demand": demand}
 
 
 def _sum(mine: Any, theirs: Any) -> Any:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from moeca_dist.batch.identity import batch_identity
 from moeca_dist.batch.jobs import LabelCycle
 from moeca_dist.batch.manifest import VERSION, Manifest
+from moeca_dist.checks import check_config, resolve
 from moeca_dist.cli import main
 from moeca_dist.config import load_config
 from moeca_dist.demo.evaluate import SHIPPED_CHECKPOINT
-from moeca_dist.engine import check_config, resolve
 
 DEMO = Path(__file__).parent.parent / "configs/demo.yaml"
 

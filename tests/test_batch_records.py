@@ -301,8 +301,21 @@ def test_the_identity_has_a_calibration_s_content_and_not_its_place(tmp_path: Pa
         check_same(first, with_calibration("a.json", "2"))
 
 
+def test_the_identity_has_an_expert_placement_s_content(tmp_path: Path) -> None:
+    found = []
+    for name, text in (("a.json", "1"), ("b.json", "1"), ("b.json", "2")):
+        (tmp_path / name).write_text(text)
+        found.append(identity_of(Config.model_validate({"parallel": {"expert_placement": str(tmp_path / name)}})))
+    check_same(found[0], found[1])
+    with pytest.raises(UserError, match=r"expert_placement\.sha256 was"):
+        check_same(found[0], found[2])
+
+
 def test_a_limit_may_change_and_the_storage_may_not() -> None:
     first = identity_of(Config.model_validate({"cache": {"policy": "fora"}}))
+    check_same(
+        first, identity_of(Config.model_validate({"cache": {"policy": "fora"}, "quality": {"draft": "moved.yaml"}}))
+    )
     check_same(first, identity_of(Config.model_validate({"cache": {"policy": "fora", "memory_limit": "2GiB"}})))
     with pytest.raises(UserError, match=r"cache\.dtype was model and is now bfloat16"):
         check_same(first, identity_of(Config.model_validate({"cache": {"policy": "fora", "dtype": "bfloat16"}})))

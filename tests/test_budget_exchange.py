@@ -19,9 +19,9 @@ from moeca_dist import Engine, Request, UserError
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.budget import Backlog, Candidates, chosen, select
 from moeca_dist.cache.session import StepCache
+from moeca_dist.checks import check_config
 from moeca_dist.cli import main
 from moeca_dist.config import Config
-from moeca_dist.engine import check_config
 from moeca_dist.moe.placement import budget_groups, budget_rows
 from moeca_dist.parallel.dispatch import FIXED_HEADER_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh

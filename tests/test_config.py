@@ -222,7 +222,14 @@ CALIBRATED = (
 
 
 @pytest.mark.parametrize(
-    "override", ["sampling.num_steps=8", "sampling.batch_size=2", "cache.placement=home", "model.dtype=bfloat16"]
+    "override",
+    [
+        "sampling.num_steps=8",
+        "sampling.batch_size=2",
+        "cache.placement=home",
+        "cache.memory_limit=2GiB",
+        "model.dtype=bfloat16",
+    ],
 )
 def test_a_calibration_outlives_what_it_does_not_depend_on(write, override: str) -> None:
     cache = load_config(write(CALIBRATED), [override]).cache

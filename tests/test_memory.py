@@ -9,9 +9,9 @@ import torch
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.policies import POLICIES
 from moeca_dist.calibrate import calibrate
+from moeca_dist.checks import check_cache_fits
 from moeca_dist.cli import main
 from moeca_dist.config import Config, parse_size
-from moeca_dist.engine import check_cache_fits
 from moeca_dist.memory import cache_size
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from tests.golden_files import load_golden
@@ -83,11 +83,20 @@ def test_remembered_outputs_are_predicted(policy: str, network: str, full_steps:
     config = make_config(tmp_path, network, policy=policy, full_steps=full_steps)
     plain = generate(config, 3)[1][2]
     requests = [Request(index, index % 10) for index in range(2)]
-    outcome = calibrate(Engine.from_config(config), requests, requests)
+    engine = Engine.from_config(config)
+    outcome = calibrate(engine, requests, requests)
     (tmp_path / "fitted.json").write_text(outcome.calibration.to_json())
     cache = config.cache.model_copy(update={"calibration": tmp_path / "fitted.json"})
     report, predicted = generate(config.model_copy(update={"cache": cache}), 3)
     assert report.cache.bytes_peak == predicted[2] > plain
+    limits = [config.cache.model_copy(update={"memory_limit": f"{predicted[2] - short}B"}) for short in (0, 1)]
+    engines = [
+        Engine(config.model_copy(update={"cache": cache}), engine.mesh, engine.model, calibration=outcome.calibration)
+        for cache in limits
+    ]
+    engines[0].check_memory(2)
+    with pytest.raises(UserError, match="memory_limit"):
+        engines[1].check_memory(2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])

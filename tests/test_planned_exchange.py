@@ -20,8 +20,8 @@ from moeca_dist.cache.policies.scheduled import Defaults
 from moeca_dist.cache.policy import Half, LayerView, RefreshPlan, Unit
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
+from moeca_dist.checks import check_config
 from moeca_dist.config import CacheConfig, Config
-from moeca_dist.engine import check_config
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import SigmoidRouter
 from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, AllToAllDispatcher

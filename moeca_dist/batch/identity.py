@@ -9,13 +9,15 @@ from moeca_dist.batch.jobs import Source
 from moeca_dist.config import Config
 from moeca_dist.errors import UserError
 
-# Where files lie, how long ranks wait and what the cache may take changes no image; weights, calibration and the device
-# are compared themselves.
+# Where files lie, which others could have been chosen, how long ranks wait and what the cache may take changes no
+# image; weights, calibration, expert placement and the device are compared themselves.
+_NEUTRAL_SECTION = "quality."
 _NEUTRAL = (
     "model.checkpoint",
     "model.device",
     "cache.calibration",
     "cache.memory_limit",
+    "parallel.expert_placement",
     "parallel.timeout_s",
     "parallel.backend",
 )
@@ -28,9 +30,14 @@ def batch_identity(config: Config, source: Source, num_images: int, gang_size: i
     """
     settings = dict(_flat(config.model_dump(mode="json"), ""))
     return {
-        "config": {key: value for key, value in settings.items() if key not in _NEUTRAL},
+        "config": {
+            key: value
+            for key, value in settings.items()
+            if key not in _NEUTRAL and not key.startswith(_NEUTRAL_SECTION)
+        },
         "model": {"sha256": checkpoint_digest(config.model.checkpoint)},
         "calibration": {"sha256": checkpoint_digest(config.cache.calibration)},
+        "expert_placement": {"sha256": checkpoint_digest(config.parallel.expert_placement)},
         "requests": source.identity() | {"num_images": num_images},
         "gang_size": gang_size,
         "device": device,

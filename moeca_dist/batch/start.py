@@ -16,8 +16,8 @@ from moeca_dist.batch.jobs import JobsFile, LabelCycle
 from moeca_dist.batch.ledger import Plan
 from moeca_dist.batch.manifest import MANIFEST, read_identity
 from moeca_dist.batch.worker import Worker
+from moeca_dist.checks import check_config, resolve
 from moeca_dist.config import Config
-from moeca_dist.engine import check_config, resolve
 from moeca_dist.errors import UserError
 from moeca_dist.report import Report
 

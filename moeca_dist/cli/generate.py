@@ -62,7 +62,8 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
     output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
     """
     tell_deepspeed_the_device()
-    from moeca_dist.engine import check_cache_fits, check_config, join
+    from moeca_dist.checks import check_cache_fits, check_config
+    from moeca_dist.engine import join
     from moeca_dist.parallel.agreement import agreed
 
     mesh = join(config)

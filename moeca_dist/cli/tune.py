@@ -55,7 +55,8 @@ def _tune(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     validate_world(config, launcher_number("WORLD_SIZE", 1))
     tell_deepspeed_the_device()
-    from moeca_dist.engine import check_config, join
+    from moeca_dist.checks import check_config
+    from moeca_dist.engine import join
     from moeca_dist.parallel.agreement import agreed
     from moeca_dist.tuning.files import TunedFiles
 

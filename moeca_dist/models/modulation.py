@@ -49,6 +49,9 @@ class Modulation:
 
     def enter_feed_forward(self, x_BTD: Tensor, attended_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """``after_attention``, and ``to_feed_forward`` of it."""
+        if torch.is_grad_enabled():
+            after_BTD = self.after_attention(x_BTD, attended_BTD)
+            return after_BTD, self.to_feed_forward(after_BTD)
         after_BTD, entering_BTD = empty_stream(x_BTD), empty_stream(x_BTD)
         self.forecast_into_feed_forward(x_BTD, Forecast(attended_BTD), after_BTD, entering_BTD)
         return after_BTD, entering_BTD
@@ -74,6 +77,8 @@ class Modulation:
 
 
 def _residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # training: kernels write into given memory, where no gradient can follow
+        return x_BTD + gate_BD[:, None] * branch_BTD
     after_BTD = empty_stream(x_BTD)
     kernels_for(x_BTD.device).gated_residual(x_BTD, gate_BD, Forecast(branch_BTD), after_BTD)
     return after_BTD

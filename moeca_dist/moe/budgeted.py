@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.branches import Match
 from moeca_dist.cache.budget import Budget, Candidates, chosen, select
-from moeca_dist.cache.session import BlockStep
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.moe.cached import (
     BudgetedRows,

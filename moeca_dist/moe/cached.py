@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeca_dist.cache.block import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.branches import Match
 from moeca_dist.cache.policy import LayerView, RefreshPlan
 from moeca_dist.cache.rows import Rows
-from moeca_dist.cache.session import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import FreshRows

@@ -6,8 +6,8 @@ branches, R rows computed here.
 
 from torch import Tensor, nn
 
+from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.rows import Rows
-from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.budgeted import budgeted_layer
 from moeca_dist.moe.cached import (
     BudgetedRows,

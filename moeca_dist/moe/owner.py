@@ -7,8 +7,8 @@ N those of them that are refreshed, S pairs of a token and this rank.
 import torch
 from torch import Tensor
 
+from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.owned import OwnedBranches
-from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.pairs import ArrivedPairs, Asked, PairExchange

@@ -34,6 +34,11 @@ def check_exchange(config: Config, policy: Policy | None) -> None:
             f"parallel.exchange {mode} keeps branch values at home, not where cache.placement "
             f"{config.cache.placement} may put them: remove cache.placement, or use parallel.exchange exact"
         )
+    if mode == "budget" and config.parallel.expert_placement is not None:
+        raise UserError(
+            "parallel.exchange budget gives rows to equal runs of experts, not to those of parallel.expert_placement: "
+            "remove it, or use parallel.exchange exact or planned"
+        )
 
 
 def budget_groups(config: ParallelConfig, experts: ExpertPlacement) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.planned import BlockPlan, SegmentPlan
-from moeca_dist.cache.session import BlockStep
 from moeca_dist.moe.cached import Decision, LayerPlan, Part, choose, computed, observe, segment_parts, served
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatch import Dispatcher

@@ -6,20 +6,27 @@ a run that differs is refused: corrections fitted for other errors add their own
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moeca_dist.cache.policy import Half, Policy
+from moeca_dist.config import Config
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.sampling.combine import OutputWeights, num_terms
+from moeca_dist.types import StepContext
 
 FORMAT = 1
 # Rounding to another dtype changes the norms by far less, another training by far more.
 NORM_TOLERANCE = 1e-3
+# Options of the cache section that change what is computed where, or how full steps are named, but no value.
+_WITHOUT_EFFECT_ON_VALUES = frozenset(
+    {"calibration", "placement", "memory_limit", "interval", "full_steps", "schedule"}
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,19 @@ class Calibration:
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
+
+
+def fitted_for(
+    config: Config, num_steps: int, policy: Policy | None, halves: Sequence[Half], model: DiffusionTransformer
+) -> FittedFor:
+    """What weights that are calibrated for a run depend on."""
+    # Defaults are left out, so that a calibration outlives options that it knows nothing of.
+    options = config.cache.model_dump(mode="json", exclude_defaults=True)
+    cache = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT_ON_VALUES}
+    if policy is not None:
+        steps = [StepContext(index, num_steps, 0.0) for index in range(num_steps)]
+        cache["full_steps"] = {half: [step.index for step in steps if policy.is_full(step, half)] for half in halves}
+    return FittedFor(cache, num_steps, config.sampling.cfg_scale, weight_norms(model))
 
 
 def weight_norms(model: DiffusionTransformer) -> tuple[float, ...]:

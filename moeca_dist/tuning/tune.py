@@ -5,8 +5,9 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from moeca_dist.checks import check_requests
 from moeca_dist.config import CacheConfig
-from moeca_dist.engine import Engine, check_requests
+from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import OutputWeights

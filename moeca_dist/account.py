@@ -1,0 +1,114 @@
+"""The account of a run: what every rank counted, brought together in one report."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moeca_dist.cache.policy import Half, Policy
+from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.config import Config
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.placement import Placement
+from moeca_dist.observation import Observation
+from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
+from moeca_dist.telemetry import GpuRecord, merge
+from moeca_dist.timing import Seconds, Section
+from moeca_dist.types import Request
+from moeca_dist.work import Work
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of an engine have in common."""
+
+    config: Config
+    mesh: Mesh
+    spec: ModelSpec
+    num_steps: int
+    halves: Sequence[Half]
+    policy: Policy | None
+    placement: Placement | None
+    budget_rows: Mapping[int, int]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing travels, and the exchange mode means nothing."""
+        return self.mesh.expert_group is None and self.config.parallel.exchange == "exact"
+
+    def work(self, num_images: int, statistics: CacheStatistics) -> Work:
+        return Work(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
+
+
+@dataclass
+class Counters:
+    """What one run did on this rank."""
+
+    observed: Observation
+    started: float = field(default_factory=time.perf_counter)
+    denoise_s: float = 0.0
+    cache: CacheStatistics = field(default_factory=CacheStatistics)
+
+
+@dataclass(frozen=True)
+class _RankResult:
+    """What one rank tells the others at the end of a run."""
+
+    cache: CacheStatistics
+    denoise_s: float
+    seconds: dict[tuple[int, Section], float]
+    bytes_sent: int
+    bytes_exact: int
+    gpu: GpuRecord | None
+
+
+def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Report:
+    """The report of a run, on every rank. A collective of the world."""
+    num_images, config, mesh, group = len(requests), setup.config, setup.mesh, setup.mesh.expert_group
+    mine = _RankResult(
+        counters.cache,
+        counters.denoise_s,
+        counters.observed.seconds.per_step(),
+        group.traffic.bytes_sent if group else 0,
+        int(group.traffic.bytes_exact) if group else 0,
+        counters.observed.gpu_record(),
+    )
+    ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
+    statistics = CacheStatistics()
+    for theirs in ranks:
+        statistics.merge(theirs.cache)
+    work = setup.work(num_images, statistics)
+    wall_s = time.perf_counter() - counters.started
+    remark = None if setup.policy is None else setup.policy.remark(statistics)
+    if remark is not None and mesh.rank == 0:
+        logger.warning(remark)
+    return Report(
+        num_images=num_images,
+        world_size=mesh.world_size,
+        ep_size=mesh.ep_size,
+        dp_size=mesh.dp_size,
+        num_steps=setup.num_steps,
+        wall_s=wall_s,
+        denoise_s=max(theirs.denoise_s for theirs in ranks),
+        images_per_s=num_images / wall_s,
+        flops=work.flops(),
+        branches=work.branches(),
+        exchange=ExchangeReport(
+            mode="local" if setup.is_local else config.parallel.exchange,
+            placement=setup.placement,
+            bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
+            bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
+            collectives=group.traffic.collectives if group else 0,
+            collectives_elided=group.traffic.collectives_elided if group else 0,
+            agreements=group.traffic.agreements if group else 0,
+            bytes_per_step=work.bytes_per_step(),
+            budget=work.budget(setup.budget_rows),
+        ),
+        cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark),
+        seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),
+        telemetry=merge([theirs.gpu for theirs in ranks], config.telemetry.period_s or 0.0, num_images),
+        requests=describe_requests(requests),
+    )
