@@ -22,6 +22,7 @@ from moeca_dist.cache.session import StepCache
 from moeca_dist.checks import check_config
 from moeca_dist.cli import main
 from moeca_dist.config import Config
+from moeca_dist.memory import cache_size
 from moeca_dist.moe.placement import budget_groups, budget_rows
 from moeca_dist.parallel.dispatch import FIXED_HEADER_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
@@ -365,3 +366,11 @@ def test_rows_are_read_off_a_run_that_had_enough(model, tmp_path, capsys: pytest
     (tmp_path / "report.json").write_text(waiting.to_json())
     assert main(["budget", str(tmp_path)]) == 2
     assert "branches waited in this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full_steps", [FULL_STEPS, list(range(8))], ids=["served", "all full"])
+def test_the_size_of_the_cache_is_predicted(model, full_steps: list[int]) -> None:
+    """With what waits; nothing of it where no step is served."""
+    config = budgeted(model, {"policy": "moeca_forecast", "full_steps": full_steps}, budget=1)
+    size = cache_size(config, Engine.from_config(config).model.spec, 8, 1)
+    assert size is not None and generate(config)[1].cache.bytes_peak == size.of(2)
