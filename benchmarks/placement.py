@@ -20,7 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from hardware import conditions
-from rank_cases import DEFAULT, UNCACHED, chosen, config_path
+from rank_cases import BRANCHES, UNCACHED, chosen, config_path
 from rank_job import Job
 from rank_launch import run_with_torchrun
 from repeats import relative_l2
@@ -32,7 +32,7 @@ from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
 
 FIT_SEED, CHECK_SEED = 7, 0
-MOST_DIFFERENCE = {UNCACHED: 1e-5, DEFAULT: 1e-3}  # relative L2; with a cache a route near a tie may fall otherwise
+MOST_DIFFERENCE = {UNCACHED: 1e-5, BRANCHES: 1e-3}  # relative L2; with a cache a route near a tie may fall otherwise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for policy in (UNCACHED, DEFAULT):
+    for policy in (UNCACHED, BRANCHES):
         fit, check = (
             record(path, policy, args.num_images, args.overrides, seed) for seed in (FIT_SEED, CHECK_SEED)
         )  # fmt: skip

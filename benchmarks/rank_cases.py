@@ -7,20 +7,22 @@ from rank_job import Cell
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 UNCACHED = "uncached"
-DEFAULT = "moeca_forecast"
+DEFAULT = "network_forecast"
+BRANCHES = "moeca_forecast"
 
 CELLS: tuple[Cell, ...] = (
     Cell(UNCACHED, {"policy": "none"}),
-    Cell(DEFAULT, {"policy": "moeca_forecast"}),
+    Cell(DEFAULT, {"policy": "network_forecast"}),
+    Cell(BRANCHES, {"policy": "moeca_forecast"}),
     Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "placement": "owner"}),
     Cell("taylorseer", {"policy": "taylorseer"}),
     Cell("fora", {"policy": "fora"}),
     Cell("moeca", {"policy": "moeca"}),
 )
 # On one rank there is nothing to place: what stands for these cells there.
-ON_ONE_RANK = {"moeca_forecast, owner": DEFAULT}
-# The quick four: what is measured where nothing else is asked for.
-COMMON = (UNCACHED, DEFAULT, "moeca_forecast, owner", "taylorseer")
+ON_ONE_RANK = {"moeca_forecast, owner": BRANCHES}
+# What is measured where nothing else is asked for.
+COMMON = (UNCACHED, DEFAULT, BRANCHES, "moeca_forecast, owner", "taylorseer")
 
 
 def config_path(name: str) -> Path:

@@ -37,10 +37,16 @@ RECORDS = "records.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of a job: its name, and the ``cache:`` section that replaces that of the file."""
+    """One configuration of a job: its name, and the ``cache:`` section that replaces that of the file.
+
+    A cell that names a policy and nothing else leaves a file alone that has tuned this policy.
+    """
 
     name: str
     cache: dict[str, Any]
+
+    def section(self, of_file: CacheConfig) -> CacheConfig:
+        return of_file if self.cache == {"policy": of_file.policy} else CacheConfig.model_validate(self.cache)
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,9 @@ def run(job: Job, folder: Path) -> None:
 def engine_of(cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num_steps: int | None = None) -> Engine:
     config = load_config(job.config, job.overrides)
     sampling = config.sampling.model_copy(update={} if num_steps is None else {"num_steps": num_steps})
-    cache = CacheConfig.model_validate(cell.cache)
-    return Engine(config.model_copy(update={"cache": cache, "sampling": sampling}), mesh, model, Unrounded())
+    return Engine(
+        config.model_copy(update={"cache": cell.section(config.cache), "sampling": sampling}), mesh, model, Unrounded()
+    )
 
 
 def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.generic], dict[str, Any]]:

@@ -26,7 +26,7 @@ from rank_job import Job
 from rank_launch import environment, run_with_torchrun
 from sim_step import traffic_of_steps
 
-from moeca_dist.config import CacheConfig, load_config
+from moeca_dist.config import load_config
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.cost import LimitedLinks
@@ -105,9 +105,7 @@ def record(path: Path, policy: str, num_images: int, overrides: Sequence[str], s
     """The trace of what ``network.py`` generates: its labels, and with seed 0 its noise."""
     config = load_config(path, ["model.device=cpu", f"sampling.batch_size={num_images}", *overrides])
     (cell,) = chosen([policy], 1)
-    engine = Engine.from_config(
-        config.model_copy(update={"cache": CacheConfig.model_validate(cell.cache)}), mesh=Mesh.single()
-    )
+    engine = Engine.from_config(config.model_copy(update={"cache": cell.section(config.cache)}), mesh=Mesh.single())
     classes = engine.model.spec.num_classes
     requests = [Request(index, index % classes, seed) for index in range(num_images)]
     trace = record_routing(engine, requests, f"{path.name}, {policy}")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from hardware import conditions
 from netns import Link
-from rank_cases import CELLS, ON_ONE_RANK, UNCACHED, config_path
+from rank_cases import BRANCHES, CELLS, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores, measure, record
 from sim_report import validation_markdown
 from sim_step import Mode, StepTime, simulate_step, traffic_of_steps
@@ -34,7 +34,7 @@ from moeca_dist.parallel.routing_trace import RoutingTrace
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = RESULTS / "sim_tables"
-DEFAULT_POLICIES = (UNCACHED, "moeca_forecast", "taylorseer")
+DEFAULT_POLICIES = (UNCACHED, DEFAULT, BRANCHES)
 DEFAULT_NUM_IMAGES = {"demo": 40}
 TARGET = 0.15
 
