@@ -108,8 +108,10 @@ class Gpu:
             raise TelemetryUnavailableError(f"NVML says: {error}") from None
         return cls(nvml, handle, name, uuid, tuple(figure for figure in _READERS if _offers(nvml, handle, figure)))
 
-    def read(self) -> dict[str, float]:
-        return {figure: float(_READERS[figure](self.nvml, self.handle)) for figure in self.offered}
+    def read(self, figures: Sequence[str] | None = None) -> dict[str, float]:
+        """What is offered now, or those of it that are asked for; raises ``NVMLError`` where the driver went away."""
+        wanted = self.offered if figures is None else [figure for figure in self.offered if figure in figures]
+        return {figure: float(_READERS[figure](self.nvml, self.handle)) for figure in wanted}
 
     def close(self) -> None:
         self.nvml.nvmlShutdown()

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import pynvml
 import torch
 from ray.util.metrics import Counter, Gauge
 
-logger = logging.getLogger(__name__)
+from moeca_dist.telemetry import Gpu, TelemetryUnavailableError
 
-_WATT = 1000  # NVML counts milliwatts
+logger = logging.getLogger(__name__)
 
 
 class JobMetrics:
@@ -31,16 +30,18 @@ class JobMetrics:
 class RankMetrics:
     """What one rank does: exchange and cache of its gang (on rank 0), memory and power of its GPU."""
 
-    def __init__(self, gang: int, rank: int) -> None:
+    def __init__(self, gang: int, rank: int, device: torch.device) -> None:
         tags = {"gang": str(gang), "rank": str(rank)}
         self._tags = tags
         keys = tuple(tags)
         self._bytes_sent = Counter("moeca_bytes_sent", "Bytes of the expert all-to-all, whole gang.", keys)
         self._bytes_saved = Counter("moeca_bytes_saved", "Bytes the exact path would have sent besides.", keys)
         self._reuse_ratio = Gauge("moeca_reuse_ratio", "Share of branches not computed in the last chunk.", keys)
-        self._gpu_memory = Gauge("moeca_gpu_memory_bytes", "Memory in use on the rank's GPU (NVML).", keys)
-        self._gpu_power = Gauge("moeca_gpu_power_watts", "Power draw of the rank's GPU (NVML).", keys)
-        self._gpu = _nvml_device()
+        self._gpu_gauges = {
+            "memory_bytes": Gauge("moeca_gpu_memory_bytes", "Memory in use on the rank's GPU (NVML).", keys),
+            "power_w": Gauge("moeca_gpu_power_watts", "Power draw of the rank's GPU (NVML).", keys),
+        }
+        self._gpu = _open(device)
 
     def note_chunk(self, report: Mapping[str, Any]) -> None:
         """Count a finished chunk from its report."""
@@ -58,21 +59,20 @@ class RankMetrics:
         if self._gpu is None:
             return
         try:
-            self._gpu_memory.set(pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used, self._tags)
-            self._gpu_power.set(pynvml.nvmlDeviceGetPowerUsage(self._gpu) / _WATT, self._tags)
-        except pynvml.NVMLError as error:
+            found = self._gpu.read(tuple(self._gpu_gauges))
+        except self._gpu.nvml.NVMLError as error:
             logger.warning("no more figures of the GPU: %s", error)
             self._gpu = None
+            return
+        for figure, value in found.items():
+            self._gpu_gauges[figure].set(value, self._tags)
 
 
-def _nvml_device() -> Any:
-    """NVML's handle of the GPU that this process computes on; None without a GPU or a driver."""
-    if not torch.cuda.is_available():
+def _open(device: torch.device) -> Gpu | None:
+    if device.type != "cuda":
         return None
     try:
-        pynvml.nvmlInit()
-        # By UUID: CUDA counts only the devices that are visible to the process.
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
-    except pynvml.NVMLError as error:
+        return Gpu.open(device)
+    except TelemetryUnavailableError as error:
         logger.warning("no figures of the GPU: %s", error)
         return None

@@ -85,8 +85,8 @@ class Worker:
         if config.model.device == "cpu":
             torch.set_num_threads(1)
         self._engine = Engine.from_config(config)
-        self._metrics = RankMetrics(self._gang, self._rank)
         device = self._engine.mesh.device
+        self._metrics = RankMetrics(self._gang, self._rank, device)
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
     @ray.method(num_returns=2)
