@@ -3,7 +3,6 @@
 Shape suffixes: B images, C channels, H and W pixels, T tokens.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,39 +10,22 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor, nn
 
+from benchmarks.adapter import NUM_IMAGES, NUM_STEPS, TEXT, TOP_K, cached, exact, relative, sample, small_hidream
 from moeca_dist import Request, UserError
 from moeca_dist.adapters.adapter import Adapter, branch_counts
 from moeca_dist.adapters.hidream import adapt_hidream
 from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.session import CacheSession
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-NUM_STEPS, NUM_IMAGES, TEXT = 8, 2, 8
-LAYERS, TOP_K = 4, 2
+LAYERS = 4
 # Image tokens in the two double-stream blocks; in the single-stream ones also T5's and twice Llama's.
 TOKENS_PER_IMAGE = 2 * 64 + 2 * (64 + 3 * TEXT)
 
 
 @pytest.fixture(scope="module")
 def model() -> HiDreamImageTransformer2DModel:
-    torch.manual_seed(0)
-    return HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        caption_channels=[32, 32],
-        text_emb_dim=32,
-        num_routed_experts=4,
-        num_activated_experts=TOP_K,
-        axes_dims_rope=(8, 4, 4),
-        max_resolution=(16, 16),
-        llama_layers=[0, 1, 1, 1],
-    ).eval()
+    return small_hidream()
 
 
 @pytest.fixture
@@ -51,48 +33,6 @@ def adapter(model: HiDreamImageTransformer2DModel) -> Any:
     adapter = adapt_hidream(model)
     yield adapter
     adapter.remove()
-
-
-def sample(model: nn.Module, call: Callable[[int, Callable[[], Tensor]], Tensor]) -> Tensor:
-    """A few Euler steps of two images in two guidance halves; ``call(step, evaluate)`` makes each evaluation."""
-    generator = torch.Generator().manual_seed(1)
-    batch = 2 * NUM_IMAGES
-    x_BCHW = torch.randn(NUM_IMAGES, 4, 16, 16, generator=generator)
-    text = {
-        "encoder_hidden_states_t5": torch.randn(batch, TEXT, 32, generator=generator),
-        "encoder_hidden_states_llama3": torch.randn(2, batch, TEXT, 32, generator=generator),
-        "pooled_embeds": torch.randn(batch, 32, generator=generator),
-    }
-    for step in range(NUM_STEPS):
-        time = torch.full((batch,), 1000.0 * (1 - step / NUM_STEPS))
-
-        def evaluate(x_BCHW: Tensor = x_BCHW, time: Tensor = time) -> Tensor:
-            with torch.no_grad():
-                return model(x_BCHW.repeat(2, 1, 1, 1), timesteps=time, return_dict=False, **text)[0]
-
-        conditional, unconditional = call(step, evaluate).chunk(2)
-        x_BCHW = x_BCHW - (unconditional + 2 * (conditional - unconditional)) / NUM_STEPS
-    return x_BCHW
-
-
-def exact(_step: int, evaluate: Callable[[], Tensor]) -> Tensor:
-    return evaluate()
-
-
-def cached(adapter: Adapter, **options: Any) -> tuple[Tensor, CacheSession]:
-    policy = build_policy(CacheConfig(**options), NUM_STEPS, guided=True)
-    assert policy is not None
-    session = adapter.session(policy, [Request(index, 0) for index in range(NUM_IMAGES)], guided=True)
-
-    def call(step: int, evaluate: Callable[[], Tensor]) -> Tensor:
-        with adapter.at(session.at(StepContext(step, NUM_STEPS, 1 - step / NUM_STEPS))):
-            return evaluate()
-
-    return sample(adapter.model, call), session
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def test_without_a_cached_step_nothing_changes(model: HiDreamImageTransformer2DModel) -> None:
