@@ -28,7 +28,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from hardware import commit, conditions
 from pareto_bytes import bytes_sent
 from pareto_calibration import check_seeds, with_calibrations
-from pareto_cases import CASES, EXACT, QUICK, checked
+from pareto_cases import CASES, EXACT, QUICK, STORAGE, checked
 from pareto_report import summarise, write_results
 from pareto_run import EXACT_EVERY, Job, Record, Settings, Unit, records, seconds_per_run, sha256
 from tqdm import tqdm
@@ -74,7 +74,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    wanted = [case for case in CASES if any(part in case.name for part in args.only)]
+    known = CASES if args.only == [""] else (*CASES, *STORAGE)
+    wanted = [case for case in known if any(part in case.name for part in args.only)]
     cases = [case for case in wanted if not args.quick or case.name in QUICK]
     if not cases:
         raise UserError(f"no configuration's name contains {' or '.join(map(repr, args.only))}")

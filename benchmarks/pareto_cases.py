@@ -102,6 +102,17 @@ CASES: tuple[Case, ...] = (
     *(Case("fewer steps", f"{steps} steps", {"policy": "none"}, steps) for steps in (10, 13, 25)),
 )
 
+# Storage in fewer bits: run only where --only names them.
+STORAGE: tuple[Case, ...] = tuple(
+    Case(f"storage of {policy}", dtype, {"policy": policy, "dtype": dtype, **options})
+    for policy, options in (
+        ("moeca_forecast", {}),
+        ("taylorseer", {"full_steps": list(DEFAULT_STEPS)}),
+        ("moeca", {"refresh_ratio": 0.05}),
+    )
+    for dtype in ("model", "bfloat16", "float16", "float8_e4m3fn")
+)
+
 QUICK = ("fora: every 4", "moeca_forecast placed: default", "fewer steps: 13 steps")
 
 

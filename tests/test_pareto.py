@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.pareto_bytes import count
-from benchmarks.pareto_cases import CASES, QUICK, Case, checked
+from benchmarks.pareto_cases import CASES, QUICK, STORAGE, Case, checked
 from benchmarks.pareto_report import mark_frontier, unpacked
 from benchmarks.pareto_run import Job, Settings, packed
 from moeca_dist import UserError
@@ -120,8 +120,9 @@ def test_bytes_are_counted_between_ranks(two_ranks) -> None:
 
 
 def test_every_case_fits_and_has_a_name_of_its_own() -> None:
-    configs = checked(CASES, 50, guided=True)
-    assert len(configs) == len(CASES) and set(QUICK) <= set(configs)
+    every = (*CASES, *STORAGE)
+    configs = checked(every, 50, guided=True)
+    assert len(configs) == len(every) and set(QUICK) <= set(configs)
 
 
 @pytest.mark.parametrize(
