@@ -111,11 +111,14 @@ def run(job: Job, folder: Path) -> None:
 
 
 def engine_of(cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num_steps: int | None = None) -> Engine:
+    """``num_steps``: of a warm-up, to which a schedule that the file has tuned does not apply."""
     config = load_config(job.config, job.overrides)
-    sampling = config.sampling.model_copy(update={} if num_steps is None else {"num_steps": num_steps})
-    return Engine(
-        config.model_copy(update={"cache": cell.section(config.cache), "sampling": sampling}), mesh, model, Unrounded()
-    )
+    if num_steps is None:
+        sections: dict[str, Any] = {"cache": cell.section(config.cache)}
+    else:
+        sampling = config.sampling.model_copy(update={"num_steps": num_steps})
+        sections = {"cache": CacheConfig.model_validate(cell.cache), "sampling": sampling}
+    return Engine(config.model_copy(update=sections), mesh, model, Unrounded())
 
 
 def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.generic], dict[str, Any]]:
