@@ -51,6 +51,8 @@ class ModelConfig(_Section):
     """Side of the (latent) image in pixels."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: bool = False
+    """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
 
 
 class ParallelConfig(_Section):
@@ -213,6 +215,8 @@ class Config(_Section):
             raise ValueError("model.random_init needs model.name, the published size to build")
         if model.random_init and model.family is not None:
             raise ValueError("model.family has no effect with model.random_init, where model.name decides: remove it")
+        if model.cuda_graphs and model.device == "cpu":
+            raise ValueError("model.cuda_graphs needs a CUDA device, not model.device cpu: remove one of them")
         if self.cache.dtype == model.dtype:
             raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
         _check_budget(self.parallel)
