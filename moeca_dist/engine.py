@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.account import Counters, Setup, account
-from moeca_dist.arrangement import budget_of_round, placement_of_values, rows_of_budget
+from moeca_dist.arrangement import budget_of_round, late_refreshes, placement_of_values, rows_of_budget
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
@@ -29,6 +29,7 @@ from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
 from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.late import check_late
 from moeca_dist.moe.placement import check_exchange
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
@@ -69,6 +70,7 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         check_exchange(config, self.policy)
+        check_late(config, self.policy, model.spec.moe_blocks, self.num_steps, self._halves)
         element_bytes = next(model.parameters()).element_size()
         self.placement = placement_of_values(
             config, model.spec, self.policy, self.num_steps, self._halves, mesh.ep_size, element_bytes
@@ -269,6 +271,7 @@ class Engine:
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self.config.parallel.exchange == "planned",
             budget=budget_of_round(self.config, self.budget_rows, self.model.spec, self.mesh, len(share)),
+            late=late_refreshes(self.config.cache, self.model.spec),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )

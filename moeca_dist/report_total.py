@@ -6,7 +6,18 @@ from typing import Any
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.timing import Seconds
 
-_BRANCHES = ("routed", "refreshed", "unmatched", "reused", "forecast", "full_step", "score", "forced", "deferred")
+_BRANCHES = (
+    "routed",
+    "refreshed",
+    "unmatched",
+    "reused",
+    "forecast",
+    "full_step",
+    "score",
+    "forced",
+    "late",
+    "deferred",
+)
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
 
 
@@ -38,7 +49,7 @@ class ReportTotal:
         self._flops[0] += report["flops"]["computed"]
         self._flops[1] += report["flops"]["full"]
         for name in _BRANCHES:
-            self._branches[name] += report["branches"][name]
+            self._branches[name] += report["branches"].get(name, 0)
         for name in _EXCHANGE:
             self._exchange[name] += report["exchange"][name]
         self._bytes_per_step = _sum(self._bytes_per_step, list(report["exchange"]["bytes_per_step"]))

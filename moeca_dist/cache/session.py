@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
 from moeca_dist.cache.budget import Budget
+from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.planned import Ahead, StepPlans
@@ -31,7 +32,8 @@ class CacheSession:
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
     sessions together; None in placement ``home``. ``planned``: each step decides for the next one. ``budget``: the
-    rows that a cache step computes at most, in exchange mode ``budget``.
+    rows that a cache step computes at most, in exchange mode ``budget``. ``late``: of this session alone; None where
+    every refreshed branch lands in its step.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class CacheSession:
         owner_ranks: int | None = None,
         planned: bool = False,
         budget: Budget | None = None,
+        late: LateRefreshes | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
@@ -55,6 +58,7 @@ class CacheSession:
         self.policy = policy
         self.timer = timer
         self.budget = budget
+        self.late = late
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
@@ -141,6 +145,7 @@ class StepCache:
             self.ahead,
             session.timer,
             session.budget,
+            session.late,
         )
 
     @property

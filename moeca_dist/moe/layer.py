@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.branches import Match
 from moeca_dist.cache.rows import Rows
+from moeca_dist.moe import late
 from moeca_dist.moe.budgeted import budgeted_layer
 from moeca_dist.moe.cached import (
     BudgetedRows,
@@ -68,6 +69,9 @@ class MoELayer(nn.Module):
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
+        if cache.late is not None:
+            cache.late.advance()
+            cache.late.land(cache.block)
         if cache.ahead is not None:
             plan = planned_layer(x_TD, self.gate, cache, self.dispatcher)
         elif cache.budget is not None:
@@ -95,7 +99,9 @@ class MoELayer(nn.Module):
         self.dispatcher.count_exact(routing, x_TD)
         with cache.timer.section("bookkeeping"):
             pairs = zip(parts, matches, strict=True)
-            return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
+            return LayerPlan(
+                routing, parts, [decide(part, routing, match, cache, late.delayed) for part, match in pairs]
+            )
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
@@ -180,13 +186,19 @@ class MoELayer(nn.Module):
         with cache.timer.section("bookkeeping"):
             branch_N = plan.refreshed_branches()
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
+        traffic_PC, late_PC = plan.traffic, None
+        if late.may_be_late_here(cache):
+            traffic_PC, late_PC = late.agree(plan, self.dispatcher)
 
         def finish(dispatched: DispatchedRows) -> Tensor:
             rows_ND = self._computed(dispatched).wait()
             with cache.timer.section("bookkeeping"):
-                return serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
+                total_TD = serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
+            if late_PC is not None:
+                late.depart(x_TD, plan, late_PC, cache, self.dispatcher, self._computed)
+            return total_TD
 
-        return self.dispatcher.dispatch(x_TD, branches, traffic=plan.traffic).then(finish)
+        return self.dispatcher.dispatch(x_TD, branches, traffic=traffic_PC).then(finish)
 
     def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
         """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""
