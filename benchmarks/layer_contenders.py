@@ -48,9 +48,9 @@ def ours(setup: Setup) -> Layer:
 
     def run(x_TD: Tensor) -> Tensor:
         routing = setup.routing
-        dispatched = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        dispatched = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
         outputs_RD = setup.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        return dispatcher.combine_sums(outputs_RD, dispatched, routing)
+        return dispatcher.combine_sums(outputs_RD, dispatched, routing).wait()
 
     return run
 

@@ -15,7 +15,7 @@ from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, shown,
 from moeca_dist.report import scaled
 from moeca_dist.timing import SECTIONS
 
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
+COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#F0E442")
 MARKERS = "osD^v*X"
 
 

@@ -87,8 +87,8 @@ def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
         routing = Routing(ids_TK, torch.rand(ids_TK.shape))
 
         def run(dispatcher: Any, routing: Routing = routing, x_TD: torch.Tensor = x_TD) -> None:
-            dispatched = dispatcher.dispatch(x_TD, routing.all_branches())
-            rows_ND = dispatcher.combine(dispatched.rows_RD, dispatched)
+            dispatched = dispatcher.dispatch(x_TD, routing.all_branches()).wait()
+            rows_ND = dispatcher.combine(dispatched.rows_RD, dispatched).wait()
             dispatcher.weighted_sum(rows_ND, dispatched, routing)
 
         if not latency:

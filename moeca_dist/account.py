@@ -3,11 +3,12 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import Config
+from moeca_dist.graphs import GraphCounts
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement
 from moeca_dist.observation import Observation
@@ -51,6 +52,7 @@ class Counters:
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
+    graphs: GraphCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _RankResult:
     bytes_sent: int
     bytes_exact: int
     gpu: GpuRecord | None
+    graphs: GraphCounts | None
 
 
 def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Report:
@@ -75,6 +78,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         group.traffic.bytes_sent if group else 0,
         int(group.traffic.bytes_exact) if group else 0,
         counters.observed.gpu_record(),
+        counters.graphs,
     )
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
     statistics = CacheStatistics()
@@ -111,4 +115,15 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),
         telemetry=merge([theirs.gpu for theirs in ranks], config.telemetry.period_s or 0.0, num_images),
         requests=describe_requests(requests),
+        graphs=_graphs([theirs.graphs for theirs in ranks]),
     )
+
+
+def _graphs(ranks: Sequence[GraphCounts | None]) -> dict[str, int] | None:
+    """Evaluations of all ranks together; None without ``model.cuda_graphs``."""
+    total = GraphCounts()
+    for counts in ranks:
+        if counts is None:
+            return None
+        total.add(counts)
+    return asdict(total)

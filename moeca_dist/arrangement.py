@@ -1,12 +1,13 @@
-"""How a configuration is carried out on the ranks: where branch values are kept, and how many rows travel."""
+"""How a configuration is carried out on the ranks: where branch values are kept, how many rows travel, and when."""
 
 from collections.abc import Sequence
 
 import torch
 
 from moeca_dist.cache.budget import Budget
+from moeca_dist.cache.late import LateRefreshes, shallow_blocks
 from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.config import Config
+from moeca_dist.config import CacheConfig, Config
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, budget_groups, budget_rows, choose_placement
 from moeca_dist.parallel.mesh import Mesh
@@ -33,6 +34,12 @@ def placement_of_values(
     return choose_placement(
         config.cache, policy, num_steps, tuple(halves), spec.num_experts_per_tok, row_bytes, experts
     )
+
+
+def late_refreshes(config: CacheConfig, spec: ModelSpec) -> LateRefreshes | None:
+    """What one session has under way from step to step; None where every refreshed branch lands in its step."""
+    share = config.late_refresh
+    return None if share is None else LateRefreshes(share, shallow_blocks(spec.moe_blocks))
 
 
 def rows_of_budget(config: Config, spec: ModelSpec, ep_size: int) -> dict[int, int] | None:

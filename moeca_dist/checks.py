@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.session import HALVES
 from moeca_dist.config import Config
 from moeca_dist.errors import UserError
+from moeca_dist.graphs import check_graphs
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.late import check_late
 from moeca_dist.moe.placement import budget_rows, check_exchange
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -36,14 +39,17 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode without effect, a calibration or expert placement that is none, and a
-    decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, CUDA graphs of steps that follow the data, a
+    calibration or expert placement that is none, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
-    check_exchange(config, build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1))
+    policy = build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
+    check_exchange(config, policy)
+    check_late(config, policy, spec.moe_blocks, num_steps, HALVES if config.sampling.cfg_scale != 1 else HALVES[:1])
+    check_graphs(config, policy, spec, num_steps)
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)
     read_placement(config)

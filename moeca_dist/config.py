@@ -51,6 +51,8 @@ class ModelConfig(_Section):
     """Side of the (latent) image in pixels."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: bool = False
+    """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
 
 
 class ParallelConfig(_Section):
@@ -109,6 +111,8 @@ class CacheConfig(_Section):
     """Share that a cache step computes: of the branches with policy ``random``, of the tokens with ``toca``."""
     extra_entries: int | None = Field(None, ge=0)
     """Stored branches per token beyond its routed experts: those of experts that just left."""
+    late_refresh: float | None = Field(None, gt=0, le=1)
+    """Share of the stored branches that a cache step refreshes, those of low gate, which land one step late."""
     attention_sync: bool | None = None
     """Whether a token with a refreshed branch refreshes its attention row, shared expert and dense blocks with it."""
     schedule: Literal["uniform", "toca"] | None = None
@@ -213,6 +217,8 @@ class Config(_Section):
             raise ValueError("model.random_init needs model.name, the published size to build")
         if model.random_init and model.family is not None:
             raise ValueError("model.family has no effect with model.random_init, where model.name decides: remove it")
+        if model.cuda_graphs and model.device == "cpu":
+            raise ValueError("model.cuda_graphs needs a CUDA device, not model.device cpu: remove one of them")
         if self.cache.dtype == model.dtype:
             raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
         _check_budget(self.parallel)

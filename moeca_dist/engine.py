@@ -16,17 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.account import Counters, Setup, account
-from moeca_dist.arrangement import budget_of_round, placement_of_values, rows_of_budget
+from moeca_dist.arrangement import budget_of_round, late_refreshes, placement_of_values, rows_of_budget
 from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.policy import Half
+from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
+from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
 from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
+from moeca_dist.graphs import GraphCounts, step_graphs
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
 from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.late import check_late
 from moeca_dist.moe.placement import check_exchange
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
@@ -34,9 +37,10 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report import FlopsReport, Report
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitted_for, fitting_calibration
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
-from moeca_dist.sampling.guidance import cached, exact
+from moeca_dist.sampling.guidance import Network, cached, exact
 from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.sampling.step import OnStep
+from moeca_dist.timing import Timer
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, to_uint8
 
@@ -66,11 +70,13 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
         check_exchange(config, self.policy)
+        check_late(config, self.policy, model.spec.moe_blocks, self.num_steps, self._halves)
         element_bytes = next(model.parameters()).element_size()
         self.placement = placement_of_values(
             config, model.spec, self.policy, self.num_steps, self._halves, mesh.ep_size, element_bytes
         )
         self.budget_rows = rows_of_budget(config, model.spec, mesh.ep_size)
+        self.graphs = step_graphs(config, self.policy, model.spec, mesh, self.num_steps)
         self.calibration = calibration or self._read_calibration()
         self._gpu = open_gpu(config.telemetry, mesh)
 
@@ -168,10 +174,12 @@ class Engine:
     def with_cache(self, cache: CacheConfig) -> "Engine":
         """Another cache over the same network and ranks.
 
-        Without telemetry, and with the exact exchange, which all policies offer.
+        Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone.
         """
         parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
-        changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
+        graphs = self.config.model.cuda_graphs and cache.policy == "none"
+        model = self.config.model.model_copy(update={"cuda_graphs": graphs})
+        changes = {"model": model, "cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder)
 
@@ -242,24 +250,28 @@ class Engine:
         )
 
     def _open_session(
-        self, share: Sequence[Request], counters: Counters, combine: Combine | None
-    ) -> CacheSession | None:
-        """The caches of one round, or None for the exact path."""
-        if self.policy is None:
-            return None
+        self,
+        policy: Policy,
+        share: Sequence[Request],
+        combine: Combine | None,
+        statistics: CacheStatistics,
+        timer: Timer,
+    ) -> CacheSession:
+        """The caches of one round."""
         return CacheSession(
-            self.policy,
+            policy,
             share,
             guided=self._guided,
             num_blocks=self.model.spec.depth,
             num_experts=self.model.spec.num_experts,
             num_experts_per_tok=self.model.spec.num_experts_per_tok,
-            statistics=counters.cache,
-            timer=counters.observed.timer,
+            statistics=statistics,
+            timer=timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             planned=self.config.parallel.exchange == "planned",
             budget=budget_of_round(self.config, self.budget_rows, self.model.spec, self.mesh, len(share)),
+            late=late_refreshes(self.config.cache, self.model.spec),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
         )
@@ -274,12 +286,11 @@ class Engine:
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
     ) -> Tensor:
-        session = self._open_session(share, counters, combine)
-        model = partial(self.model, timer=counters.observed.timer)
+        network, finish = self._network(share, counters, combine)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
-                exact(model) if session is None else cached(model, session),
+                network,
                 share,
                 cfg_scale=self.config.sampling.cfg_scale,
                 num_steps=self.num_steps,
@@ -291,9 +302,24 @@ class Engine:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
-        if session is not None:
-            session.note_peak()
+        finish()
         return samples_BCHW
+
+    def _network(
+        self, share: Sequence[Request], counters: Counters, combine: Combine | None
+    ) -> tuple[Network, Callable[[], None]]:
+        """What the sampler evaluates in one round, and what is to be called after it."""
+        open_session = None if self.policy is None else partial(self._open_session, self.policy, share, combine)
+        timer = counters.observed.timer
+        if self.graphs is not None and counters.graphs is not None and share:
+            graphed = self.graphs.begin(share, self._bound, open_session, counters.cache, timer, counters.graphs)
+            return graphed, graphed.finish
+        session = None if open_session is None else open_session(counters.cache, timer)
+        return self._bound(session, timer), _nothing if session is None else session.note_peak
+
+    def _bound(self, session: CacheSession | None, timer: Timer) -> Network:
+        model = partial(self.model, timer=timer)
+        return exact(model) if session is None else cached(model, session)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
         if self.decoder is not None:
@@ -311,10 +337,14 @@ class Engine:
     def _start(self, observed: Observation) -> Counters:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic(observed.timer)
-        return Counters(observed)
+        return Counters(observed, graphs=None if self.graphs is None else GraphCounts())
 
 
 _EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "budget_fill": False}
+
+
+def _nothing() -> None:
+    """After a round without a session."""
 
 
 def join(config: Config) -> Mesh:

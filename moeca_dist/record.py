@@ -17,6 +17,7 @@ from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, FixedRows
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.types import Branches, Request, Routing
 
@@ -171,21 +172,21 @@ class _RecordingDispatcher:
 
     def dispatch(
         self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> DispatchedRows:
+    ) -> Pending[DispatchedRows]:
         self._recorder.note_dispatch(self._block, branches)
         return self._inner.dispatch(x_TD, branches, gates_N, traffic)
 
-    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
+    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
         return self._inner.combine(outputs_RD, dispatched)
 
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> DispatchedRows:
+    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
         """Never noted: traces are recorded with the exact exchange."""
         return self._inner.dispatch_fixed(x_TD, fixed)
 
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Tensor:
+    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
         return self._inner.combine_fixed(outputs_RD, dispatched)
 
-    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
         return self._inner.combine_sums(outputs_RD, dispatched, routing)
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:

@@ -6,7 +6,18 @@ from typing import Any
 from moeca_dist.report import BranchReport, CacheReport, ExchangeReport, FlopsReport, Report
 from moeca_dist.timing import Seconds
 
-_BRANCHES = ("routed", "refreshed", "unmatched", "reused", "forecast", "full_step", "score", "forced", "deferred")
+_BRANCHES = (
+    "routed",
+    "refreshed",
+    "unmatched",
+    "reused",
+    "forecast",
+    "full_step",
+    "score",
+    "forced",
+    "late",
+    "deferred",
+)
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
 
 
@@ -26,6 +37,7 @@ class ReportTotal:
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
+        self._graphs: dict[str, int] | None = None
         self._remarks: set[str | None] = set()
 
     def add(self, report: Mapping[str, Any]) -> None:
@@ -37,7 +49,7 @@ class ReportTotal:
         self._flops[0] += report["flops"]["computed"]
         self._flops[1] += report["flops"]["full"]
         for name in _BRANCHES:
-            self._branches[name] += report["branches"][name]
+            self._branches[name] += report["branches"].get(name, 0)
         for name in _EXCHANGE:
             self._exchange[name] += report["exchange"][name]
         self._bytes_per_step = _sum(self._bytes_per_step, list(report["exchange"]["bytes_per_step"]))
@@ -48,6 +60,8 @@ class ReportTotal:
         self._budget = [_joined(*pair) for pair in zip(self._budget, budget, strict=True)] if self._budget else budget
         self._modules = _sum(self._modules, report["cache"]["modules"])
         self._seconds = _sum(self._seconds, report["seconds"])
+        if (graphs := report.get("graphs")) is not None:
+            self._graphs = _sum(self._graphs or {}, graphs)
         self._remarks.add(report["cache"]["remark"])
 
     def result(self, wall_s: float, batch: dict[str, Any], requests: dict[str, Any]) -> Report | None:
@@ -86,6 +100,7 @@ class ReportTotal:
             seconds=Seconds(**self._seconds),
             requests=requests,
             batch=batch,
+            graphs=self._graphs,
         )
 
 

@@ -166,8 +166,14 @@ def _gpu(record: Mapping[str, Any]) -> list[str]:
 
 
 _MODULES = {"computed": "computed", "rows": "row by row", "served": "served"}
-_REASONS = {"full_step": "in full steps", "unmatched": "unmatched", "score": "by score", "forced": "forced"}
-_KINDS = ("full", "unmatched", "score", "forced", "served")
+_REASONS = {
+    "full_step": "in full steps",
+    "unmatched": "unmatched",
+    "score": "by score",
+    "forced": "forced",
+    "late": "late",
+}
+_KINDS = ("full", "unmatched", "score", "forced", "late", "served")
 _BLOCK_HEADER = ("block", "full steps", *_KINDS[1:], "computed", "busiest expert", "quietest")
 
 
@@ -183,7 +189,8 @@ def _blocks(per_layer: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(_BLOCK_HEADER))]
     aligned = ("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
     legend = (
-        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, or forced by a rule of it",
+        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, forced by a rule of it,",
+        "    or late: for either reason, and served from the next step on",
         "  served: from the cache",
         "  experts: share of the block's computed branches",
     )

@@ -11,15 +11,16 @@ from typing import Any, Final, Literal, Protocol
 
 import torch
 
-Section = Literal["attention", "dense", "experts", "exchange", "wait", "bookkeeping", "other"]
+Section = Literal["attention", "dense", "experts", "exchange", "wait", "bookkeeping", "graph", "other"]
 
 SECTIONS: Final[tuple[Section, ...]] = (
     "attention",
     "dense",  # feed-forwards without experts
     "experts",  # router, routed and shared experts, bringing their rows into order, summing them up
-    "exchange",  # payload collectives
+    "exchange",  # payload collectives: starting them, and waiting for what nothing else hides
     "wait",  # gathering counts, where a rank waits for the slower ones
     "bookkeeping",  # what a cache costs: matching, decisions, forecasts, storing
+    "graph",  # replayed CUDA graphs, which cannot be divided
     "other",  # modulation, embeddings, output layer, solver
 )
 

@@ -23,6 +23,7 @@ from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig, Config, HalvesConfig
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.types import StepContext
 from tests.golden_files import load_golden
 from tests.test_cache_contract import NUM_STEPS, count_products, load, open_session, requests
@@ -75,17 +76,21 @@ def generate(config: Config, with_exact: bool) -> tuple[NDArray[Any], NDArray[An
 
 
 def watch_collectives(group: Any, recount: Recount, patch: pytest.MonkeyPatch) -> None:
-    send = group.all_to_all_rows
+    send = group.start_rows
 
-    def counted(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        arrived = send(rows, sent, received)
-        assert rows.shape[0] == sum(sent) and arrived.shape[0] == sum(received)
+    def counted(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
+        assert rows.shape[0] == sum(sent)
         away = [part for rank, part in enumerate(rows.split(list(sent))) if rank != group.rank]
         recount.bytes_sent += sum(part.numel() * part.element_size() for part in away)
         recount.collectives += 1
-        return arrived
 
-    patch.setattr(group, "all_to_all_rows", counted)
+        def checked(arrived: Tensor) -> Tensor:
+            assert arrived.shape[0] == sum(received)
+            return arrived
+
+        return send(rows, sent, received).then(checked)
+
+    patch.setattr(group, "start_rows", counted)
 
 
 def on_ranks(request: pytest.FixtureRequest, ep_size: int, config: Config, with_exact: bool) -> list[Any]:

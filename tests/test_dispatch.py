@@ -66,12 +66,12 @@ def tokens_routing(max_tokens: int = 9, k: int = 2) -> st.SearchStrategy[list[li
 def test_local_matches_the_loop(routing: list[list[int]]) -> None:
     x_TD, decided = make_input(len(routing), routing, 3)
     dispatcher = LocalDispatcher(EXPERTS)
-    sent = dispatcher.dispatch(x_TD, decided.all_branches())
+    sent = dispatcher.dispatch(x_TD, decided.all_branches()).wait()
     assert int(sent.rows_per_expert_L.sum()) == decided.expert_ids_TK.numel() == sent.rows_RD.shape[0]
     outputs_RD = make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L)
-    y_TD = dispatcher.combine_sums(outputs_RD, sent, decided)
+    y_TD = dispatcher.combine_sums(outputs_RD, sent, decided).wait()
     torch.testing.assert_close(y_TD, naive(x_TD, decided), atol=1e-5, rtol=1e-5)
-    assert torch.equal(y_TD, dispatcher.weighted_sum(dispatcher.combine(outputs_RD, sent), sent, decided))
+    assert torch.equal(y_TD, dispatcher.weighted_sum(dispatcher.combine(outputs_RD, sent).wait(), sent, decided))
 
 
 def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> dict[str, object]:
@@ -87,12 +87,12 @@ def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> d
     x_TD, decided = make_input(len(mine), mine, 10 + env.rank)
     group.reset_traffic()
     dispatcher.count_exact(decided, x_TD)
-    sent = dispatcher.dispatch(x_TD, decided.all_branches(), decided.gates_TK.flatten())
-    sums_TD = dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, decided)
+    sent = dispatcher.dispatch(x_TD, decided.all_branches(), decided.gates_TK.flatten()).wait()
+    sums_TD = dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, decided).wait()
     summed = group.traffic
     group.reset_traffic()
-    sent = dispatcher.dispatch(x_TD, decided.all_branches())
-    rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent)
+    sent = dispatcher.dispatch(x_TD, decided.all_branches()).wait()
+    rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent).wait()
     reference_TD = naive(x_TD, decided)
     assert sent.rows_RD.shape[0] == sum(owners[e] == env.rank for tokens in routings for token in tokens for e in token)
     return {

@@ -20,6 +20,7 @@ _NEUTRAL = (
     "parallel.expert_placement",
     "parallel.timeout_s",
     "parallel.backend",
+    "model.cuda_graphs",
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.budget import Backlog, Budget
+from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.owned import HomeTable, OwnedBlock
 from moeca_dist.cache.planned import Ahead
 from moeca_dist.cache.policy import Half, ModuleView, Policy
@@ -77,6 +78,7 @@ class BlockStep:
 
     ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
     ahead, None where each step decides for itself. ``budget``: None where the number of rows follows from the data.
+    ``late``: None where every refreshed branch lands in its step.
     """
 
     block: int
@@ -91,6 +93,7 @@ class BlockStep:
     ahead: Ahead | None = None
     timer: Timer = UNTIMED
     budget: Budget | None = None
+    late: LateRefreshes | None = None
 
     @property
     def all_full(self) -> bool:

@@ -127,18 +127,27 @@ class BranchCache(EntryTable):
         assert self._ids_TJ is not None
         token_N = torch.arange(tokens, device=values_TKD.device).repeat_interleave(k)
         at_N = token_N * self.num_entries + match.entry_TK.flatten()
-        values_ND = values_TKD.view(-1, hidden)
-        if self.forecast:
-            gap_N = step - self._steps_TJ.view(-1)[at_N]
-            found_N = match.found_TK.flatten()
-            self._slopes_TJD.put(at_N, slopes(values_ND, self._values_TJD.rows(at_N), gap_N, found_N))
-        self._values_TJD.put(at_N, values_ND)
-        self._steps_TJ.view(-1)[at_N] = step
+        self._put(at_N, values_TKD.view(-1, hidden), match.found_TK.flatten(), step)
         self._ids_TJ.scatter_(1, match.entry_TK, expert_ids_TK)
         if self._gates_TJ is not None and self._norms_TJ is not None and gates_TK is not None:
             self._gates_TJ.scatter_(1, match.entry_TK, gates_TK.float())
             self._norms_TJ.scatter_(1, match.entry_TK, values_TKD.float().norm(dim=-1))
         self.touch(match, step)
+
+    def land(
+        self, match: Match, branch_N: Tensor, values_ND: Tensor, step: int, gates_TK: Tensor | None = None
+    ) -> None:
+        """Keep matched branches that were computed in ``step``, as it has them, after it was over.
+
+        ``branch_N``: positions among all branches of that step; ``gates_TK``: its reference gates, given always or
+        never.
+        """
+        k = match.entry_TK.shape[1]
+        at_N = branch_N // k * self.num_entries + match.entry_TK.flatten()[branch_N]
+        self._put(at_N, values_ND, torch.ones_like(at_N, dtype=torch.bool), step)
+        if self._gates_TJ is not None and self._norms_TJ is not None and gates_TK is not None:
+            self._gates_TJ.view(-1)[at_N] = gates_TK.flatten()[branch_N].float()
+            self._norms_TJ.view(-1)[at_N] = values_ND.float().norm(dim=-1)
 
     def serve(
         self,
@@ -192,6 +201,14 @@ class BranchCache(EntryTable):
         tensors = [self._ids_TJ, self._steps_TJ, self._used_TJ]
         tensors += [tensor for tensor in (self._gates_TJ, self._norms_TJ) if tensor is not None]
         return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _put(self, at_N: Tensor, values_ND: Tensor, found_N: Tensor, step: int) -> None:
+        """Values of ``step`` into entries; ``found_N``: those that hold an older value of the same branch."""
+        if self.forecast:
+            gap_N = step - self._steps_TJ.view(-1)[at_N]
+            self._slopes_TJD.put(at_N, slopes(values_ND, self._values_TJD.rows(at_N), gap_N, found_N))
+        self._values_TJD.put(at_N, values_ND)
+        self._steps_TJ.view(-1).index_fill_(0, at_N, step)
 
     def _allocate(self, tokens: int, like_TKD: Tensor, *, with_reference: bool) -> None:
         shape = (tokens, self.num_entries)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
 from moeca_dist.cache.budget import Budget
+from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.planned import Ahead, StepPlans
@@ -31,7 +32,8 @@ class CacheSession:
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
     sessions together; None in placement ``home``. ``planned``: each step decides for the next one. ``budget``: the
-    rows that a cache step computes at most, in exchange mode ``budget``.
+    rows that a cache step computes at most, in exchange mode ``budget``. ``late``: of this session alone; None where
+    every refreshed branch lands in its step.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class CacheSession:
         owner_ranks: int | None = None,
         planned: bool = False,
         budget: Budget | None = None,
+        late: LateRefreshes | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
@@ -55,13 +58,12 @@ class CacheSession:
         self.policy = policy
         self.timer = timer
         self.budget = budget
+        self.late = late
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
         self._num_images = len(requests)
-        self._image_ids_B = torch.tensor(
-            [request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64, device=device
-        )
+        self._image_ids_B = _image_ids(requests).to(device)
         self._blocks = [
             tuple(SegmentCache(policy, num_experts, num_experts_per_tok, storage) for _ in self._halves)
             for _ in range(num_blocks)
@@ -78,6 +80,10 @@ class CacheSession:
             )
             for _ in range(num_blocks)
         ]
+
+    def assign(self, requests: Sequence[Request]) -> None:
+        """Other images, as many as before, in tensors that are there: for a session whose steps are replayed."""
+        self._image_ids_B.copy_(_image_ids(requests))
 
     def at(self, step: StepContext) -> "StepCache":
         self.note_peak()
@@ -139,6 +145,7 @@ class StepCache:
             self.ahead,
             session.timer,
             session.budget,
+            session.late,
         )
 
     @property
@@ -189,3 +196,8 @@ class StepCache:
                 out_BTD[segment.images] += here_BTD
             self.session.statistics.skipped += here_BTD.shape[0]
         return out_BTD
+
+
+def _image_ids(requests: Sequence[Request]) -> Tensor:
+    """int64 [B], on the host: seed and index of each request in one number."""
+    return torch.tensor([request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64)

@@ -4,6 +4,7 @@ Shape suffixes: S steps, Y reasons, E experts, T tokens, K routed experts per to
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -21,8 +22,9 @@ class Reason(IntEnum):
     UNMATCHED = 1  # the cache holds nothing of it
     FORCED = 2  # a rule of the policy computes it without judging it
     SCORE = 3  # the policy judged this very branch, by a score or (the control) by a draw
-    SERVED = 4  # reused or forecast
-    DEFERRED = 5  # to be computed, but there was no room: reused or forecast, or another expert stands in
+    LATE = 4  # judged or by a rule, but of low gate: computed now, served as stored until the next step
+    SERVED = 5  # reused or forecast
+    DEFERRED = 6  # to be computed, but there was no room: reused or forecast, or another expert stands in
 
 
 REFRESHED = tuple(reason for reason in Reason if reason < Reason.SERVED)
@@ -90,17 +92,24 @@ class CacheStatistics:
 
     def merge(self, other: "CacheStatistics") -> None:
         """Add what another rank counted; peaks add up too, because ranks hold their caches at the same time."""
+        self._add(other, Tensor.cpu)
+        self.bytes_peak += other.bytes_peak
+
+    def add_round(self, other: "CacheStatistics") -> None:
+        """Add what was counted apart for a round of the same run, which goes on counting its own."""
+        self._add(other, Tensor.clone)
+        self.bytes_peak = max(self.bytes_peak, other.bytes_peak)
+
+    def _add(self, other: "CacheStatistics", taken: Callable[[Tensor], Tensor]) -> None:
         for name in ("modules", "rows", "bytes_per_step"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
         self.signals += other.signals
         self.reached += other.reached
-        for block, counts_SYE in other.branches.items():
-            mine_SYE = self.branches.get(block)
-            self.branches[block] = counts_SYE.cpu() if mine_SYE is None else mine_SYE + counts_SYE.cpu()
-        for block, counts in other.demand.items():
-            self.demand[block] = self.demand[block] + counts.cpu() if block in self.demand else counts.cpu()
-        self.bytes_peak += other.bytes_peak
+        for name in _COUNTED:
+            mine = getattr(self, name)
+            for block, counts in getattr(other, name).items():
+                mine[block] = mine[block] + taken(counts) if block in mine else taken(counts)
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to other ranks: they may not have this rank's device."""

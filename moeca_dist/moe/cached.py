@@ -4,7 +4,7 @@ Shape suffixes: T tokens (of a segment in ``Part``, of all in a routing), K rout
 N refreshed branches, R rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,19 @@ class Part:
 class Decision:
     """``reason_TK``: uint8, a ``Reason`` for every branch.
 
-    ``num_refreshed`` counts ``refresh_TK``; 0 in placement ``owner`` and where rows are budgeted: no shape depends on
-    it there.
+    ``refresh_TK``: branches that are computed and land in this step; ``num_refreshed`` counts them, 0 in placement
+    ``owner`` and where rows are budgeted: no shape depends on it there. ``num_late`` counts those that are late.
     """
 
     match: Match
     refresh_TK: Tensor
     reason_TK: Tensor
     num_refreshed: int = 0
+    num_late: int = 0
+
+    @property
+    def late_TK(self) -> Tensor:
+        return self.reason_TK == Reason.LATE
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,19 @@ class LayerPlan:
         refresh_TK = torch.cat([decision.refresh_TK for decision in self.decisions])
         return positions(refresh_TK.flatten(), sum(decision.num_refreshed for decision in self.decisions))
 
+    @property
+    def late_TK(self) -> Tensor:
+        """bool [T, K] of all branches."""
+        return torch.cat([decision.late_TK for decision in self.decisions])
+
+    def late_branches(self) -> Tensor:
+        """As ``refreshed_branches``, of those that are computed and land in the next step."""
+        return positions(self.late_TK.flatten(), sum(decision.num_late for decision in self.decisions))
+
     def refreshed_rows(self) -> Rows:
-        """Tokens of the segments that are served from the cache with at least one refreshed branch."""
+        """Tokens of the segments that are served from the cache with at least one refreshed branch, late or not."""
         touched = [
-            decision.refresh_TK.any(-1) & (not part.segment.full)
+            (decision.refresh_TK | decision.late_TK).any(-1) & (not part.segment.full)
             for part, decision in zip(self.parts, self.decisions, strict=True)
         ]
         # NOTE: a host synchronisation on CUDA: the number of rows decides the shapes.
@@ -146,13 +160,16 @@ def route(x_TD: Tensor, router: Router, parts: Sequence[Part], *, with_scores: b
     )
 
 
-def decide(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Decision:
-    """Ask the policy about a segment's branches."""
+Delay = Callable[[Part, Routing, Tensor, BlockStep], Tensor]
+
+
+def decide(part: Part, routing: Routing, match: Match, cache: BlockStep, delay: Delay) -> Decision:
+    """Ask the policy about a segment's branches; ``delay`` marks those of them that may be late."""
     mine = part.routing(routing)
     observe(part, mine)
     if part.segment.full:
         return computed(match)
-    reason_TK = choose(part, mine, match, cache.step, cache)
+    reason_TK = delay(part, mine, choose(part, mine, match, cache.step, cache), cache)
     if cache.owned is not None:
         return Decision(match, refreshed(reason_TK), reason_TK)
     return served(match, reason_TK)
@@ -167,16 +184,16 @@ def computed(match: Match) -> Decision:
 
 def served(match: Match, reason_TK: Tensor, num_refreshed: int | None = None) -> Decision:
     """The branches of a segment in a cache step, kept at home; ``num_refreshed`` where the host knows it already."""
-    refresh_TK = refreshed(reason_TK)
+    refresh_TK, num_late = refreshed(reason_TK), 0
     if num_refreshed is None:
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-        num_refreshed = int(refresh_TK.sum())
-    return Decision(match, refresh_TK, reason_TK, num_refreshed)
+        num_refreshed, num_late = torch.stack([refresh_TK.sum(), (reason_TK == Reason.LATE).sum()]).tolist()
+    return Decision(match, refresh_TK, reason_TK, num_refreshed, num_late)
 
 
 def refreshed(reason_TK: Tensor) -> Tensor:
-    """bool [T, K]: branches that are computed, for whatever reason."""
-    return reason_TK < Reason.SERVED
+    """bool [T, K]: branches that are computed and land in this step, for whatever reason."""
+    return reason_TK < Reason.LATE
 
 
 def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:

@@ -4,10 +4,14 @@ Shape suffixes: B images, T tokens (of one image with B, else of all), D hidden 
 branches, R rows computed here.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from moeca_dist.cache.block import BlockStep
+from moeca_dist.cache.branches import Match
 from moeca_dist.cache.rows import Rows
+from moeca_dist.moe import late
 from moeca_dist.moe.budgeted import budgeted_layer
 from moeca_dist.moe.cached import (
     BudgetedRows,
@@ -25,6 +29,7 @@ from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.moe.planned import plan_next, planned_layer
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatch import AllToAllDispatcher, DispatchedRows, Dispatcher, LocalDispatcher
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.types import Branches
 
 
@@ -54,14 +59,19 @@ class MoELayer(nn.Module):
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         # Nothing is kept: what returns is summed up where the experts are.
-        dispatched = self.dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        coming = self.dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        shared_TD = self._shared(x_TD)  # while rows travel
+        dispatched = coming.wait()
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        routed_TD = self.dispatcher.combine_sums(outputs_RD, dispatched, routing)
-        return (routed_TD + self._shared(x_TD)).view_as(x_BTD)
+        routed_TD = self.dispatcher.combine_sums(outputs_RD, dispatched, routing).wait()
+        return (routed_TD + shared_TD).view_as(x_BTD)
 
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
         x_TD = x_BTD.flatten(0, 1)
+        if cache.late is not None:
+            cache.late.advance()
+            cache.late.land(cache.block)
         if cache.ahead is not None:
             plan = planned_layer(x_TD, self.gate, cache, self.dispatcher)
         elif cache.budget is not None:
@@ -89,15 +99,23 @@ class MoELayer(nn.Module):
         self.dispatcher.count_exact(routing, x_TD)
         with cache.timer.section("bookkeeping"):
             pairs = zip(parts, matches, strict=True)
-            return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
+            return LayerPlan(
+                routing, parts, [decide(part, routing, match, cache, late.delayed) for part, match in pairs]
+            )
 
     def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
-        routed_TD = self._routed(x_TD, plan, cache)
+        coming = self._routed(x_TD, plan, cache)
+        shared_BTD = self._shared_output(x_BTD, cache, rows)  # while rows travel
+        routed_TD = coming.wait()
         if cache.ahead is not None:
             with cache.timer.section("bookkeeping"):
                 plan_next(plan, cache, self.dispatcher)
+        return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
+
+    def _shared_output(self, x_BTD: Tensor, cache: BlockStep, rows: Rows | None) -> Tensor:
+        """[B, T, D], computed or from the cache, and computed for ``rows``; depends on no other rank."""
 
         def shared(images: slice) -> Tensor:
             with cache.timer.section("experts"):
@@ -105,11 +123,12 @@ class MoELayer(nn.Module):
 
         shared_BTD = cache.serve("shared", x_BTD, shared)
         if rows is not None:
-            cache.refresh_rows("shared", shared_BTD, rows, self._shared(x_TD.index_select(0, rows.flat_N)))
-        return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
+            fresh_ND = self._shared(x_BTD.flatten(0, 1).index_select(0, rows.flat_N))
+            cache.refresh_rows("shared", shared_BTD, rows, fresh_ND)
+        return shared_BTD
 
-    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
-        """The choice of placement: branch values are kept beside the experts, or at home."""
+    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
+        """[T, D], rows being on their way. The choice of placement: branch values beside the experts, or at home."""
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
@@ -123,48 +142,71 @@ class MoELayer(nn.Module):
         # A layer whose shared expert is disabled adds its own input in its place.
         return self.shared_experts(x) if self.shared_experts is not None else x
 
-    def _compute(
-        self, x_TD: Tensor, branches: Branches, traffic: Tensor | None = None
-    ) -> tuple[Tensor, DispatchedRows]:
-        """Outputs [N, D] of some branches, wherever their experts are, and how they were dispatched."""
-        dispatched = self.dispatcher.dispatch(x_TD, branches, traffic=traffic)
+    def _computed(self, dispatched: DispatchedRows) -> Pending[Tensor]:
+        """Outputs [N, D] of dispatched branches, on their way back."""
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        return self.dispatcher.combine(outputs_RD, dispatched), dispatched
+        return self.dispatcher.combine(outputs_RD, dispatched)
 
-    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
+    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
         routing = plan.routing
-        rows_ND, dispatched = self._compute(x_TD, routing.all_branches())
-        routed_TD = self.dispatcher.weighted_sum(rows_ND, dispatched, routing)
-        with cache.timer.section("bookkeeping"):
-            self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, cache)
-        return routed_TD
 
-    def _keep_all(self, fresh_ND: Tensor, plan: LayerPlan, cache: BlockStep) -> None:
+        def finish(dispatched: DispatchedRows) -> Tensor:
+            returning = self._computed(dispatched)
+            with cache.timer.section("bookkeeping"):
+                matches = self._match_all(plan)  # while outputs travel
+            rows_ND = returning.wait()
+            routed_TD = self.dispatcher.weighted_sum(rows_ND, dispatched, routing)
+            with cache.timer.section("bookkeeping"):
+                self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, matches, cache)
+            return routed_TD
+
+        return self.dispatcher.dispatch(x_TD, routing.all_branches()).then(finish)
+
+    def _match_all(self, plan: LayerPlan) -> list[Match]:
+        """Where a full step will store its branches, segment by segment."""
+        matches = []
+        for part in plan.parts:
+            mine = part.routing(plan.routing)
+            observe(part, mine)
+            matches.append(part.kept.branches.match(mine.expert_ids_TK))
+        return matches
+
+    def _keep_all(self, fresh_ND: Tensor, plan: LayerPlan, matches: Sequence[Match], cache: BlockStep) -> None:
         """Store all branches of a full step; ``fresh_ND`` in the order of the routing."""
         routing = plan.routing
         values_TKD = fresh_ND.view(*routing.expert_ids_TK.shape, fresh_ND.shape[1])
-        for part in plan.parts:
+        for part, match in zip(plan.parts, matches, strict=True):
             mine, branches = part.routing(routing), part.kept.branches
-            observe(part, mine)
-            match = branches.match(mine.expert_ids_TK)
             gates_TK = cache.policy.reference_gates(mine)
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
 
-    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Tensor:
+    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
         with cache.timer.section("bookkeeping"):
             branch_N = plan.refreshed_branches()
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        rows_ND, dispatched = self._compute(x_TD, branches, plan.traffic)
-        with cache.timer.section("bookkeeping"):
-            fresh = fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N)
-            return serve(plan, fresh, cache)
+        traffic_PC, late_PC = plan.traffic, None
+        if late.may_be_late_here(cache):
+            traffic_PC, late_PC = late.agree(plan, self.dispatcher)
 
-    def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Tensor:
+        def finish(dispatched: DispatchedRows) -> Tensor:
+            rows_ND = self._computed(dispatched).wait()
+            with cache.timer.section("bookkeeping"):
+                total_TD = serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
+            if late_PC is not None:
+                late.depart(x_TD, plan, late_PC, cache, self.dispatcher, self._computed)
+            return total_TD
+
+        return self.dispatcher.dispatch(x_TD, branches, traffic=traffic_PC).then(finish)
+
+    def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
         """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""
-        dispatched = self.dispatcher.dispatch_fixed(x_TD, budgeted.fixed)
-        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        rows_ND = self.dispatcher.combine_fixed(outputs_RD, dispatched)
-        with cache.timer.section("bookkeeping"):
-            return serve(plan, budgeted.fresh(rows_ND, dispatched.slot_of_branch_N), cache)
+
+        def finish(dispatched: DispatchedRows) -> Tensor:
+            outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+            rows_ND = self.dispatcher.combine_fixed(outputs_RD, dispatched).wait()
+            with cache.timer.section("bookkeeping"):
+                return serve(plan, budgeted.fresh(rows_ND, dispatched.slot_of_branch_N), cache)
+
+        return self.dispatcher.dispatch_fixed(x_TD, budgeted.fixed).then(finish)

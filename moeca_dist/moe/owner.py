@@ -12,24 +12,39 @@ from moeca_dist.cache.owned import OwnedBranches
 from moeca_dist.moe.cached import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.pairs import ArrivedPairs, Asked, PairExchange
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.wire import token_sums
 
 
 def routed_at_owners(
     x_TD: Tensor, plan: LayerPlan, cache: BlockStep, pairs: PairExchange, experts: RoutedExperts
-) -> Tensor:
+) -> Pending[Tensor]:
     """[T, D] routed sums. A collective of the group, like every exchange: all its ranks call it in every step."""
     assert cache.owned is not None
-    pool, store, step = cache.owned.pool, cache.owned.store, cache.step.index
     with cache.timer.section("bookkeeping"):
         asked = _ask(plan, cache, pairs)
-    arrived = pairs.dispatch(x_TD, asked, pool.capacities)
+    coming = pairs.dispatch(x_TD, asked, cache.owned.pool.capacities)
+    return coming.then(lambda arrived: _sums(x_TD, plan, cache, asked, arrived, pairs, experts))
+
+
+def _sums(
+    x_TD: Tensor,
+    plan: LayerPlan,
+    cache: BlockStep,
+    asked: Asked,
+    arrived: ArrivedPairs,
+    pairs: PairExchange,
+    experts: RoutedExperts,
+) -> Tensor:
+    """This rank as an owner, then as a home."""
+    assert cache.owned is not None
+    store, step = cache.owned.store, cache.step.index
     with cache.timer.section("bookkeeping"):
         store.make_room(arrived.capacities, x_TD)
         fresh = _refresh(arrived, store, experts, cache)
         places_R = store.places(arrived.home_R, arrived.row_R)
         sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step, fresh)
-    rows_MD = pairs.combine(sums_SD, arrived)
+    rows_MD = pairs.combine(sums_SD, arrived).wait()
     with cache.timer.section("bookkeeping"):
         fresh_TD = token_sums(rows_MD, arrived.sent.token_M, x_TD.shape[0])
         touched_T, changed_T = asked.refresh_TK.any(1), (~asked.found_TK).any(1)

@@ -9,15 +9,17 @@ Shape suffixes: C counts of a rank, P ranks of the group, D hidden size.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import deepspeed.comm as dist
 import torch
-from deepspeed.module_inject.auto_ep_layer import _AllToAllV
 from torch import Tensor
 
 from moeca_dist.errors import PeerLostError
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.timing import UNTIMED, Timer
+
+_ROWS: Final = "exchanging expert rows"
 
 
 @dataclass
@@ -57,18 +59,36 @@ class Exchange:
             # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
             return gathered.cpu()
 
-    def all_to_all_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send ``sent[p]`` consecutive rows to each rank p, return ``received[p]`` rows from each, in rank order.
+    def start_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
+        """Send ``sent[p]`` consecutive rows to each rank p; who waits gets ``received[p]`` rows from each, in order.
 
-        ``rows``: [sum(sent), D]. The sizes must agree across ranks: a mismatch aborts gloo processes.
+        ``rows``: [sum(sent), D], left alone until then. The rows travel while the caller computes: on CPU in gloo's own
+        threads, with NCCL on its own stream, which the current one waits for. The sizes must agree across ranks: a
+        mismatch aborts gloo processes. No gradient passes.
         """
         away = rows.shape[0] - sent[self.rank]
         self.traffic.bytes_sent += away * rows.shape[1] * rows.element_size()
         self.traffic.collectives += 1
-        with self.timer.section("exchange"), self._watching("exchanging expert rows"):
+        with self.timer.section("exchange"), self._watching(_ROWS):
             # gloo moves host memory: with several ranks on one GPU the rows are staged there and back.
-            arrived = _AllToAllV.apply(self.group, rows.to(self.device), list(sent), list(received))
-            return arrived.to(rows.device)
+            staged = rows.to(self.device).contiguous()
+            arriving = staged.new_empty(sum(received), rows.shape[1])
+            work = dist.all_to_all_single(
+                arriving,
+                staged,
+                output_split_sizes=list(received),
+                input_split_sizes=list(sent),
+                group=self.group,
+                async_op=True,
+            )
+
+        def finish() -> Tensor:
+            with self.timer.section("exchange"), self._watching(_ROWS):
+                work.wait()
+                # Named here, because what is sent must live until it has arrived.
+                return arriving.to(rows.device)
+
+        return Pending(finish)
 
     def elide(self) -> None:
         """Record a payload collective that no rank needs."""

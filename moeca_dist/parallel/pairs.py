@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, legs, paired, send, send_back
 
@@ -78,7 +79,7 @@ class PairExchange:
         self.local_id_E = self.local_id_E.to(device)
         return self.owner_of_expert_E
 
-    def dispatch(self, x_TD: Tensor, asked: Asked, capacities: Sequence[int]) -> ArrivedPairs:
+    def dispatch(self, x_TD: Tensor, asked: Asked, capacities: Sequence[int]) -> Pending[ArrivedPairs]:
         """``capacities``: rows that this rank uses of each rank's cache."""
         header_N3, pairs, hidden_M = self._headers(asked)
         device = header_N3.device
@@ -89,10 +90,10 @@ class PairExchange:
         branches, leg, hidden, wanted = legs(traffic_P4P, self.exchange.rank)
         payload = bool(traffic_P4P[:, 0].any())
         rows_HD = x_TD.index_select(0, pairs.token_M[hidden_M])
-        header_R3, hidden_HD = send(self.exchange, header_N3, rows_HD, branches, hidden, payload=payload)
-        return _read(header_R3, hidden_HD, branches.received, wanted.received, (pairs, leg, payload))
+        coming = send(self.exchange, header_N3, rows_HD, branches, hidden, payload=payload)
+        return coming.then(lambda arrived: _read(*arrived, branches.received, wanted.received, (pairs, leg, payload)))
 
-    def combine(self, sums_SD: Tensor, arrived: ArrivedPairs) -> Tensor:
+    def combine(self, sums_SD: Tensor, arrived: ArrivedPairs) -> Pending[Tensor]:
         """[S, D] sums at the owner -> [M, D] rows of this rank's pairs, in the order of ``sent.token_M``."""
         return send_back(self.exchange, sums_SD, arrived.leg, payload=arrived.payload)
 

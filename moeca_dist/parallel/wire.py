@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.types import positions
 
 WORD_BYTES = 4
@@ -93,28 +94,30 @@ def legs(traffic_PCP: Tensor, rank: int) -> list[Leg]:
 
 def send(
     exchange: Exchange, header_NW: Tensor, rows_HD: Tensor, branches: Leg, hidden: Leg, *, payload: bool
-) -> tuple[Tensor, Tensor]:
+) -> Pending[tuple[Tensor, Tensor]]:
     """Headers (int32) and hidden rows of this rank's branches -> those that arrive, in the order of the home ranks.
 
     Without ``payload``, which is the same on all ranks, nobody sends anything.
     """
     if not payload:
         exchange.elide()
-        return header_NW, rows_HD
+        return Pending.ready((header_NW, rows_HD))
     packed = _packed(header_NW, rows_HD, branches.sent, hidden.sent)
     header_bytes, row_bytes = _widths(header_NW, rows_HD)
     sent = _sizes(branches.sent, hidden.sent, header_bytes, row_bytes)
     received = _sizes(branches.received, hidden.received, header_bytes, row_bytes)
-    arrived = exchange.all_to_all_rows(packed[:, None], sent, received).squeeze(1)
-    return _unpacked(arrived, header_NW, rows_HD, branches.received, hidden.received)
+    arriving = exchange.start_rows(packed[:, None], sent, received)
+    return arriving.then(
+        lambda bytes_N1: _unpacked(bytes_N1.squeeze(1), header_NW, rows_HD, branches.received, hidden.received)
+    )
 
 
-def send_back(exchange: Exchange, rows: Tensor, leg: Leg, *, payload: bool) -> Tensor:
+def send_back(exchange: Exchange, rows: Tensor, leg: Leg, *, payload: bool) -> Pending[Tensor]:
     """One row for each thing that ``leg`` brought here, back to where it came from."""
     if not payload:
         exchange.elide()
-        return rows
-    return exchange.all_to_all_rows(rows, leg.received, leg.sent)
+        return Pending.ready(rows)
+    return exchange.start_rows(rows, leg.received, leg.sent)
 
 
 def _widths(header_NW: Tensor, rows_HD: Tensor) -> tuple[int, int]:

@@ -42,7 +42,7 @@ from moeca_dist.types import Routing, StepContext
 
 OPTIONS = SCHEDULE_OPTIONS | {
     "schedule", "drift", "gate_scale", "statistics", "drift_weight", "norm_weight", "alpha", "decay", "tau0",
-    "refresh_ratio", "attention_sync",
+    "refresh_ratio", "attention_sync", "late_refresh",
 }  # fmt: skip
 DEFAULT_INTERVAL = 4
 DEFAULT_REFRESH_RATIO = 0.05
@@ -98,7 +98,8 @@ class Moeca(Scheduled):
         return factor_BE.gather(1, ids_BX).view_as(ids_TK)
 
     def remark(self, statistics: CacheStatistics) -> str | None:
-        chosen, served = statistics.total(Reason.SCORE), statistics.total(Reason.SERVED)
+        chosen = statistics.total(Reason.SCORE) + statistics.total(Reason.LATE)
+        served = statistics.total(Reason.SERVED)
         if (chosen and served) or not chosen + served:
             return None
         if self.tau0 is None:
