@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from moeca_dist.account import Counters, Setup, account
 from moeca_dist.arrangement import budget_of_round, placement_of_values, rows_of_budget
+from moeca_dist.cache.guard import Guard, Watch
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half
 from moeca_dist.cache.session import HALVES, CacheSession
+from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
+from moeca_dist.checks import check_cache_fits, check_decoder, check_guard, check_requests, read_placement, resolve
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
@@ -72,6 +74,7 @@ class Engine:
         )
         self.budget_rows = rows_of_budget(config, model.spec, mesh.ep_size)
         self.calibration = calibration or self._read_calibration()
+        check_guard(config.cache, self.policy, self.num_steps, self.calibration)
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -184,24 +187,40 @@ class Engine:
         """
         return self.denoise_counting(share, combine)[0]
 
-    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """As ``denoise``, with the work that it was."""
+    def denoise_counting(
+        self, share: Sequence[Request], combine: Combine | None = None, watch: Watch | None = None
+    ) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was; ``watch`` sees the errors of forecasts, in place of a guard."""
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
         observed = Observation(TelemetryConfig(), None, self.mesh, None)
         counters = self._start(observed)
-        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine, watch)
         return samples_BCHW, self._setup().work(len(share), counters.cache).flops()
 
-    def combine(self) -> Corrected | None:
-        """What takes the place of guidance in one batch, where a calibration is configured."""
+    def combine(self, guard: Guard | None = None) -> Corrected | None:
+        """What takes the place of guidance in one batch, with its ``guard`` if any, where a calibration is configured."""
         if self.calibration is None or self.policy is None:
             return None
         weights = self.calibration.weights
         memory = OutputMemory(self.policy.is_full, weights.history)
-        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
+        guidance = Guidance(self.config.sampling.cfg_scale)
+        if guard is None:
+            return Corrected(guidance, weights, memory)
+        return Corrected(guidance, weights, memory, guard.renewed)
+
+    def guard(self, num_images: int, statistics: CacheStatistics) -> Guard | None:
+        """The guard of one batch with so many images on this rank; None where ``cache.guard`` is off."""
+        if not self.config.cache.guard:
+            return None
+        assert self.policy is not None and self.calibration is not None and self.calibration.ranges is not None
+        group = self.mesh.expert_group
+        limits = self.calibration.ranges.limits
+        if group is None:
+            return Guard(self.policy, limits, self.num_steps, num_images, statistics)
+        return Guard(self.policy, limits, self.num_steps, num_images, statistics, group.sum_counts)
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
@@ -242,7 +261,7 @@ class Engine:
         )
 
     def _open_session(
-        self, share: Sequence[Request], counters: Counters, combine: Combine | None
+        self, share: Sequence[Request], counters: Counters, combine: Combine | None, watch: Watch | None
     ) -> CacheSession | None:
         """The caches of one round, or None for the exact path."""
         if self.policy is None:
@@ -262,10 +281,12 @@ class Engine:
             budget=budget_of_round(self.config, self.budget_rows, self.model.spec, self.mesh, len(share)),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
+            watch=watch,
         )
 
     def _sample(self, share: Sequence[Request], counters: Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        return self._to_samples(self._denoise(share, counters, on_step, self.combine()))
+        guard = self.guard(len(share), counters.cache)
+        return self._to_samples(self._denoise(share, counters, on_step, self.combine(guard), guard))
 
     def _denoise(
         self,
@@ -273,8 +294,9 @@ class Engine:
         counters: Counters,
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
+        watch: Watch | None,
     ) -> Tensor:
-        session = self._open_session(share, counters, combine)
+        session = self._open_session(share, counters, combine, watch)
         model = partial(self.model, timer=counters.observed.timer)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):

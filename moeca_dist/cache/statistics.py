@@ -36,6 +36,8 @@ class CacheStatistics:
     computed, summed over blocks and steps; ``rows[name]``: those of them that were computed one by one in a step that
     serves the others. ``skipped`` counts evaluations of an image in which no block ran, ``signals`` how often the time
     alone was embedded to decide that, ``reached`` how often the threshold was reached after the first step.
+    ``guard_measured``: forecast errors that a guard saw; ``guard_fired`` of them were out of range and ``guard_added``
+    evaluations of an image were made for it, both by guidance half and step, for ``guard_images`` images.
     """
 
     modules: Counter[str] = field(default_factory=Counter)
@@ -48,6 +50,10 @@ class CacheStatistics:
     must not stall."""
     demand: dict[int, Tensor] = field(default_factory=dict)
     """By MoE block: how often an image and expert group needed so many rows, int64; where rows are budgeted."""
+    guard_fired: Counter[tuple[str, int]] = field(default_factory=Counter)
+    guard_added: Counter[tuple[str, int]] = field(default_factory=Counter)
+    guard_measured: int = 0
+    guard_images: int = 0
     bytes_per_step: Counter[int] = field(default_factory=Counter)
     bytes_peak: int = 0
 
@@ -90,7 +96,7 @@ class CacheStatistics:
 
     def merge(self, other: "CacheStatistics") -> None:
         """Add what another rank counted; peaks add up too, because ranks hold their caches at the same time."""
-        for name in ("modules", "rows", "bytes_per_step"):
+        for name in ("modules", "rows", "bytes_per_step", "guard_fired", "guard_added"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
         self.signals += other.signals
@@ -101,6 +107,8 @@ class CacheStatistics:
         for block, counts in other.demand.items():
             self.demand[block] = self.demand[block] + counts.cpu() if block in self.demand else counts.cpu()
         self.bytes_peak += other.bytes_peak
+        self.guard_measured += other.guard_measured
+        self.guard_images += other.guard_images
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to other ranks: they may not have this rank's device."""

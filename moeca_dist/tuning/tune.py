@@ -89,12 +89,13 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     held_out = image_set(engine, settings.requests(engine, 2))
     run = lab.fitted(chosen.candidate.cache())
     weights = run.fitted.weights
-    figures = lab.measured(chosen.candidate.cache(), weights, held_out)
+    figures, ranges = lab.measured_with_ranges(chosen.candidate.cache(), weights, held_out)
     comparisons = _comparisons(lab, chosen.candidate, weights, held_out)
     calibration = Calibration(
         engine.with_cache(chosen.candidate.cache()).fitted_for(),
         weights,
         _fitted_on(engine, settings, comparisons[0], figures),
+        ranges,
     )
     schedule = chosen.candidate.schedule
     predicted = Figures(chosen.speedup, tuple(lab.proxy.psnr_db([schedule])[0].tolist()))
@@ -134,7 +135,7 @@ def _comparisons(
     rows = [Comparison("tuned", lab.measured(cache, None, images), lab.measured(cache, weights, images))]
     uniform = Candidate(chosen.policy, chosen.order, even(num_full(chosen.schedule), lab.num_steps, lab.num_halves))
     others: list[tuple[str, CacheConfig]] = [("uniform", uniform.cache())]
-    own = lab.engine.config.cache.model_copy(update={"calibration": None})
+    own = lab.engine.config.cache.model_copy(update={"calibration": None, "guard": False})
     if own.policy != "none":
         others.append((f"as configured ({own.policy})", own))
     for name, other in others:
