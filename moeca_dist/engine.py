@@ -201,7 +201,7 @@ class Engine:
         return samples_BCHW, self._setup().work(len(share), counters.cache).flops()
 
     def combine(self, guard: Guard | None = None) -> Corrected | None:
-        """What takes the place of guidance in one batch, with its ``guard`` if any, where a calibration is configured."""
+        """What takes the place of guidance in one batch with this ``guard``, where a calibration is configured."""
         if self.calibration is None or self.policy is None:
             return None
         weights = self.calibration.weights
@@ -209,7 +209,7 @@ class Engine:
         guidance = Guidance(self.config.sampling.cfg_scale)
         if guard is None:
             return Corrected(guidance, weights, memory)
-        return Corrected(guidance, weights, memory, guard.renewed)
+        return Corrected(guidance, weights, memory, guard.off_schedule)
 
     def guard(self, num_images: int, statistics: CacheStatistics) -> Guard | None:
         """The guard of one batch with so many images on this rank; None where ``cache.guard`` is off."""

@@ -104,6 +104,8 @@ class Guard:
         self._agree = agree
         # What was added for each image since the last full step of the schedule.
         self._since: dict[Half, list[list[int]]] = {half: [[] for _ in range(num_images)] for half in limits}
+        # The last full step, and the images whose gap before it was divided.
+        self._ended: dict[Half, tuple[int, set[int]]] = {}
         self._added: dict[tuple[Half, int], list[int]] = {}
         self._tightened: set[int] = set()
 
@@ -128,13 +130,20 @@ class Guard:
     def added(self, step: StepContext, half: Half) -> Sequence[int] | None:
         return self._added.get((half, step.index))
 
-    def renewed(self, step: StepContext, half: Half) -> list[int]:
-        """Images whose output of the half comes from an evaluation added since the last full step, or is one."""
-        return [image for image, added in enumerate(self._since[half]) if added and added[0] <= step.index]
+    def off_schedule(self, step: StepContext) -> list[int]:
+        """Images, ascending, that a half's gap is divided for: from its first added step to the full step at its end."""
+        ongoing = {
+            image
+            for since in self._since.values()
+            for image, added in enumerate(since)
+            if added and added[0] <= step.index
+        }
+        return sorted(ongoing.union(*(images for index, images in self._ended.values() if index == step.index)))
 
     def _divided(self, gap: Gap, errors_B: Sequence[float]) -> dict[int, list[int]]:
         """This rank's images by the step that is added for them."""
         statistics, limit, since = self._statistics, self._limits[gap.half][gap.start], self._since[gap.half]
+        self._ended[gap.half] = gap.start, {image for image, added in enumerate(since) if added}
         wanted: dict[int, list[int]] = {}
         for image, error in enumerate(errors_B):
             # In range is judged as if the forecast had reached over the whole gap.

@@ -27,7 +27,7 @@ from moeca_dist.cache.session import HALVES
 from moeca_dist.types import StepContext
 
 IsFull = Callable[[StepContext, Half], bool]
-Renewed = Callable[[StepContext, Half], Sequence[int]]
+OffSchedule = Callable[[StepContext], Sequence[int]]
 DEFAULT_HISTORY = 3
 
 
@@ -105,33 +105,23 @@ class OutputWeights:
 class Corrected:
     """Guidance with calibrated corrections, for one batch.
 
-    ``renewed``: images for which a guard has added an evaluation of the half since its last full step. Weights of a
-    step between full ones take off what a forecast over so long a way gets wrong, by how the output has moved since the
-    last full steps; these images' forecasts reach less far. For them the past counts as the output now, so that of the
-    weights only the sum is left.
+    ``off_schedule``: images that a guard computes more often than the schedule around a step. Weights take off what
+    forecasts over a whole gap get wrong, so these images have plain guidance there.
     """
 
     guidance: Guidance
     weights: OutputWeights
     memory: OutputMemory
-    renewed: Renewed = lambda step, half: ()
+    off_schedule: OffSchedule = lambda step: ()
 
     def __call__(self, halves: Sequence[Tensor], x_BCHW: Tensor, step: StepContext, /) -> Tensor:
         terms = self.memory.terms(halves, x_BCHW, step)
-        for number, half in enumerate(HALVES[: len(halves)]):
-            if images := self.renewed(step, half):
-                self._forget_past(terms, number, images)
-        return weighted(self.guidance(halves, x_BCHW, step), terms, self.weights.steps[step.index])
-
-    def _forget_past(self, terms: list[Tensor | None], number: int, images: Sequence[int]) -> None:
-        first = number * (self.weights.history + 2)
-        now_BCHW = terms[first]
-        assert now_BCHW is not None
-        index_N = torch.tensor(images, device=now_BCHW.device)
-        for place in range(first + 1, first + 1 + self.weights.history):
-            past_BCHW = terms[place]
-            if past_BCHW is not None:
-                terms[place] = past_BCHW.index_copy(0, index_N, now_BCHW[index_N])
+        guided_BCHW = self.guidance(halves, x_BCHW, step)
+        out_BCHW = weighted(guided_BCHW, terms, self.weights.steps[step.index])
+        if images := self.off_schedule(step):
+            index_N = torch.tensor(images, device=out_BCHW.device)
+            out_BCHW[index_N] = guided_BCHW[index_N].float()
+        return out_BCHW
 
 
 def weighted(guided_BCHW: Tensor, terms: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:

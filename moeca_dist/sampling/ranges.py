@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moeca_dist.cache.policy import Half
 
-# Far enough out that none of some ten thousand errors like those of the calibration is beyond.
-SPREADS = 5.0
+# Of some ten thousand normal values none is farther out.
+SPREADS = 4.0
 MIN_IMAGES = 8
 
 
