@@ -131,7 +131,7 @@ class Guard:
         return self._added.get((half, step.index))
 
     def off_schedule(self, step: StepContext) -> list[int]:
-        """Images, ascending, that a half's gap is divided for: from its first added step to the full step at its end."""
+        """Images, ascending, for which a gap is divided: from its first added step to the full step at its end."""
         ongoing = {
             image
             for since in self._since.values()
