@@ -104,6 +104,11 @@ class Engine:
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
 
+    @property
+    def image_shape_HWC(self) -> tuple[int, ...]:
+        """Of one image; of latents without a decoder, channels first."""
+        return tuple(self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).shape[1:])
+
     def generate(
         self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
     ) -> tuple[NDArray[np.generic], Report]:
@@ -168,15 +173,15 @@ class Engine:
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
         return self.with_cache(CacheConfig())
 
-    def with_cache(self, cache: CacheConfig) -> "Engine":
-        """Another cache over the same network and ranks.
+    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
+        """Another cache over the same network and ranks, with a ``calibration`` of it if there is no file.
 
         Without telemetry, and with the exact exchange, which all policies offer.
         """
         parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
         changes = {"cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
-        return Engine(config, self.mesh, self.model, self.decoder)
+        return Engine(config, self.mesh, self.model, self.decoder, calibration)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
         """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
