@@ -139,6 +139,8 @@ class CacheConfig(_Section):
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
     calibration: _PathField | None = None
     """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
+    guard: bool = False
+    """Whether an image whose forecasts are worse than in calibration gets more full evaluations than scheduled."""
     dtype: Literal["model", "bfloat16", "float16", "float8_e4m3fn"] = "model"
     """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
     memory_limit: str | float | None = None
@@ -339,7 +341,7 @@ def _without_stale_calibration(tree: dict[str, Any], changes: Sequence[Mapping[s
     sampling = tree.get("sampling", {})
     for change in changes:
         of_cache, of_sampling = change.get("cache", {}), change.get("sampling", {})
-        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "placement", "memory_limit"}
+        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "placement", "memory_limit", "guard"}
         for key in ("num_steps", "cfg_scale"):
             if isinstance(of_sampling, dict) and key in of_sampling and isinstance(sampling, dict):
                 stale = stale or of_sampling[key] != sampling.get(key)

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from moeca_dist.account import Counters, Setup, account
 from moeca_dist.arrangement import budget_of_round, late_refreshes, placement_of_values, rows_of_budget
+from moeca_dist.cache.guard import Guard, Watch
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
+from moeca_dist.checks import check_cache_fits, check_decoder, check_guard, check_requests, read_placement, resolve
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.graphs import GraphCounts, step_graphs
 from moeca_dist.memory import cache_size, check_memory
@@ -78,6 +79,7 @@ class Engine:
         self.budget_rows = rows_of_budget(config, model.spec, mesh.ep_size)
         self.graphs = step_graphs(config, self.policy, model.spec, mesh, self.num_steps)
         self.calibration = calibration or self._read_calibration()
+        check_guard(config.cache, self.policy, self.num_steps, self.calibration)
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -106,6 +108,11 @@ class Engine:
     @property
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
+
+    @property
+    def image_shape_HWC(self) -> tuple[int, ...]:
+        """Of one image; of latents without a decoder, channels first."""
+        return tuple(self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).shape[1:])
 
     def generate(
         self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
@@ -171,8 +178,8 @@ class Engine:
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
         return self.with_cache(CacheConfig())
 
-    def with_cache(self, cache: CacheConfig) -> "Engine":
-        """Another cache over the same network and ranks.
+    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
+        """Another cache over the same network and ranks, with a ``calibration`` of it if there is no file.
 
         Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone.
         """
@@ -181,7 +188,7 @@ class Engine:
         model = self.config.model.model_copy(update={"cuda_graphs": graphs})
         changes = {"model": model, "cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
-        return Engine(config, self.mesh, self.model, self.decoder)
+        return Engine(config, self.mesh, self.model, self.decoder, calibration)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
         """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
@@ -192,24 +199,40 @@ class Engine:
         """
         return self.denoise_counting(share, combine)[0]
 
-    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """As ``denoise``, with the work that it was."""
+    def denoise_counting(
+        self, share: Sequence[Request], combine: Combine | None = None, watch: Watch | None = None
+    ) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was; ``watch`` sees the errors of forecasts, in place of a guard."""
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
         observed = Observation(TelemetryConfig(), None, self.mesh, None)
         counters = self._start(observed)
-        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine, watch)
         return samples_BCHW, self._setup().work(len(share), counters.cache).flops()
 
-    def combine(self) -> Corrected | None:
-        """What takes the place of guidance in one batch, where a calibration is configured."""
+    def combine(self, guard: Guard | None = None) -> Corrected | None:
+        """What takes the place of guidance in one batch with this ``guard``, where a calibration is configured."""
         if self.calibration is None or self.policy is None:
             return None
         weights = self.calibration.weights
         memory = OutputMemory(self.policy.is_full, weights.history)
-        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
+        guidance = Guidance(self.config.sampling.cfg_scale)
+        if guard is None:
+            return Corrected(guidance, weights, memory)
+        return Corrected(guidance, weights, memory, guard.off_schedule)
+
+    def guard(self, num_images: int, statistics: CacheStatistics) -> Guard | None:
+        """The guard of one batch with so many images on this rank; None where ``cache.guard`` is off."""
+        if not self.config.cache.guard:
+            return None
+        assert self.policy is not None and self.calibration is not None and self.calibration.ranges is not None
+        group = self.mesh.expert_group
+        limits = self.calibration.ranges.limits
+        if group is None:
+            return Guard(self.policy, limits, self.num_steps, num_images, statistics)
+        return Guard(self.policy, limits, self.num_steps, num_images, statistics, group.sum_counts)
 
     def fitted_for(self) -> FittedFor:
         """What calibrated weights of this run depend on."""
@@ -254,6 +277,7 @@ class Engine:
         policy: Policy,
         share: Sequence[Request],
         combine: Combine | None,
+        watch: Watch | None,
         statistics: CacheStatistics,
         timer: Timer,
     ) -> CacheSession:
@@ -274,10 +298,12 @@ class Engine:
             late=late_refreshes(self.config.cache, self.model.spec),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
+            watch=watch,
         )
 
     def _sample(self, share: Sequence[Request], counters: Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        return self._to_samples(self._denoise(share, counters, on_step, self.combine()))
+        guard = self.guard(len(share), counters.cache)
+        return self._to_samples(self._denoise(share, counters, on_step, self.combine(guard), guard))
 
     def _denoise(
         self,
@@ -285,8 +311,9 @@ class Engine:
         counters: Counters,
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
+        watch: Watch | None,
     ) -> Tensor:
-        network, finish = self._network(share, counters, combine)
+        network, finish = self._network(share, counters, combine, watch)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
@@ -306,10 +333,10 @@ class Engine:
         return samples_BCHW
 
     def _network(
-        self, share: Sequence[Request], counters: Counters, combine: Combine | None
+        self, share: Sequence[Request], counters: Counters, combine: Combine | None, watch: Watch | None
     ) -> tuple[Network, Callable[[], None]]:
         """What the sampler evaluates in one round, and what is to be called after it."""
-        open_session = None if self.policy is None else partial(self._open_session, self.policy, share, combine)
+        open_session = None if self.policy is None else partial(self._open_session, self.policy, share, combine, watch)
         timer = counters.observed.timer
         if self.graphs is not None and counters.graphs is not None and share:
             graphed = self.graphs.begin(share, self._bound, open_session, counters.cache, timer, counters.graphs)

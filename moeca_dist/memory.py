@@ -32,9 +32,11 @@ _ROW_GROWTH = 17 / 16  # an owner's rows grow by a sixteenth at least, see cache
 class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
-    Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing.
+    Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing; and
+    with a guard, which keeps the step of every row, 4 bytes each, from when it adds the first image.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
     block. ``planned``: each step decides for the next one. ``budgeted``: rows are, and branches wait for room.
+    ``guarded``: single images may be computed in any step.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -50,6 +52,7 @@ class CacheSize:
     experts_per_owner: int
     planned: bool
     budgeted: bool
+    guarded: bool
     output_history: int | None
     output_bytes: int
 
@@ -76,7 +79,10 @@ class CacheSize:
 
     def _per_token(self, half: Half) -> Iterator[list[int]]:
         if self.policy.unit == "network":
-            yield self._kept_rows(half, False) if self.policy.delta is None else [self._row] * self.num_steps
+            if self.policy.delta is not None:
+                yield [self._row] * self.num_steps
+            else:
+                yield self._kept_rows(half, self.guarded)
             return
         yield from (self._modules(half, block) for block in range(self.spec.depth))
         if self.planned:
@@ -117,7 +123,8 @@ class CacheSize:
         kept, held = 0, []
         for index in range(self.num_steps):
             full = self._is_full(index, half)
-            if full or by_rows:
+            # Rows that a guard adds bring no difference that the others lack, see RowCache.store_rows.
+            if full or (by_rows and not self.guarded):
                 kept = min(kept + 1, self._values)
             held.append(kept * self._row + (4 if by_rows and not full else 0))
         return held
@@ -210,6 +217,7 @@ def cache_size(
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
         planned=config.parallel.exchange == "planned",
         budgeted=config.parallel.exchange == "budget",
+        guarded=config.cache.guard,
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )
@@ -242,7 +250,7 @@ def check_memory(
     fitting = next((count for count in range(images - 1, 0, -1) if size.of(count) <= limit), 0)
     batch = f"take {fewer} {fitting}" if fitting else "one image is too much already; take a larger limit"
     smaller = ", cache.dtype float8_e4m3fn or bfloat16" if config.dtype == "model" else ""
-    bound = " at most" if size.placement == "owner" else ""
+    bound = " at most" if size.placement == "owner" or size.guarded else ""
     raise UserError(
         f"the cache of policy {config.policy} would need{bound} {scaled(needed, 1024)}iB on a rank with {images} "
         f"images, over cache.memory_limit {config.memory_limit} ({scaled(limit, 1024)}iB): {batch}{smaller}, or a "

@@ -18,14 +18,16 @@ from moeca_dist.config import Config
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.sampling.combine import OutputWeights, num_terms
+from moeca_dist.sampling.ranges import ErrorRanges
 from moeca_dist.types import StepContext
 
 FORMAT = 1
 # Rounding to another dtype changes the norms by far less, another training by far more.
 NORM_TOLERANCE = 1e-3
-# Options of the cache section that change what is computed where, or how full steps are named, but no value.
+# Options of the cache section that change what is computed where, how full steps are named, or what happens to images
+# unlike those of the calibration, but nothing that weights are fitted to.
 _WITHOUT_EFFECT_ON_VALUES = frozenset(
-    {"calibration", "placement", "memory_limit", "interval", "full_steps", "schedule"}
+    {"calibration", "guard", "placement", "memory_limit", "interval", "full_steps", "schedule"}
 )
 
 
@@ -56,14 +58,18 @@ class FittedFor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """``fitted_on``: images and seed, and what was measured on others; for people."""
+    """``fitted_on``: images and seed, and what was measured on others; for people. ``ranges``: for ``cache.guard``."""
 
     fitted_for: FittedFor
     weights: OutputWeights
     fitted_on: dict[str, Any]
+    ranges: ErrorRanges | None = None
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
+        tree = asdict(self)
+        if self.ranges is None:
+            del tree["ranges"]
+        return json.dumps({"format": FORMAT} | tree, indent=1) + "\n"
 
 
 def fitted_for(
@@ -116,10 +122,14 @@ def _parsed(tree: Any, path: Path) -> Calibration:
         fitted_for = FittedFor(**tree["fitted_for"] | {"norms": tuple(tree["fitted_for"]["norms"])})
         steps = tuple(tuple(float(weight) for weight in row) for row in tree["weights"]["steps"])
         weights = OutputWeights(int(tree["weights"]["history"]), steps)
-    except (KeyError, TypeError, ValueError):
+        ranges = ErrorRanges.from_json(tree["ranges"]) if "ranges" in tree else None
+        measured = {half: full[1:] for half, full in fitted_for.cache.get("full_steps", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise damaged from None
     terms = num_terms(1 if fitted_for.cfg_scale == 1 else 2, weights.history)
     whole = len(steps) == fitted_for.num_steps and all(len(row) == terms for row in steps)
+    if ranges is not None:
+        whole &= {half: sorted(limits) for half, limits in ranges.limits.items()} == measured
     if not whole or not torch.isfinite(torch.tensor(steps)).all():
         raise damaged
-    return Calibration(fitted_for, weights, dict(tree.get("fitted_on", {})))
+    return Calibration(fitted_for, weights, dict(tree.get("fitted_on", {})), ranges)

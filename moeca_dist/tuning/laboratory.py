@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_dist.calibrate import FittedRun, Recording, corrected, fit, record, share_of, summed
+from moeca_dist.cache.guard import ErrorRecord
+from moeca_dist.calibrate import FittedRun, Recording, corrected, fit, ranges_of, record, share_of, summed
 from moeca_dist.config import CacheConfig
 from moeca_dist.engine import Engine
 from moeca_dist.quality import psnr_db, squared_error, unit_images
 from moeca_dist.report import FlopsReport
+from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import OutputWeights
+from moeca_dist.sampling.ranges import ErrorRanges
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
+from moeca_dist.tuning.frechet import FrechetTest, Rise
 from moeca_dist.tuning.profile import make_profile
 from moeca_dist.tuning.proxy import Proxy
 from moeca_dist.tuning.schedules import Schedule, neighbour
@@ -54,6 +58,7 @@ class Laboratory:
     state: StateFile | None
     trials: dict[Candidate, Trial] = field(default_factory=dict)
     searches: dict[int, tuple[Schedule, ...]] = field(default_factory=dict)
+    rises: dict[Candidate, Rise] = field(default_factory=dict)
     on_answer: Callable[[], None] = lambda: None
 
     @classmethod
@@ -73,6 +78,8 @@ class Laboratory:
             if "trial" in found:
                 trial = Trial.from_json(found["trial"])
                 lab.trials[trial.candidate] = trial
+            elif "rise" in found:
+                lab.rises[Candidate.from_json(found["candidate"])] = Rise(**found["rise"])
             else:
                 lab.searches[found["total"]] = tuple(_schedule(tree) for tree in found["schedules"])
         return lab
@@ -112,6 +119,20 @@ class Laboratory:
             self.on_answer()
         return self.trials[candidate]
 
+    def rise(self, test: FrechetTest, candidate: Candidate) -> Rise:
+        """The candidate's Frechet distance on the images of ``test``, which is the same in all questions."""
+        if candidate not in self.rises:
+            cache = candidate.cache()
+            self.rises[candidate] = test.rise(self.calibrated(cache, self.fitted(cache).fitted.weights))
+            self._keep({"candidate": candidate.to_json(), "rise": self.rises[candidate].to_json()})
+            self.on_answer()
+        return self.rises[candidate]
+
+    def calibrated(self, cache: CacheConfig, weights: OutputWeights) -> Engine:
+        """``cache`` ready to generate with its weights."""
+        calibration = Calibration(self.engine.with_cache(cache).fitted_for(), weights, {})
+        return self.engine.with_cache(cache, calibration)
+
     def fitted(self, cache: CacheConfig) -> FittedRun:
         """Weights for ``cache``."""
         return fit(self.engine.with_cache(cache), self.fit_on.share, self.fit_on.recording)
@@ -121,6 +142,15 @@ class Laboratory:
         engine = self.engine.with_cache(cache)
         combine = None if weights is None else corrected(engine, weights)
         return self._figures(*engine.denoise_counting(images.share, combine), images)
+
+    def measured_with_ranges(
+        self, cache: CacheConfig, weights: OutputWeights, images: ImageSet
+    ) -> tuple[Figures, ErrorRanges | None]:
+        """As ``measured``, and the ranges of the forecast errors for a guard, where the policy can have one."""
+        record = ErrorRecord()
+        engine = self.engine.with_cache(cache)
+        run = engine.denoise_counting(images.share, corrected(engine, weights), record)
+        return self._figures(*run, images), ranges_of(engine.mesh, record)
 
     def neighbour(self, schedule: Schedule, tried: set[Schedule], number: int) -> Schedule | None:
         """The best by proxy of some random neighbours that were not tried; None where there is no other."""
