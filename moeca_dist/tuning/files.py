@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moeca_dist.config import Config
+from moeca_dist.config import QUALITY_NAMES, Config
 from moeca_dist.errors import UserError
 from moeca_dist.tuning.page import page
 from moeca_dist.tuning.plots import plot
@@ -73,7 +73,7 @@ class TunedFiles:
             "cfg_scale": fitted_for.cfg_scale,
         }
         folder = self.config.parent.resolve()
-        for section, key in (("model", "checkpoint"), ("sampling", "vae")):
+        for section, key in _PATHS:
             if path := sections.get(section, {}).get(key):
                 sections[section][key] = os.path.relpath(path, folder)
         head = (
@@ -81,6 +81,15 @@ class TunedFiles:
             f"held-out images.\n# {self.page.name} says how it was chosen.\n"
         )
         return head + yaml.safe_dump(sections, sort_keys=False, width=120, default_flow_style=None)
+
+
+# Other files that a configuration may name.
+_PATHS = (
+    ("model", "checkpoint"),
+    ("sampling", "vae"),
+    ("parallel", "expert_placement"),
+    *(("quality", name) for name in QUALITY_NAMES),
+)
 
 
 def _stated(config: Config) -> dict[str, Any]:
