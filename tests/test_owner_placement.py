@@ -155,7 +155,7 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
         matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
         decisions = [decide(part, routing, match, cache) for part, match in zip(parts, matches, strict=True)]
         plan = LayerPlan(routing, parts, decisions)
-        out_TD = routed_at_owners(x_TD, plan, cache, pairs, experts)
+        out_TD = routed_at_owners(x_TD, plan, cache, pairs, experts).wait()
         moved.append((group.traffic.collectives - before[0], group.traffic.collectives_elided - before[1]))
         touched = loop.touched
         expected_TD = loop.step(index, step)

@@ -163,13 +163,15 @@ def route(x_TD: Tensor, router: Router, parts: Sequence[Part], *, with_scores: b
 Delay = Callable[[Part, Routing, Tensor, BlockStep], Tensor]
 
 
-def decide(part: Part, routing: Routing, match: Match, cache: BlockStep, delay: Delay) -> Decision:
+def decide(part: Part, routing: Routing, match: Match, cache: BlockStep, delay: Delay | None = None) -> Decision:
     """Ask the policy about a segment's branches; ``delay`` marks those of them that may be late."""
     mine = part.routing(routing)
     observe(part, mine)
     if part.segment.full:
         return computed(match)
-    reason_TK = delay(part, mine, choose(part, mine, match, cache.step, cache), cache)
+    reason_TK = choose(part, mine, match, cache.step, cache)
+    if delay is not None:
+        reason_TK = delay(part, mine, reason_TK, cache)
     if cache.owned is not None:
         return Decision(match, refreshed(reason_TK), reason_TK)
     return served(match, reason_TK)
