@@ -2,7 +2,7 @@
 
     python benchmarks/budget.py --images 20 --seed 7
 
-One rank, so one group of experts; the policy is that of ``configs/demo.yaml``.
+One rank, so one group of experts; policy ``moeca_forecast`` with its default steps.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BUDGETS: tuple[dict[str, Any], ...] = (
 
 def measure(num_images: int, seed: int) -> list[str]:
     """Rows of a table."""
-    base = load_config(REPOSITORY / "configs" / "demo.yaml", ["model.device=cpu"])
+    base = load_config(REPOSITORY / "configs" / "demo.yaml", ["model.device=cpu", "cache.policy=moeca_forecast"])
     requests = [Request(index, index % 10, seed=seed) for index in range(num_images)]
     loaded = Engine.from_config(base)
     exact, _ = loaded.without_cache().generate(requests)
