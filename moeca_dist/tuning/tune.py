@@ -51,7 +51,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Rises:
-    """The choice's Frechet distance on ``num_images`` images of the seed it was chosen by, and of a held-out one."""
+    """The choice's Frechet distance: on the images it was chosen by, and on as many held-out ones."""
 
     against: Against
     num_images: int
