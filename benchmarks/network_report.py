@@ -204,6 +204,8 @@ def draw_speed(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(places, values, line, label=f"{policy}, {num_ranks} ranks", **style)
     axes.axhline(1, color="#555555", linewidth=0.8)
     axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.set_xticks(range(len(links)), links)
     axes.set_ylabel("speed, uncached on one rank = 1")
 
