@@ -6,9 +6,11 @@ past the timeout raises ``PeerLostError`` here.
 Shape suffixes: C counts of a rank, P ranks of the group, D hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 import deepspeed.comm as dist
@@ -77,22 +79,35 @@ class Exchange:
             # gloo moves host memory: with several ranks on one GPU the rows are staged there and back.
             staged = rows.to(self.device).contiguous()
             arriving = staged.new_empty(sum(received), rows.shape[1])
-            work = dist.all_to_all_single(
-                arriving,
-                staged,
-                output_split_sizes=list(received),
-                input_split_sizes=list(sent),
-                group=self.group,
-                async_op=True,
-            )
+            waits = self._start(arriving, staged, list(sent), list(received))
 
         def finish() -> Tensor:
             with self.timer.section("exchange"), self._watching(_ROWS):
-                work.wait()
-                # Named here, because what is sent must live until it has arrived.
+                for wait in waits:
+                    wait()
                 return arriving.to(rows.device)
 
         return Pending(finish)
+
+    def _start(self, arriving: Tensor, rows: Tensor, sent: list[int], received: list[int]) -> list[Callable[[], Any]]:
+        """What waits for all of it; what is sent stays alive until then."""
+        if self.device.type != "cpu":
+            options = {"output_split_sizes": received, "input_split_sizes": sent, "group": self.group}
+            return [dist.all_to_all_single(arriving, rows, **options, async_op=True).wait]
+        # gloo sends once it has heard that the other side receives. Its own all-to-all says so after it has begun to
+        # send, and the word waits behind the rows: of two ranks that do not come at the same moment, one then sends
+        # after the other, and a slow link takes twice as long. So receiving comes first here.
+        into, out_of = arriving.split(received), rows.split(sent)
+        into[self.rank].copy_(out_of[self.rank])
+        others = [(self.rank + offset) % self.size for offset in range(1, self.size)]
+        works = [dist.irecv(into[p], self._member(p), group=self.group) for p in reversed(others) if received[p]]
+        works += [dist.isend(out_of[p], self._member(p), group=self.group) for p in others if sent[p]]
+        # Transfers between two ranks do not have the group's timeout by themselves.
+        return [partial(work.wait, timedelta(seconds=self.timeout_s)) for work in works]
+
+    def _member(self, rank: int) -> int:
+        """A rank of the group as one of the world."""
+        return int(dist.get_global_rank(self.group, rank))
 
     def elide(self) -> None:
         """Record a payload collective that no rank needs."""
