@@ -25,7 +25,7 @@ lasting = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # More images than a test needs: kills wait for something to happen, and there must be work left when it does.
-NUM_IMAGES = 320
+NUM_IMAGES = 480
 OVERRIDES = ["sampling.num_steps=8", "sampling.batch_size=4", "cache.policy=moeca_forecast", "cache.interval=3"]
 COMMON = ["--config", str(ROOT / "configs/demo.yaml"), *(part for key in OVERRIDES for part in ("--set", key))]
 END_TIMEOUT_S = 300

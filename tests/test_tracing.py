@@ -77,8 +77,8 @@ def test_rank_0_gets_the_traces_of_all_ranks(two_ranks, tmp_path: Path) -> None:
     assert second == {} and list(first) == [0, 1]
     for found in first.values():
         assert found["moeca exchange"] > 0 and found["moeca wait"] > 0 and found["moeca experts"] > 0
-    # Both legs of every exchange.
-    assert first[0]["moeca exchange"] == 2 * first[0]["moeca wait"]
+    # Both legs of every exchange, each started and waited for.
+    assert first[0]["moeca exchange"] == 4 * first[0]["moeca wait"]
 
 
 def test_the_command_line_puts_them_beside_the_images(tmp_path: Path) -> None:
