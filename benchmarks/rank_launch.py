@@ -37,10 +37,7 @@ def run_with_torchrun(job: Job, num_ranks: int, device: str, timeout_s: float) -
     """A torchrun job of this machine's own ranks."""
 
     def start(path: Path) -> list[subprocess.Popen[bytes]]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-        argv = [*launcher, str(WORKER), str(path)]
-        with path.with_name("ranks.log").open("wb") as log:
-            return [subprocess.Popen(argv, env=environment(device, "lo"), stdin=subprocess.DEVNULL, stderr=log)]
+        return start_with_torchrun([str(WORKER), str(path)], num_ranks, device, path.parent)
 
     return _collect(job, start, timeout_s)
 
@@ -49,20 +46,44 @@ def run_in_network(job: Job, network: Network, timeout_s: float) -> Outcome:
     """One rank per node of ``network``; they meet at node 0's address, as ranks of several machines do."""
 
     def start(path: Path) -> list[subprocess.Popen[bytes]]:
-        processes: list[subprocess.Popen[bytes]] = []
-        for rank in range(network.num_nodes):
-            env = environment("cpu", INTERFACE) | {
-                "RANK": str(rank),
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": str(network.num_nodes),
-                "MASTER_ADDR": network.address(0),
-                "MASTER_PORT": str(MASTER_PORT),
-            }
-            with path.with_name(f"rank{rank}.log").open("wb") as log:
-                processes.append(network.start(rank, [sys.executable, str(WORKER), str(path)], env, stderr=log))
-        return processes
+        return start_in_network([str(WORKER), str(path)], network, path.parent)
 
     return _collect(job, start, timeout_s)
+
+
+def start_with_torchrun(
+    script: Sequence[str], num_ranks: int, device: str, logs: Path
+) -> list[subprocess.Popen[bytes]]:
+    """A script with its arguments on all ranks; what they say goes to ``logs``."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *script]
+    with (logs / "ranks.log").open("wb") as log:
+        return [subprocess.Popen(argv, env=environment(device, "lo"), stdin=subprocess.DEVNULL, stderr=log)]
+
+
+def start_in_network(script: Sequence[str], network: Network, logs: Path) -> list[subprocess.Popen[bytes]]:
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(network.num_nodes):
+        env = environment("cpu", INTERFACE) | {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(network.num_nodes),
+            "MASTER_ADDR": network.address(0),
+            "MASTER_PORT": str(MASTER_PORT),
+        }
+        with (logs / f"rank{rank}.log").open("wb") as log:
+            processes.append(network.start(rank, [sys.executable, *script], env, stderr=log))
+    return processes
+
+
+def finish(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float, logs: Path) -> None:
+    """Wait for all ranks and end what still runs.
+
+    Raises UserError with the ranks' own words as soon as one failed, or if they take longer than ``timeout_s``.
+    """
+    try:
+        _wait(processes, time.monotonic() + timeout_s, logs)
+    finally:
+        _end(processes)
 
 
 def environment(device: str, interface: str) -> dict[str, str]:
@@ -81,18 +102,13 @@ def _collect(job: Job, start: Callable[[Path], Sequence[subprocess.Popen[bytes]]
     with tempfile.TemporaryDirectory(prefix="moeca-ranks-") as name:
         folder = Path(name)
         job.write(folder / "job.json")
-        processes = start(folder / "job.json")
-        try:
-            _wait(processes, time.monotonic() + timeout_s, folder)
-        finally:
-            _end(processes)
+        finish(start(folder / "job.json"), timeout_s, folder)
         records = json.loads((folder / RECORDS).read_text())
         samples = {cell.name: np.load(folder / f"{index}.npy") for index, cell in enumerate(job.cells)}
     return Outcome(records, samples)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], until: float, folder: Path) -> None:
-    """Until all ranks are done. Raises UserError with the ranks' own words as soon as one failed."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             break

@@ -1,8 +1,8 @@
 """Ranks that are CPU processes of one machine, as a table of measurements: its making, and the machine it describes.
 
-The table holds, for one configuration: seconds by section and step of single ranks that generate 1, 2, ... images (side
-by side on two cores, as the ranks of a group work), the routed experts by rows, and what an exchange costs its ranks.
-All of it is core-seconds (CPU time), so that other work on the machine disturbs it less than the clock.
+The table holds, for one configuration and each number of ranks: seconds by section and step of so many single ranks
+that generate side by side, the routed experts by rows, and what an exchange takes, over loopback and over unlimited
+virtual links. What computes is in core-seconds (CPU time), so that other work on the machine disturbs it less than the clock.
 
 Shape suffixes: P ranks, O owners, E experts.
 """
@@ -12,18 +12,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from netns import Link
+from netns import Link, Network, require
 from numpy.typing import NDArray
 from rank_cases import ON_ONE_RANK, chosen
 from rank_job import Job
-from rank_launch import environment, run_with_torchrun
+from rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
 from sim_step import traffic_of_steps
 
 from moeca_dist.config import load_config
@@ -34,7 +35,6 @@ from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import LayerTraffic
 from moeca_dist.record import record_routing
 from moeca_dist.types import Request
 
@@ -42,7 +42,7 @@ MICRO = Path(__file__).with_name("sim_micro_job.py")
 OWN_SECTIONS = ("attention", "dense", "experts", "bookkeeping", "other")
 # Ethernet, IP and TCP headers with timestamps, of every full frame.
 FRAME_BYTES, HEADER_BYTES = 1514, 66
-SIDE_BY_SIDE = 2  # ranks at a time while measuring: as many as there are cores
+TIMEOUT_S = 3600
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def measure(
     path: Path, policies: Sequence[str], num_images: int, ranks: Sequence[int], repeats: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The table for ``num_images`` images dealt to 1 and to each number of ``ranks``."""
-    jobs = sorted({(1 if count == 1 else SIDE_BY_SIDE, -(-num_images // count)) for count in (1, *ranks)})
-    jobs += sorted({(SIDE_BY_SIDE, num_images // count) for count in ranks} - set(jobs))
+    counts = sorted({1, *ranks})
+    jobs = sorted({(count, share) for count in counts for share in (num_images // count, -(-num_images // count))})
     compute: dict[str, dict[str, Any]] = {}
     for world, images in jobs:
         if images:
@@ -61,7 +61,7 @@ def measure(
             for policy in dict.fromkeys(record["cell"] for record in records):
                 mine = [record for record in records if record["cell"] == policy]
                 compute.setdefault(policy, {}).setdefault(str(world), {})[str(images)] = _by_step(mine, world)
-    micro = {str(count): _micro(path, count, overrides) for count in sorted({*ranks, SIDE_BY_SIDE})}
+    micro = {str(count): _micro(path, count, overrides) for count in counts if count > 1}
     return {"num_images": num_images, "compute": compute, "micro": micro}
 
 
@@ -71,7 +71,7 @@ def _generate(
     settings = ("model.device=cpu", f"sampling.batch_size={images}", "parallel.ep_size=1", *overrides)
     cells = chosen([name for name in policies if name not in ON_ONE_RANK], 1)
     job = Job(str(path), settings, cells, images * world, repeats, 3)
-    return run_with_torchrun(job, world, "cpu", 3600).records
+    return run_with_torchrun(job, world, "cpu", TIMEOUT_S).records
 
 
 def _by_step(records: Sequence[Mapping[str, Any]], world: int) -> dict[str, list[float]]:
@@ -90,13 +90,27 @@ def _by_step(records: Sequence[Mapping[str, Any]], world: int) -> dict[str, list
 
 
 def _micro(path: Path, num_ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    with tempfile.TemporaryDirectory(prefix="moeca-micro-") as folder:
-        out = Path(folder) / "micro.json"
-        argv = [*launcher, str(MICRO), str(path), str(out), *overrides]
-        done = subprocess.run(argv, env=environment("cpu", "lo"), capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"measuring the exchange failed: {(done.stderr.splitlines() or ['no word'])[-1]}")
+    """Experts and exchanges over loopback, and over virtual links where this process may make them."""
+    found = _measured(path, overrides, lambda script, logs: start_with_torchrun(script, num_ranks, "cpu", logs))
+    exchange = {"loopback": found["exchange"]}
+    try:
+        require()
+    except UserError as error:
+        print(f"no table of virtual links: {error}", file=sys.stderr)
+    else:
+        with Network(num_ranks) as network:
+            linked = _measured(path, overrides, lambda script, logs: start_in_network(script, network, logs))
+        exchange["links"] = linked["exchange"]
+    return found | {"exchange": exchange}
+
+
+def _measured(
+    path: Path, overrides: Sequence[str], start: Callable[[Sequence[str], Path], Sequence[subprocess.Popen[bytes]]]
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="moeca-micro-") as name:
+        folder = Path(name)
+        out = folder / "micro.json"
+        finish(start([str(MICRO), str(path), str(out), *overrides], folder), TIMEOUT_S, folder)
         found: dict[str, Any] = json.loads(out.read_text())
         return found
 
@@ -136,6 +150,27 @@ class Experts:
         return seconds_E + np.maximum(rows_E - self.rows[-1], 0) * slope
 
 
+@dataclass(frozen=True)
+class Exchanges:
+    """Seconds of an exchange between ranks that come at the same moment, without what a limited link adds."""
+
+    agree_s: float
+    leg_bytes: NDArray[np.float64]
+    leg_s: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, measured: Mapping[str, Any]) -> "Exchanges":
+        cells = sorted((cell["bytes"], cell["seconds"]) for cell in measured["cells"])
+        both_bytes, both_s = (np.array(column, np.float64) for column in zip(*cells, strict=True))
+        return cls(measured["agree_s"], both_bytes / 2, both_s / 2)
+
+    def leg(self, most_bytes: float) -> float:
+        """One leg in which the busiest rank sends so many bytes."""
+        slope = (self.leg_s[-1] - self.leg_s[-2]) / (self.leg_bytes[-1] - self.leg_bytes[-2])
+        beyond = max(0.0, most_bytes - float(self.leg_bytes[-1]))
+        return float(np.interp(most_bytes, self.leg_bytes, self.leg_s)) + beyond * max(0.0, float(slope))
+
+
 class CpuMachine:
     """``num_ranks`` processes that share ``cores``, joined by loopback or by limited links.
 
@@ -152,20 +187,21 @@ class CpuMachine:
         link: Link | None = None,
         probe_mbit: float | None = None,
     ) -> None:
+        """Raises UserError where the table lacks the number of ranks, a rank's number of images, or links."""
         self._num_ranks, self._cores = num_ranks, cores
-        world = SIDE_BY_SIDE if num_ranks > 1 else 1
-        self._micro = table["micro"].get(str(num_ranks), table["micro"][str(SIDE_BY_SIDE)])
-        self._experts = Experts.of(self._micro)
-        self._home_SP = self._home(table["compute"][ON_ONE_RANK.get(policy, policy)][str(world)], trace)
-        if num_ranks > 1:
-            cells = self._micro["exchange"]["cells"]
-            sizes, seconds = ([cell[key] for cell in cells] for key in ("bytes", "core_s"))
-            # What a layer's exchange costs a rank: once, and by byte; the least are noise around a constant.
-            per_byte, fixed = np.polyfit(sizes, seconds, 1)
-            self._per_byte, self._fixed = max(0.0, float(per_byte)), max(0.0, float(fixed))
-            # What the smallest exchange takes by the clock beyond its work: ranks that wake each other up.
-            work = self.together(np.full(num_ranks, self._fixed)) + self._micro["exchange"]["agree_s"]
-            self._wake_s = max(0.0, self._micro["exchange"]["layer_s"] - work)
+        compute, micro = table["compute"][ON_ONE_RANK.get(policy, policy)], table["micro"]
+        if str(num_ranks) not in compute:
+            raise UserError(f"the table holds no measurement of {num_ranks} rank(s): measure with --ranks {num_ranks}")
+        # One rank alone has the experts' times of some group.
+        measured = micro[str(num_ranks) if num_ranks > 1 else min(micro)]
+        self._experts = Experts.of(measured)
+        self._home_SP = self._home(compute[str(num_ranks)], trace)
+        _, _, halves, _, positions, _ = trace.expert_ids_SLHBTK.shape
+        self._shared_P = np.array(self._shares(trace.num_images)) * halves * positions * measured["shared_s_per_token"]
+        kind = "loopback" if link is None else "links"
+        if kind not in measured["exchange"]:
+            raise UserError("the table holds no measurement of virtual links: measure with sudo, which can make them")
+        self._exchanges = Exchanges.of(measured["exchange"][kind])
         self._links = None
         if link is not None:
             goodput = probe_mbit or link.rate_mbit * (FRAME_BYTES - HEADER_BYTES) / FRAME_BYTES
@@ -180,28 +216,25 @@ class CpuMachine:
         busy_P = np.bincount(owner_E, rows_E, minlength=self._num_ranks) > 0
         return np.where(busy_P, np.maximum(found_P, self._experts.least_s), 0.0)
 
-    def handling_P(self, traffic: LayerTraffic) -> NDArray[np.float64]:
-        sent_P = traffic.there_PO.sum(1)
-        np.add.at(sent_P, traffic.owners_O, traffic.back_PO.sum(0))
-        return self._fixed + self._per_byte * sent_P
+    def shared_P(self, full: bool) -> NDArray[np.float64]:
+        return self._shared_P if full else np.zeros(self._num_ranks)
 
     def together(self, work_P: NDArray[np.float64]) -> float:
         return float(max(work_P.max(), work_P.sum() / self._cores))
 
     def agree(self, numbers: int) -> float:
-        exchange = self._micro["exchange"]
-        seconds: float = max(exchange["agree_s"], exchange["agree_core_s"] * self._num_ranks / self._cores)
-        self.pass_time(seconds)
-        return seconds
+        self.pass_time(self._exchanges.agree_s)
+        return self._exchanges.agree_s
 
-    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool) -> float:
-        started = self._wake_s / 2  # there and back are one layer
-        if self._links is None:
-            return started  # what the kernel copies is in the handling
-        self.pass_time(started)
+    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
         out_P, in_P = sent_PO.sum(1), np.zeros(self._num_ranks)
         np.add.at(in_P, owners_O, sent_PO.sum(0))
-        return started + self._links.transfer_s(*((in_P, out_P) if back else (out_P, in_P)))
+        started = self._exchanges.leg(float(max(out_P.max(), in_P.max())))
+        if self._links is None:
+            return started  # the kernel's copies need the cores themselves: nothing is hidden
+        self.pass_time(started)
+        under_way = self._links.transfer_s(*((in_P, out_P) if back else (out_P, in_P)))
+        return started + max(0.0, under_way - meanwhile_s)
 
     def pass_time(self, seconds: float) -> None:
         if self._links is not None:
@@ -209,11 +242,14 @@ class CpuMachine:
 
     def _home(self, measured: Mapping[str, Any], trace: RoutingTrace) -> NDArray[np.float64]:
         """[S, P]: everything a rank did on its own, less its routed experts, which move to their owners."""
-        images = trace.num_images
-        shares = [(rank + 1) * images // self._num_ranks - rank * images // self._num_ranks
-                  for rank in range(self._num_ranks)]  # fmt: skip
+        shares = self._shares(trace.num_images)
         by_count = {share: self._without_experts(measured, trace, share) for share in set(shares)}
         return np.stack([by_count[share] for share in shares], 1)
+
+    def _shares(self, images: int) -> list[int]:
+        """Images of each rank."""
+        starts = [rank * images // self._num_ranks for rank in range(self._num_ranks + 1)]
+        return [end - start for start, end in pairwise(starts)]
 
     def _without_experts(self, measured: Mapping[str, Any], trace: RoutingTrace, share: int) -> NDArray[np.float64]:
         if not share:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeca_dist.parallel.cost import Level, Topology
-from moeca_dist.parallel.traffic import LayerTraffic
 
 BYTES = 2  # of a value: bfloat16
 
@@ -61,8 +60,11 @@ class Shape:
     def always_flops(self) -> float:
         """Of a rank, all blocks: attention, dense blocks, shared experts."""
         dense = 2 * self.rank_tokens * 2 * self.hidden * self.dense_width * (self.blocks - self.moe_blocks)
-        shared = 2 * self.rank_tokens * 3 * self.hidden * self.shared_width * self.moe_blocks
-        return self.attention_flops() * self.blocks + dense + shared
+        return self.attention_flops() * self.blocks + dense + self.shared_flops() * self.moe_blocks
+
+    def shared_flops(self) -> float:
+        """Of a rank, the shared expert of one layer."""
+        return 2 * self.rank_tokens * 3 * self.hidden * self.shared_width
 
     def stored_bytes(self) -> float:
         """Of a rank's cache: value and difference of every module and every branch."""
@@ -122,10 +124,9 @@ class GpuMachine:
         reads_P = np.bincount(owner_E, reads_E, minlength=self._num_ranks)
         return np.maximum(flops_P / (gpu.flops * gpu.efficiency), reads_P / (gpu.bytes_per_s * gpu.memory_share))
 
-    def handling_P(self, traffic: LayerTraffic) -> NDArray[np.float64]:
-        """Rows are gathered, packed and unpacked on both sides: four reads and writes of each."""
-        there_P, back_P = traffic.there_PO.sum(1), traffic.back_PO.sum(1)
-        return 4 * (there_P + back_P) * self._scale / (self._gpu.bytes_per_s * self._gpu.memory_share)
+    def shared_P(self, full: bool) -> NDArray[np.float64]:
+        seconds = self._shape.shared_flops() / (self._gpu.flops * self._gpu.efficiency)
+        return np.full(self._num_ranks, seconds if full else 0.0)
 
     def together(self, work_P: NDArray[np.float64]) -> float:
         return float(work_P.max())
@@ -133,8 +134,11 @@ class GpuMachine:
     def agree(self, numbers: int) -> float:
         return self._topology.gather_counts_s(self._num_ranks, numbers)
 
-    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool) -> float:
-        return self._topology.all_to_all_s(sent_PO * self._scale, owners_O)
+    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
+        # Rows are gathered, packed and unpacked on both sides: four reads and writes of each.
+        handled = 4 * float(sent_PO.sum(1).max(initial=0)) / (self._gpu.bytes_per_s * self._gpu.memory_share)
+        under_way = self._topology.all_to_all_s(sent_PO * self._scale, owners_O)
+        return handled * self._scale + max(0.0, under_way - meanwhile_s)
 
     def pass_time(self, seconds: float) -> None:
         pass  # no buckets that fill

@@ -1,17 +1,19 @@
-"""Measures on all ranks of a torchrun job what the simulator's CPU table needs: experts by rows, and the exchange.
+"""Measures on all ranks of a job what the simulator's CPU table needs: experts by rows, and the exchange by bytes.
 
     python -m torch.distributed.run --standalone --nproc_per_node=2 benchmarks/sim_micro_job.py CONFIG OUT.json
 
 Rank 0 writes seconds of a core (CPU time of the process, so that a busy machine disturbs them less than the clock) for
-the routed experts of one MoE layer with so many rows for each, and for the exchange of a layer, beyond what one rank
-does in its place; and the latency of its collectives by the clock (the fastest of ten, which a busy machine lengthens).
+the routed experts of one MoE layer with so many rows for each; and seconds by the clock of an exchange, as a layer has
+it: every rank has computed something else before, so caches are cold and sleeping threads must be woken. (Exchanges in
+a loop take a fifth of that.) Of each exchange the rank that came last says how long it took: it waited for nobody.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,11 +21,12 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from torch import Tensor
 
 from moeca_dist.config import load_config
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.experts import RoutedExperts
+from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
@@ -31,79 +34,137 @@ from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing
 
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-TOKENS = (1, 16, 64, 256, 512)
+TOKENS = (1, 16, 64, 128, 256, 512)
+SHARED_TOKENS = 128
 MEASURE_S = 0.35
 LEAST_CALLS = 8
+# What a rank computes between two exchanges: about as much as attention and a shared expert.
+BETWEEN_S = 0.01
+EXCHANGES, WARM_UP = 40, 6
 
 
+@torch.no_grad()
 def main(config: str, out: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     spec = check_weights(load_config(config, overrides).model)
     mesh = Mesh.create(LauncherEnv.read(), device_type="cpu")
-    found: dict[str, Any] = {"experts": experts(spec, mesh)}
-    if mesh.expert_group is not None:
-        found["exchange"] = exchange(spec, mesh.expert_group)
+    assert mesh.expert_group is not None, "an exchange has several ranks"
+    found = {
+        "experts": experts(spec, mesh.expert_group),
+        "shared_s_per_token": shared(spec, mesh.expert_group),
+        "exchange": exchange(spec, mesh.expert_group),
+    }
     if mesh.rank == 0:
         Path(out).write_text(json.dumps(found))
     mesh.close()
 
 
-def experts(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
+def experts(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
     """Core-seconds of one call: with one row in all, and by rows per expert."""
-    layer = RoutedExperts(spec.hidden_size, spec.expert_width, spec.num_experts)
-    for weight in layer.parameters():
-        weight.data.normal_(0, 0.02)
+    layer = made_experts(spec, spec.num_experts)
 
-    def call(counts_E: torch.Tensor) -> Callable[[], None]:
+    def call(counts_E: Tensor) -> Callable[[], None]:
         rows_RD = torch.randn(int(counts_E.sum()), spec.hidden_size)
 
-        def run() -> None:
-            with torch.no_grad():
-                layer(rows_RD, counts_E)
-
-        return run
+        return lambda: layer(rows_RD, counts_E)
 
     one = torch.zeros(spec.num_experts, dtype=torch.int64)
     one[0] = 1
-    least = core_seconds(call(one), mesh.world)
+    least = core_seconds(call(one), group)
     by_rows = {
-        rows: core_seconds(call(torch.full_like(one, rows)), mesh.world) / spec.num_experts for rows in ROWS_PER_EXPERT
+        rows: core_seconds(call(torch.full_like(one, rows)), group) / spec.num_experts for rows in ROWS_PER_EXPERT
     }
     return {"least_s": least, "per_expert_s": by_rows}
 
 
+def shared(spec: ModelSpec, group: Exchange) -> float:
+    if not spec.shared_width:
+        return 0.0
+    layer, x_TD = SwiGLU(spec.hidden_size, spec.shared_width), torch.randn(SHARED_TOKENS, spec.hidden_size)
+    return core_seconds(lambda: layer(x_TD), group) / SHARED_TOKENS
+
+
+def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
+    layer = RoutedExperts(spec.hidden_size, spec.expert_width, count)
+    for weight in layer.parameters():
+        weight.data.normal_(0, 0.02)
+    return layer
+
+
 def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
-    """``agree_s``: gathering counts; ``cells``: bytes that this rank moves and core-seconds beyond a local layer."""
+    """``agree_s``: gathering counts; ``cells``: bytes that the busiest rank sends in both legs, and their seconds.
+
+    The seconds are beyond what one rank does in the place of an exchange, and beyond the gathering.
+    """
     placement = ExpertPlacement.contiguous(spec.num_experts, group.size)
     away, local = AllToAllDispatcher(group, placement), LocalDispatcher(spec.num_experts)
+    layer = made_experts(spec, len(placement.experts_of(group.rank)))
     counts = torch.zeros(2 * group.size, dtype=torch.int64)
-    agree = wall_seconds(lambda: group.gather_counts(counts), group)
-    agree_core = core_seconds(lambda: group.gather_counts(counts), group)
-    cells, latency = [], 0.0
+    agreed, cells = Ranks(group), []
+    for _ in range(EXCHANGES):
+        compute()
+        with agreed.call():
+            group.gather_counts(counts)
+    agree_s = agreed.median()
     for tokens in TOKENS:
         x_TD = torch.randn(tokens, spec.hidden_size)
         ids_TK = torch.rand(tokens, spec.num_experts).topk(spec.num_experts_per_tok).indices
         routing = Routing(ids_TK, torch.rand(ids_TK.shape))
-
-        def run(dispatcher: Any, routing: Routing = routing, x_TD: torch.Tensor = x_TD) -> None:
-            dispatched = dispatcher.dispatch(x_TD, routing.all_branches()).wait()
-            rows_ND = dispatcher.combine(dispatched.rows_RD, dispatched).wait()
-            dispatcher.weighted_sum(rows_ND, dispatched, routing)
-
-        if not latency:
-            latency = wall_seconds(lambda: run(away), group)
+        there, back, alone_s = Ranks(group), Ranks(group), []
         before = group.traffic.bytes_sent
-        run(away)
-        moved = group.traffic.bytes_sent - before
-        extra = core_seconds(lambda: run(away), group) - core_seconds(lambda: run(local), group)
-        cells.append({"tokens": tokens, "bytes": moved, "core_s": extra})
-    return {"agree_s": agree, "agree_core_s": agree_core, "layer_s": latency, "cells": cells}
+        for _ in range(EXCHANGES):
+            compute()
+            with there.call():
+                sent = away.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
+            outputs_RD = layer(sent.rows_RD, sent.rows_per_expert_L)
+            with back.call():
+                away.combine_sums(outputs_RD, sent, routing).wait()
+            compute()
+            started = time.process_time()
+            kept = local.dispatch(x_TD, routing.all_branches()).wait()
+            local.weighted_sum(kept.rows_RD, kept, routing)
+            alone_s.append(time.process_time() - started)
+        moved = max(group.gather_objects(group.traffic.bytes_sent - before)) // EXCHANGES
+        alone = median(group.gather_objects(median(alone_s[WARM_UP:])))
+        cells.append({"bytes": moved, "seconds": max(0.0, there.median() + back.median() - agree_s - alone)})
+    return {"agree_s": agree_s, "cells": cells}
 
 
-def core_seconds(run: Callable[[], Any], group: Exchange | None) -> float:
+class Ranks:
+    """Times of calls that all ranks make together."""
+
+    def __init__(self, group: Exchange) -> None:
+        self._group = group
+        self._mine: list[float] = []
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._mine.append(time.perf_counter() - started)
+
+    def median(self) -> float:
+        """Over the calls, of the rank that was in each for the shortest time."""
+        by_rank = self._group.gather_objects(self._mine)
+        return median([min(call) for call in zip(*by_rank, strict=True)][WARM_UP:])
+
+
+def compute() -> None:
+    a, b = torch.ones(256, 384), torch.ones(384, 1536)
+    until = time.thread_time() + BETWEEN_S
+    while time.thread_time() < until:
+        a @ b
+
+
+def core_seconds(run: Callable[[], Any], group: Exchange) -> float:
     """CPU time of one call on this rank, all of its threads; every rank makes the same number of calls."""
-    calls = _calls(run, group)
+    run()
+    started = time.perf_counter()
+    for _ in range(LEAST_CALLS):
+        run()
+    calls = max(LEAST_CALLS, int(MEASURE_S / ((time.perf_counter() - started) / LEAST_CALLS) / 3))
+    calls = min(group.gather_objects(min(calls, 200)))
     found = []
     for _ in range(3):
         started = time.process_time()
@@ -111,25 +172,6 @@ def core_seconds(run: Callable[[], Any], group: Exchange | None) -> float:
             run()
         found.append((time.process_time() - started) / calls)
     return median(found)
-
-
-def wall_seconds(run: Callable[[], Any], group: Exchange) -> float:
-    """One call by the clock: the tenth percentile."""
-    found = []
-    for _ in range(10 * _calls(run, group)):
-        started = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - started)
-    return sorted(found)[len(found) // 10]
-
-
-def _calls(run: Callable[[], Any], group: Exchange | None) -> int:
-    run()
-    started = time.perf_counter()
-    for _ in range(LEAST_CALLS):
-        run()
-    calls = max(LEAST_CALLS, int(MEASURE_S / ((time.perf_counter() - started) / LEAST_CALLS) / 3))
-    return min(calls, 200) if group is None else min(group.gather_objects(min(calls, 200)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The step simulator: phases of work that every rank goes through, and the exchanges between them.
 
-A MoE layer of a step is: work at home (attention, router, cache), an agreement on row counts, the rows' way to the
-owners of their experts, the experts, the way back. After every collective all ranks go on together, so each phase takes
-as long as its slowest rank. What work and links take is the machine's affair: see ``sim_cpu.py`` and ``sim_gpu.py``.
+A MoE layer of a step is: work at home (attention, router, cache, shared expert), an agreement on row counts, the rows'
+way to the owners of their experts, part of which the shared expert hides, the experts, the way back. After every
+collective all ranks go on together, so each phase takes as long as its slowest rank. What work and links take is the
+machine's affair: see ``sim_cpu.py`` and ``sim_gpu.py``.
 
 Shape suffixes: P ranks, O owners among them, L MoE layers, E experts.
 """
@@ -33,8 +34,8 @@ class Machine(Protocol):
         """Work of one layer's routed experts at each rank."""
         ...
 
-    def handling_P(self, traffic: LayerTraffic) -> NDArray[np.float64]:
-        """Work of each rank for bringing rows into order, into buffers and out of them."""
+    def shared_P(self, full: bool) -> NDArray[np.float64]:
+        """Of the work at home in one layer, the shared expert's: each rank computes it while hidden rows travel."""
         ...
 
     def together(self, work_P: NDArray[np.float64]) -> float:
@@ -45,8 +46,11 @@ class Machine(Protocol):
         """Every rank learns so many counts of every rank."""
         ...
 
-    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool) -> float:
-        """A payload collective."""
+    def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
+        """A payload collective, with what it takes to bring rows into order, into buffers and out of them.
+
+        ``meanwhile_s``: work at home, counted there, that goes on while rows are under way.
+        """
         ...
 
     def pass_time(self, seconds: float) -> None:
@@ -113,22 +117,19 @@ def simulate_step(
     if planned and num_ranks > 1:
         time.agree += machine.agree(len(layers) * (2 * num_ranks + 4))
     for traffic, owner_E in zip(layers, owners_LE, strict=True):
-        work_P = home_P / len(layers)
-        payload = traffic is not None and bool(traffic.rows_E.any())
-        if traffic is not None and payload and num_ranks > 1:
-            work_P = work_P + machine.handling_P(traffic)
-        _phase(time, "home", work_P, machine)
+        _phase(time, "home", home_P / len(layers), machine)
         if traffic is None:
             continue
         if num_ranks > 1 and (mode == "exact" or (mode == "planned" and full)):
             time.agree += machine.agree(2 * num_ranks)
-        if not payload:
+        if not traffic.rows_E.any():
             continue
         if num_ranks > 1:
-            time.exchange += machine.send(traffic.there_PO, traffic.owners_O, back=False)
+            meanwhile = machine.together(machine.shared_P(full))
+            time.exchange += machine.send(traffic.there_PO, traffic.owners_O, back=False, meanwhile_s=meanwhile)
         _phase(time, "experts", machine.experts_P(traffic.rows_E, owner_E), machine)
         if num_ranks > 1:
-            time.exchange += machine.send(traffic.back_PO, traffic.owners_O, back=True)
+            time.exchange += machine.send(traffic.back_PO, traffic.owners_O, back=True, meanwhile_s=0.0)
     return time
 
 
