@@ -2,7 +2,8 @@
 
 The table holds, for one configuration and each number of ranks: seconds by section and step of so many single ranks
 that generate side by side, the routed experts by rows, and what an exchange takes, over loopback and over unlimited
-virtual links. What computes is in core-seconds (CPU time), so that other work on the machine disturbs it less than the clock.
+virtual links. What computes is in core-seconds (CPU time), so that other work on the machine disturbs it less than the
+clock.
 
 Shape suffixes: P ranks, O owners, E experts.
 """
