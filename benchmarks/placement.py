@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--num-images", type=int, default=8, help="to choose from, and to measure; default: %(default)s"
     )
+    parser.add_argument(
+        "--replicas", type=int, nargs="+", default=[0, 2, 4], help="experts of each block on every rank; default: 0 2 4"
+    )
     parser.add_argument("--balance", type=float, default=DEFAULT_BALANCE, help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
@@ -71,12 +74,20 @@ def compare(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         )  # fmt: skip
         for num_ranks in args.ranks:
             equal = PlacementTable.contiguous(fit.blocks, fit.num_experts, num_ranks)
-            table = assign_experts(fit, num_ranks, args.balance)
-            runs = [_run(path, policy, num_ranks, placed, args) for placed in (equal, table)]
-            effects = [placement_effect(check, placed, num_ranks) for placed in (equal, table)]
-            rows.append(_row(path.stem, policy, num_ranks, runs, effects, fit))
-            print(_line(rows[-1]), flush=True)
+            before = _run(path, policy, num_ranks, equal, args)
+            for replicas in args.replicas:
+                table = assign_experts(fit, num_ranks, args.balance, replicas)
+                runs = [before, _run(path, policy, num_ranks, table, args)]
+                effects = [placement_effect(check, placed, num_ranks) for placed in (equal, table)]
+                row = _row(path.stem, policy, num_ranks, runs, effects, fit)
+                rows.append(row | {"replicas": replicas, "most_experts": most_experts(table)})
+                print(_line(rows[-1]), flush=True)
     return rows
+
+
+def most_experts(table: PlacementTable) -> int:
+    """Of one block, that a rank holds."""
+    return max(len(each.experts_of(rank)) for each in table.by_block.values() for rank in range(each.num_ranks))
 
 
 def _run(
@@ -121,9 +132,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> s
     about = (
         f"Tables chosen on images of seed {FIT_SEED}, measured on as many images of seed {CHECK_SEED}. Bytes are those "
         "that the exchange of the running ranks counted. Busiest rank: branches computed by the busiest rank of each "
-        "layer and step over the mean of the ranks, from the recorded routing of the measured images; 1 is even."
+        "layer and step over the mean of the ranks, from the recorded routing of the measured images; 1 is even. "
+        "Replicas: experts of each block, those that computed most, that every rank holds."
     )
-    header = ("config", "policy", "ranks", "bytes, equal runs", "bytes, placed", "ratio", "busiest rank, equal runs",
+    header = ("config", "policy", "ranks", "replicas", "experts of a block on a rank", "bytes, equal runs",
+              "bytes, placed", "ratio", "busiest rank, equal runs",
               "busiest rank, placed", "relative L2 of the samples")  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *(_line(row) for row in rows)]
     return "\n\n".join(["# Expert placement from a routing trace", facts, about, "\n".join(lines)]) + "\n"
@@ -134,6 +147,8 @@ def _line(row: Mapping[str, Any]) -> str:
         row["config"],
         row["policy"],
         str(row["num_ranks"]),
+        str(row["replicas"]),
+        str(row["most_experts"]),
         f"{row['bytes_equal_runs'] / 2**20:.1f} MiB",
         f"{row['bytes_placed'] / 2**20:.1f} MiB",
         f"{row['bytes_ratio']:.3f}",

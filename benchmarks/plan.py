@@ -133,31 +133,29 @@ def _step(
     tokens = max(8, SAMPLED_TOKENS // ep_size)
     scale = shape.rank_tokens / tokens
     machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums")
-    owner_E = np.array(ExpertPlacement.contiguous(shape.num_experts, ep_size).owner_of_expert)
+    placement = ExpertPlacement.contiguous(shape.num_experts, ep_size)
     # Some layers are drawn and stand for all.
-    drawn = [_layers(shape, ep_size, owner_E, tokens, args, returns, mode, seed * 100 + layer)
+    drawn = [_layers(shape, placement, tokens, args, returns, mode, seed * 100 + layer)
              for layer in range(min(SAMPLED_LAYERS, shape.moe_blocks))]  # fmt: skip
     times = []
     for step, kind in enumerate(("full", "cache")):
         layers = [drawn[layer % len(drawn)][kind] for layer in range(shape.moe_blocks)]
-        owners = [owner_E] * shape.moe_blocks
         # A budget replaces the exchange of cache steps only: full steps send what they send.
         how: Mode = "exact" if mode == "budget" and kind == "full" else mode
-        times.append(simulate_step(step, layers, owners, machine, how, kind == "full"))
+        times.append(simulate_step(step, layers, machine, how, kind == "full"))
     return times[0] * full_share + times[1] * (1 - full_share) if returns != "sums" else times[0]
 
 
 def _layers(
-    shape: Shape, ep_size: int, owner_E: np.ndarray, tokens: int, args: argparse.Namespace, returns: Returns,
+    shape: Shape, placement: ExpertPlacement, tokens: int, args: argparse.Namespace, returns: Returns,
     mode: Mode, seed: int,
 ) -> dict[str, LayerTraffic]:  # fmt: skip
-    ids_TK, home_T = zipf_routing(shape, ep_size, tokens, args.zipf, seed)
+    ids_TK, home_T = zipf_routing(shape, placement.num_ranks, tokens, args.zipf, seed)
     row_bytes = BYTES * shape.hidden
     computed = {"full": np.ones(ids_TK.shape, bool)}
     computed["cache"] = np.random.default_rng(seed).random(ids_TK.shape) < args.refresh_share
     found = {
-        kind: layer_traffic(ids_TK, fresh, home_T, owner_E, ep_size, row_bytes, returns)
-        for kind, fresh in computed.items()
+        kind: layer_traffic(ids_TK, fresh, home_T, placement, row_bytes, returns) for kind, fresh in computed.items()
     }
     if mode == "budget":
         found["cache"] = _budget(found["cache"])
@@ -171,7 +169,7 @@ def _budget(traffic: LayerTraffic) -> LayerTraffic:
         return np.full(sent_PO.shape, BUDGET_ROOM * sent_PO.mean())
 
     there_PO, back_PO = equal(traffic.there_PO), equal(traffic.back_PO)
-    return LayerTraffic(there_PO, back_PO, traffic.owners_O, traffic.rows_E, traffic.branches_P)
+    return LayerTraffic(there_PO, back_PO, traffic.owners_O, traffic.rows_PE)
 
 
 if __name__ == "__main__":

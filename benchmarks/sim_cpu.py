@@ -145,10 +145,10 @@ class Experts:
         rows, seconds = (np.array(column, np.float64) for column in zip(*pairs, strict=True))
         return cls(micro["experts"]["least_s"], np.r_[0.0, rows], np.r_[0.0, seconds])
 
-    def of_E(self, rows_E: NDArray[np.int64]) -> NDArray[np.float64]:
-        seconds_E = np.interp(rows_E, self.rows, self.seconds)
+    def of_PE(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
+        seconds_PE = np.interp(rows_PE, self.rows, self.seconds)
         slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
-        return seconds_E + np.maximum(rows_E - self.rows[-1], 0) * slope
+        return seconds_PE + np.maximum(rows_PE - self.rows[-1], 0) * slope
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,9 @@ class CpuMachine:
     def home_P(self, step: int) -> NDArray[np.float64]:
         return self._home_SP[step]
 
-    def experts_P(self, rows_E: NDArray[np.int64], owner_E: NDArray[np.int64]) -> NDArray[np.float64]:
-        seconds_E = self._experts.of_E(rows_E)
-        found_P = np.bincount(owner_E, seconds_E, minlength=self._num_ranks)
-        busy_P = np.bincount(owner_E, rows_E, minlength=self._num_ranks) > 0
-        return np.where(busy_P, np.maximum(found_P, self._experts.least_s), 0.0)
+    def experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
+        seconds_P = self._experts.of_PE(rows_PE).sum(1)
+        return np.where(rows_PE.any(1), np.maximum(seconds_P, self._experts.least_s), 0.0)
 
     def shared_P(self, full: bool) -> NDArray[np.float64]:
         return self._shared_P if full else np.zeros(self._num_ranks)
@@ -262,8 +260,8 @@ class CpuMachine:
         table = PlacementTable.same(ExpertPlacement((0,) * trace.num_experts, 1), trace.blocks)
         for step, layers in enumerate(traffic_of_steps(trace.first_images(share), table, 1, "home")):
             for traffic in layers:
-                if traffic is not None and traffic.rows_E.any():
-                    found_S[step] -= max(self._experts.of_E(traffic.rows_E).sum(), self._experts.least_s)
+                if traffic is not None:
+                    found_S[step] -= self.experts_P(traffic.rows_PE)[0]
         return np.maximum(found_S, 0.0)
 
 

@@ -116,12 +116,10 @@ class GpuMachine:
     def home_P(self, step: int) -> NDArray[np.float64]:
         return np.full(self._num_ranks, self._home_s[min(step, 1)])
 
-    def experts_P(self, rows_E: NDArray[np.int64], owner_E: NDArray[np.int64]) -> NDArray[np.float64]:
+    def experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
         shape, gpu = self._shape, self._gpu
-        flops_E = 2 * shape.expert_parameters * rows_E * self._scale
-        reads_E = (rows_E > 0) * BYTES * shape.expert_parameters
-        flops_P = np.bincount(owner_E, flops_E, minlength=self._num_ranks)
-        reads_P = np.bincount(owner_E, reads_E, minlength=self._num_ranks)
+        flops_P = 2 * shape.expert_parameters * rows_PE.sum(1) * self._scale
+        reads_P = (rows_PE > 0).sum(1) * BYTES * shape.expert_parameters
         return np.maximum(flops_P / (gpu.flops * gpu.efficiency), reads_P / (gpu.bytes_per_s * gpu.memory_share))
 
     def shared_P(self, full: bool) -> NDArray[np.float64]:

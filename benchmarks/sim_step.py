@@ -30,7 +30,7 @@ class Machine(Protocol):
         """Work of a step outside the routed experts, of each rank."""
         ...
 
-    def experts_P(self, rows_E: NDArray[np.int64], owner_E: NDArray[np.int64]) -> NDArray[np.float64]:
+    def experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
         """Work of one layer's routed experts at each rank."""
         ...
 
@@ -86,23 +86,21 @@ def traffic_of_steps(
     """By step: the traffic of each MoE layer, None where no router ran."""
     home_N = homes(trace, num_ranks)
     returns: Returns = "sums" if not trace.keeps_branches else "branches" if placement == "home" else "owner"
-    owners = [np.array(table.by_block[block].owner_of_expert) for block in trace.blocks]
     for step in range(trace.num_steps):
         found: list[LayerTraffic | None] = []
-        for place, owner_E in enumerate(owners):
+        for place, block in enumerate(trace.blocks):
             ids_NK = trace.expert_ids_SLHBTK[step, place].reshape(-1, trace.num_experts_per_tok)
             fresh_NK = trace.refreshed_SLHBTK[step, place].reshape(ids_NK.shape)
             if not trace.keeps_branches and not fresh_NK.any():
                 found.append(None)
             else:
-                found.append(layer_traffic(ids_NK, fresh_NK, home_N, owner_E, num_ranks, trace.row_bytes, returns))
+                found.append(layer_traffic(ids_NK, fresh_NK, home_N, table.by_block[block], trace.row_bytes, returns))
         yield found
 
 
 def simulate_step(
     step: int,
     layers: Sequence[LayerTraffic | None],
-    owners_LE: Sequence[NDArray[np.int64]],
     machine: Machine,
     mode: Mode = "exact",
     full: bool = True,
@@ -116,18 +114,18 @@ def simulate_step(
     planned = mode == "planned" and not full
     if planned and num_ranks > 1:
         time.agree += machine.agree(len(layers) * (2 * num_ranks + 4))
-    for traffic, owner_E in zip(layers, owners_LE, strict=True):
+    for traffic in layers:
         _phase(time, "home", home_P / len(layers), machine)
         if traffic is None:
             continue
         if num_ranks > 1 and (mode == "exact" or (mode == "planned" and full)):
             time.agree += machine.agree(2 * num_ranks)
-        if not traffic.rows_E.any():
+        if not traffic.rows_PE.any():
             continue
         if num_ranks > 1:
             meanwhile = machine.together(machine.shared_P(full))
             time.exchange += machine.send(traffic.there_PO, traffic.owners_O, back=False, meanwhile_s=meanwhile)
-        _phase(time, "experts", machine.experts_P(traffic.rows_E, owner_E), machine)
+        _phase(time, "experts", machine.experts_P(traffic.rows_PE), machine)
         if num_ranks > 1:
             time.exchange += machine.send(traffic.back_PO, traffic.owners_O, back=True, meanwhile_s=0.0)
     return time

@@ -19,7 +19,6 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import numpy as np
 import torch
 from hardware import conditions
 from netns import Link
@@ -126,10 +125,9 @@ def predict_run(
     """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
     machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
-    owners = [np.array(placed.by_block[block].owner_of_expert) for block in trace.blocks]
     steps = traffic_of_steps(trace, placed, num_ranks, "owner" if policy in ON_ONE_RANK else "home")
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
-    return [simulate_step(step, layers, owners, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
+    return [simulate_step(step, layers, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
 
 
 def predict(args: argparse.Namespace) -> None:

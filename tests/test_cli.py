@@ -256,3 +256,18 @@ def start_ranks(folder: Path, out: Path, *argv: str, count: int = 2) -> list[sub
         )
         for rank in range(count)
     ]
+
+
+def test_a_table_of_experts_from_a_recorded_run(folder: Path, tmp_path: Path, capsys) -> None:
+    trace, table = tmp_path / "routing.npz", tmp_path / "placement.json"
+    assert main(["trace", "--config", str(folder / "run.yaml"), "--num-images", "2", "--out", str(trace)]) == 0
+    place = ["place", str(trace), "--ranks", "2", "--replicas", "1", "--out", str(table)]
+    assert main(place) == 0
+    printed = capsys.readouterr().out
+    assert "a rank holds up to 5 of the 8 experts of a block, 4 without replicas" in printed
+    assert f"{trace}: 0." in printed and "of the bytes of equal runs" in printed
+    copies = json.loads(table.read_text())["replicated"]
+    assert all(len(experts) == 1 for experts in copies.values())
+    assert "--overwrite" in refuse(capsys, place)
+    assert "it has 8: take fewer" in refuse(capsys, [*place, "--overwrite", "--replicas", "9"])
+    assert json.loads(table.read_text())["replicated"] == copies

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moeca_dist import Engine, Request, UserError
 from moeca_dist.config import Config
-from moeca_dist.parallel.assign import assign_experts, homes, placement_effect
+from moeca_dist.parallel.assign import PlacementEffect, assign_experts, homes, placement_effect
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -63,10 +63,21 @@ def _mesh(config: Config) -> Mesh:
     return Mesh.create(launcher, ep_size=config.parallel.ep_size, device_type="cpu", timeout_s=60)
 
 
+REPLICATED = PlacementTable(
+    {
+        1: ExpertPlacement(SCATTERED.by_block[1].owner_of_expert, 4, (0, 2, 7)),
+        3: ExpertPlacement(SCATTERED.by_block[3].owner_of_expert, 4, (1, 11)),
+    }
+)
+TABLES = {"scattered": SCATTERED, "replicated": REPLICATED}
+
+
 @pytest.mark.parametrize("cache", [{}, FORECAST, FORECAST | {"placement": "owner"}])
-def test_a_scattered_table_gives_the_images_of_equal_runs(model, cache, four_ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_gives_the_images_of_equal_runs(model, cache, table, four_ranks, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    path.write_text(SCATTERED.to_json({"by": "hand"}))
+    path.write_text(TABLES[table].to_json({"by": "hand"}))
+    assert PlacementTable.read(path) == TABLES[table]
     equal, _ = four_ranks.run(generate, make_config(model, cache))[0]
     placed, report = four_ranks.run(generate, make_config(model, cache, expert_placement=str(path)))[0]
     alone, _ = generate(make_config(model, {key: v for key, v in cache.items() if key != "placement"}))
@@ -77,12 +88,12 @@ def test_a_scattered_table_gives_the_images_of_equal_runs(model, cache, four_ran
 
 
 @pytest.mark.parametrize("cache", [{}, FORECAST, {"policy": "taylorseer"}])
-@pytest.mark.parametrize("scattered", [False, True])
-def test_traffic_counted_from_a_trace_is_what_the_run_sends(model, cache, scattered, four_ranks, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["equal runs", *TABLES])
+def test_traffic_counted_from_a_trace_is_what_the_run_sends(model, cache, name, four_ranks, tmp_path) -> None:
     path, parallel = tmp_path / "table.json", {}
-    table = PlacementTable.contiguous(BLOCKS, 12, 4)
-    if scattered:
-        table, parallel = SCATTERED, {"expert_placement": str(path)}
+    table = TABLES.get(name, PlacementTable.contiguous(BLOCKS, 12, 4))
+    if name in TABLES:
+        parallel = {"expert_placement": str(path)}
         path.write_text(table.to_json({}))
     # One round of all images, and the trace of one rank.
     config = make_config(model, cache, **parallel)
@@ -97,9 +108,9 @@ def test_owner_traffic_counted_from_a_trace_is_what_the_run_sends(model, two_ran
     trace = trace_of(make_config(model, FORECAST))
     cache = FORECAST | {"placement": "owner"}
     _, report = two_ranks.run(generate, make_config(model, cache))[0]
-    owner_E, home_N = np.array(ExpertPlacement.contiguous(12, 2).owner_of_expert), homes(trace, 2)
+    placement, home_N = ExpertPlacement.contiguous(12, 2), homes(trace, 2)
     sent = sum(
-        layer_traffic(ids.reshape(-1, 5), fresh.reshape(-1, 5), home_N, owner_E, 2, trace.row_bytes, "owner").bytes_sent
+        layer_traffic(ids.reshape(-1, 5), fresh.reshape(-1, 5), home_N, placement, trace.row_bytes, "owner").bytes_sent
         for ids, fresh in zip(
             np.concatenate(trace.expert_ids_SLHBTK), np.concatenate(trace.refreshed_SLHBTK), strict=True
         )
@@ -149,6 +160,11 @@ def test_incomplete_traces_are_refused(model, cache, parallel, message) -> None:
         ("{", "is no expert placement"),
         ('{"num_experts": 2, "num_ranks": 2, "owner_of_expert": {"1": [0]}}', "does not place 2 experts"),
         ('{"num_experts": 2, "num_ranks": 2, "owner_of_expert": {"1": [0, 2]}}', "names ranks"),
+        (
+            '{"num_experts": 2, "num_ranks": 2, "owner_of_expert": {"1": [0, 1]}, "replicated": {"1": [2]}}',
+            "replicates",
+        ),
+        ('{"num_experts": 2, "num_ranks": 2, "owner_of_expert": {"1": [0, 1]}, "replicated": {"3": [0]}}', "block 3"),
         (PlacementTable.contiguous(BLOCKS, 12, 2).to_json({}), "for 12 experts on 2 ranks"),
         (PlacementTable.contiguous((1,), 12, 1).to_json({}), "is for the blocks \\[1\\]"),
     ],
@@ -185,6 +201,23 @@ def test_hot_experts_are_spread_and_companions_meet() -> None:
     assert placement_effect(trace, placed, 4).bytes_per_step < 0.7 * placement_effect(trace, equal, 4).bytes_per_step
 
 
+def test_hot_experts_on_every_rank_send_nothing() -> None:
+    # Experts 2 and 5 take most branches: with both on every rank the others' remain, and the load evens out.
+    rng = np.random.default_rng(0)
+    first = np.where(rng.random((4, 4, 32, 1)) < 0.8, 2, rng.integers(0, 2, (4, 4, 32, 1)))
+    trace = made_trace(np.concatenate([first, np.where(rng.random(first.shape) < 0.8, 5, 6)], -1), 8)
+    without, two = (assign_experts(trace, 4, replicas=count) for count in (0, 2))
+    assert two.by_block[0].replicated == (2, 5)
+    assert [len(two.by_block[0].experts_of(rank)) for rank in range(4)] == [4, 4, 3, 3]
+    effects = [placement_effect(trace, table, 4) for table in (without, two)]
+    assert effects[1].bytes_per_step < 0.35 * effects[0].bytes_per_step
+    assert effects[1].slowest_load < 0.8 * effects[0].slowest_load
+    everything = assign_experts(trace, 4, replicas=8)
+    assert placement_effect(trace, everything, 4) == PlacementEffect(0.0, 1.0)
+    with pytest.raises(UserError, match="it has 8"):
+        assign_experts(trace, 4, replicas=9)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 9), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**16))
 def test_tables_keep_the_number_of_experts_and_never_cost_more(experts, ranks, balance, seed) -> None:
@@ -200,15 +233,19 @@ def test_tables_keep_the_number_of_experts_and_never_cost_more(experts, ranks, b
         assert effects[0].slowest_load <= effects[1].slowest_load + 1e-9
 
 
-def test_traffic_against_a_loop_over_tokens() -> None:
+@pytest.mark.parametrize("replicated", [(), (0, 7)])
+def test_traffic_against_a_loop_over_tokens(replicated: tuple[int, ...]) -> None:
     rng = np.random.default_rng(3)
-    owner_E, home_T = rng.integers(0, 5, 12), rng.integers(0, 5, 40)
+    placement = ExpertPlacement(tuple(rng.integers(0, 5, 12).tolist()), 5, replicated)
+    home_T = rng.integers(0, 5, 40)
     ids = np.argsort(rng.random((40, 12)), -1)[:, :4]
     fresh = rng.random(ids.shape) < 0.3
     for returns in ("sums", "branches", "owner"):
-        expected = 0
+        expected, rows_PE = 0, np.zeros((5, 12), int)
         for token in range(40):
-            touched = fresh[token].any()
+            touched, owner_E = fresh[token].any(), placement.owners_for(home_T[token])
+            for expert in ids[token][fresh[token]]:
+                rows_PE[owner_E[expert], expert] += 1
             for owner in set(range(5)) - {home_T[token]}:
                 mine = [slot for slot in range(4) if owner_E[ids[token, slot]] == owner]
                 refreshed = sum(bool(fresh[token, slot]) for slot in mine)
@@ -218,6 +255,6 @@ def test_traffic_against_a_loop_over_tokens() -> None:
                 else:
                     expected += refreshed * (8 if returns == "sums" else 4)
                     expected += 64 * ((refreshed > 0) if returns == "sums" else refreshed)
-        traffic = layer_traffic(ids, fresh, home_T, owner_E, 5, 64, returns)
+        traffic = layer_traffic(ids, fresh, home_T, placement, 64, returns)
         assert traffic.bytes_sent == expected
-        assert np.array_equal(traffic.rows_E, [((ids == e) & fresh).sum() for e in range(12)])
+        assert np.array_equal(traffic.rows_PE, rows_PE)

@@ -237,15 +237,21 @@ def test_auto_follows_the_predicted_bytes() -> None:
 
 @pytest.mark.parametrize(("k", "num_experts", "num_ranks"), [(2, 8, 2), (4, 10, 4), (8, 16, 3)])
 @pytest.mark.parametrize("refresh", [0.05, 1.0])
-def test_predictions_match_a_drawn_run(k: int, num_experts: int, num_ranks: int, refresh: float) -> None:
-    placement = ExpertPlacement.contiguous(num_experts, num_ranks)
+@pytest.mark.parametrize("replicated", [(), (0, 5)])
+def test_predictions_match_a_drawn_run(
+    k: int, num_experts: int, num_ranks: int, refresh: float, replicated: tuple[int, ...]
+) -> None:
+    placement = ExpertPlacement(
+        ExpertPlacement.contiguous(num_experts, num_ranks).owner_of_expert, num_ranks, replicated
+    )
     draw = torch.Generator().manual_seed(k)
     tokens, row_bytes = 20_000, 400
     ids_TK = torch.rand(tokens, num_experts, generator=draw).argsort(1)[:, :k]
     owner_TK = torch.tensor(placement.owner_of_expert)[ids_TK]
     home_T = torch.randint(num_ranks, (tokens, 1), generator=draw)
     refresh_TK = torch.rand(tokens, k, generator=draw) < refresh
-    away_TK, touched_T1 = owner_TK != home_T, refresh_TK.any(1, keepdim=True)
+    away_TK = (owner_TK != home_T) & ~torch.isin(ids_TK, torch.tensor(replicated, dtype=torch.int64))
+    touched_T1 = refresh_TK.any(1, keepdim=True)
     home = (BRANCH_HEADER_BYTES + row_bytes) * (away_TK & refresh_TK).sum()
     owner = HEADER_BYTES * (away_TK & touched_T1).sum()
     for rank in range(num_ranks):

@@ -59,7 +59,7 @@ class Counted:
     def home_P(self, step: int) -> np.ndarray:
         return np.array([2.0, 4.0])
 
-    def experts_P(self, rows_E: np.ndarray, owner_E: np.ndarray) -> np.ndarray:
+    def experts_P(self, rows_PE: np.ndarray) -> np.ndarray:
         return np.array([1.0, 3.0])
 
     def shared_P(self, full: bool) -> np.ndarray:
@@ -83,10 +83,9 @@ class Counted:
 def test_a_step_is_its_phases(load, mode: str, agreements: list[int]) -> None:
     sim = load("sim_step")
     trace, table = made_trace(), PlacementTable.contiguous((1, 3), 8, 2)
-    owners = [np.array(table.by_block[block].owner_of_expert) for block in (1, 3)]
     for step, layers in enumerate(sim.traffic_of_steps(trace, table, 2, "home")):
         machine = Counted()
-        time = sim.simulate_step(step, layers, owners, machine, mode, full=step == 0)
+        time = sim.simulate_step(step, layers, machine, mode, full=step == 0)
         assert len(machine.agreed) == agreements[step] and time.agree == 0.25 * agreements[step]
         if step == 2:  # nothing travels
             assert (time.home, time.experts, time.exchange) == (4.0, 0.0, 0.0)

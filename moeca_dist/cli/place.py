@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeca_dist.cli.arguments import Parser, at_least_one
+from moeca_dist.cli.arguments import Parser, at_least_one, at_least_zero
 from moeca_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--balance", type=_share, metavar="SHARE",
         help="1 evens out the ranks' load alone, 0 shortens the exchange alone; default: 0.5",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replicas", type=at_least_zero, default=0, metavar="N",
+        help="experts of each block, those that compute most, that every rank holds: less travels, for more memory",
     )  # fmt: skip
     parser.add_argument("--check", type=Path, metavar="NPZ", help="another trace, to see what the table does to it")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier table")
@@ -54,14 +58,19 @@ def _place(args: argparse.Namespace) -> None:
     if other is not None and (other.blocks, other.num_experts) != (trace.blocks, trace.num_experts):
         raise UserError(f"--check {args.check} is of another network than {args.trace}")
     balance = DEFAULT_BALANCE if args.balance is None else args.balance
-    table = assign_experts(trace, args.ranks, balance)
-    remarks = {"trace": trace.source, "balance": balance}
+    table = assign_experts(trace, args.ranks, balance, args.replicas)
+    remarks = {"trace": trace.source, "balance": balance, "replicas": args.replicas}
     partial = args.out.with_name(args.out.name + ".partial")
     partial.write_text(table.to_json(remarks))
     os.replace(partial, args.out)
     for name, tried in ((args.trace, trace), (args.check, other)):
         if tried is not None:
             print(f"{name}: {_effect(tried, table, args.ranks)}")
+    if args.replicas:
+        placements = table.by_block.values()
+        most = max(len(placement.experts_of(rank)) for placement in placements for rank in range(args.ranks))
+        equal = -(-trace.num_experts // args.ranks)
+        print(f"a rank holds up to {most} of the {trace.num_experts} experts of a block, {equal} without replicas")
     print(f"use it with parallel.expert_placement={args.out}")
 
 

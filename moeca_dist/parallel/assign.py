@@ -3,7 +3,8 @@
 Two things are weighed against each other, block by block. The slowest rank decides how long a step takes, so the rows
 that experts compute should be spread evenly in every step. And experts that are often chosen together should share a
 rank: a token's hidden row then travels there once. Every rank keeps as many experts as with equal runs, so memory stays
-as it was. Experts are not replicated: an exchange sends each branch to the one owner that the table names.
+as it was; where there is more of it, the experts that compute most can be held by every rank, and nothing travels to
+them.
 
 Shape suffixes: S steps, E experts, P ranks, N tokens of all steps, K routed experts per token.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
@@ -24,15 +26,31 @@ _MOST_SWAPS = 1000
 _LEAST_GAIN = 1e-6
 
 
-def assign_experts(trace: RoutingTrace, num_ranks: int, balance: float = DEFAULT_BALANCE) -> PlacementTable:
-    """A table for ``num_ranks`` ranks. ``balance`` in [0, 1]: 1 looks at load alone, 0 at traffic alone."""
+def assign_experts(
+    trace: RoutingTrace, num_ranks: int, balance: float = DEFAULT_BALANCE, replicas: int = 0
+) -> PlacementTable:
+    """A table for ``num_ranks`` ranks. ``balance`` in [0, 1]: 1 looks at load alone, 0 at traffic alone.
+
+    ``replicas``: experts of each block, those with most branches, that every rank holds. Raises UserError for more
+    than there are.
+    """
+    if replicas > trace.num_experts:
+        raise UserError(
+            f"{replicas} experts of each block cannot be replicated, it has {trace.num_experts}: take fewer"
+        )
     tables = {}
     for place, block in enumerate(trace.blocks):
         ids_SNK = trace.expert_ids_SLHBTK[:, place].reshape(trace.num_steps, -1, trace.num_experts_per_tok)
         refreshed_SNK = trace.refreshed_SLHBTK[:, place].reshape(ids_SNK.shape)
         load_SE = _loads(ids_SNK, refreshed_SNK, trace.num_experts)
         together_EE = _together(ids_SNK, refreshed_SNK, trace.num_experts)
-        tables[block] = ExpertPlacement(_assign(load_SE, together_EE, num_ranks, balance), num_ranks)
+        hottest = np.argsort(-load_SE.sum(0), kind="stable")
+        copied, placed = np.sort(hottest[:replicas]), np.sort(hottest[replicas:])
+        # Who owns what every rank holds decides nothing.
+        owner_E = np.zeros(trace.num_experts, np.int64)
+        owner_E[copied] = np.arange(replicas) % num_ranks
+        owner_E[placed] = _assign(load_SE[:, placed], together_EE[np.ix_(placed, placed)], num_ranks, balance)
+        tables[block] = ExpertPlacement(tuple(owner_E.tolist()), num_ranks, tuple(copied.tolist()))
     return PlacementTable(tables)
 
 
@@ -54,12 +72,12 @@ def placement_effect(trace: RoutingTrace, table: PlacementTable, num_ranks: int)
     sent, slowest, mean = 0, 0, 0.0
     returns: Returns = "branches" if trace.keeps_branches else "sums"
     for place, block in enumerate(trace.blocks):
-        owner_E = np.array(table.by_block[block].owner_of_expert)
+        placement = table.by_block[block]
         for step in range(trace.num_steps):
             ids_NK = trace.expert_ids_SLHBTK[step, place].reshape(-1, trace.num_experts_per_tok)
             refreshed_NK = trace.refreshed_SLHBTK[step, place].reshape(ids_NK.shape)
-            traffic = layer_traffic(ids_NK, refreshed_NK, home_N, owner_E, num_ranks, trace.row_bytes, returns)
-            load_P = np.bincount(owner_E, traffic.rows_E, minlength=num_ranks)
+            traffic = layer_traffic(ids_NK, refreshed_NK, home_N, placement, trace.row_bytes, returns)
+            load_P = traffic.rows_PE.sum(1)
             sent, slowest, mean = sent + traffic.bytes_sent, slowest + load_P.max(), mean + load_P.mean()
     return PlacementEffect(sent / trace.num_steps, slowest / mean if mean else 1.0)
 
@@ -96,6 +114,8 @@ def _assign(
     load_SE: NDArray[np.float64], together_EE: NDArray[np.float64], num_ranks: int, balance: float
 ) -> tuple[int, ...]:
     """Exchange pairs of experts between ranks while that helps, from equal runs and from a greedy even start."""
+    if not load_SE.shape[1]:
+        return ()
     equal = np.array(ExpertPlacement.contiguous(load_SE.shape[1], num_ranks).owner_of_expert, np.int64)
     starts = (equal, _spread(load_SE.sum(0), np.bincount(equal, minlength=num_ranks)))
     found = [_improved(start, load_SE, together_EE, num_ranks, balance) for start in starts]

@@ -69,12 +69,18 @@ class PairExchange:
     def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
         self.exchange = exchange
         self.num_ranks = placement.num_ranks
-        self.owner_of_expert_E = torch.tensor(placement.owner_of_expert, dtype=torch.int64)
-        place = {expert: i for rank in range(self.num_ranks) for i, expert in enumerate(placement.experts_of(rank))}
-        self.local_id_E = torch.tensor([place[expert] for expert in range(placement.num_experts)], dtype=torch.int64)
+        # As this rank's tokens see it: replicated experts are here.
+        owners = placement.owners_for(exchange.rank)
+        places = [{expert: i for i, expert in enumerate(placement.experts_of(rank))} for rank in range(self.num_ranks)]
+        local_ids = [places[owner][expert] for expert, owner in enumerate(owners)]
+        self.owner_of_expert_E = torch.tensor(owners, dtype=torch.int64)
+        self.local_id_E = torch.tensor(local_ids, dtype=torch.int64)
 
     def owners(self, device: torch.device) -> Tensor:
-        """The owner [E] of each expert; the tables move once, to wherever routing is computed."""
+        """The owner [E] of each expert, this rank where it is replicated.
+
+        The tables move once, to wherever routing is computed.
+        """
         self.owner_of_expert_E = self.owner_of_expert_E.to(device)
         self.local_id_E = self.local_id_E.to(device)
         return self.owner_of_expert_E

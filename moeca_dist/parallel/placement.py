@@ -7,12 +7,22 @@ from moeca_dist.errors import UserError
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """``owner_of_expert[e]`` is the group rank that holds expert e; a rank may hold none."""
+    """``owner_of_expert[e]`` is the group rank that holds expert e; a rank may hold none.
+
+    Experts in ``replicated``, ascending, are held by every rank: their branches are computed where the token lives.
+    """
 
     owner_of_expert: tuple[int, ...]
     num_ranks: int
+    replicated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        """Raises UserError for ranks or experts that are not there."""
+        if list(self.replicated) != sorted(set(self.replicated) & set(range(self.num_experts))):
+            raise UserError(
+                f"expert placement replicates experts {list(self.replicated)}, but a list of some of 0.."
+                f"{self.num_experts - 1}, ascending, is needed: correct the table"
+            )
         strays = sorted({owner for owner in self.owner_of_expert if not 0 <= owner < self.num_ranks})
         if strays:
             raise UserError(
@@ -34,9 +44,15 @@ class ExpertPlacement:
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
         """Global ids of the experts that ``rank`` holds, ascending: the order of its stacked weights."""
-        return tuple(expert for expert, owner in enumerate(self.owner_of_expert) if owner == rank)
+        return tuple(expert for expert, owner in enumerate(self.owners_for(rank)) if owner == rank)
 
-    @property
-    def send_order(self) -> tuple[int, ...]:
-        """Global expert ids sorted by (owner, id): rows sent in this order are grouped by rank, then by expert."""
-        return tuple(expert for rank in range(self.num_ranks) for expert in self.experts_of(rank))
+    def owners_for(self, home: int) -> tuple[int, ...]:
+        """Where each expert's branches of ``home``'s tokens are computed: at their owner, or here."""
+        if not self.replicated:
+            return self.owner_of_expert
+        here = set(self.replicated)
+        return tuple(home if expert in here else owner for expert, owner in enumerate(self.owner_of_expert))
+
+    def served_to_others(self, rank: int) -> int:
+        """How many experts other ranks reach at ``rank``."""
+        return len(self.experts_of(rank)) - len(self.replicated)

@@ -1,6 +1,7 @@
 """Where the experts of every MoE block live: one table per block, because blocks route independently of each other.
 
-On disk it is JSON: ``num_experts``, ``num_ranks`` and ``owner_of_expert``, a list of ranks for each block.
+On disk it is JSON: ``num_experts``, ``num_ranks`` and ``owner_of_expert``, a list of ranks for each block; and where
+there are any ``replicated``, a list of experts for each block.
 """
 
 import json
@@ -37,19 +38,26 @@ class PlacementTable:
             content = json.loads(path.read_text())
             num_experts, num_ranks = int(content["num_experts"]), int(content["num_ranks"])
             owners = {int(block): tuple(map(int, table)) for block, table in content["owner_of_expert"].items()}
+            copies = {int(block): tuple(map(int, table)) for block, table in content.get("replicated", {}).items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is no expert placement ({error}): write it with `moeca place`") from error
         short = [block for block, table in owners.items() if len(table) != num_experts]
         if short:
             raise UserError(f"{path}: block {short[0]} does not place {num_experts} experts: write the file anew")
-        return cls({block: ExpertPlacement(table, num_ranks) for block, table in owners.items()})
+        strays = sorted(set(copies) - set(owners))
+        if strays:
+            raise UserError(f"{path}: block {strays[0]} replicates experts that it does not place: write the file anew")
+        return cls({block: ExpertPlacement(table, num_ranks, copies.get(block, ())) for block, table in owners.items()})
 
     def to_json(self, remarks: Mapping[str, Any]) -> str:
         """What ``read`` reads; ``remarks`` are kept beside it for people."""
         placements = self.by_block.values()
         (num_experts,), (num_ranks,) = {p.num_experts for p in placements}, {p.num_ranks for p in placements}
         owners = {str(block): list(placement.owner_of_expert) for block, placement in self.by_block.items()}
-        content = {"num_experts": num_experts, "num_ranks": num_ranks, "owner_of_expert": owners, **remarks}
+        content = {"num_experts": num_experts, "num_ranks": num_ranks, "owner_of_expert": owners}
+        if any(placement.replicated for placement in placements):
+            content["replicated"] = {str(block): list(each.replicated) for block, each in self.by_block.items()}
+        content |= remarks
         return json.dumps(content, indent=1) + "\n"
 
     def check_fits(self, blocks: Sequence[int], num_experts: int, num_ranks: int) -> None:

@@ -36,10 +36,10 @@ def owner_bytes(load: Load, placement: ExpertPlacement) -> float:
 def _home_step(load: Load, placement: ExpertPlacement, refresh: float) -> float:
     k, ranks = load.num_experts_per_tok, placement.num_ranks
     hidden = sum(
-        1 - _none_chosen(k, len(placement.experts_of(owner)), placement.num_experts, refresh) for owner in range(ranks)
+        1 - _none_chosen(k, placement.served_to_others(owner), placement.num_experts, refresh) for owner in range(ranks)
     )
     per_branch = load.row_bytes + BRANCH_HEADER_BYTES
-    return (ranks - 1) / ranks * (hidden * load.row_bytes + k * refresh * per_branch)
+    return (ranks - 1) / ranks * (hidden * load.row_bytes + k * _placed_share(placement) * refresh * per_branch)
 
 
 def _owner_step(load: Load, placement: ExpertPlacement, refresh: float) -> float:
@@ -47,13 +47,18 @@ def _owner_step(load: Load, placement: ExpertPlacement, refresh: float) -> float
     touched = 1 - (1 - refresh) ** k
     rows = 0.0
     for owner in range(ranks):
-        held = len(placement.experts_of(owner))
+        held = placement.served_to_others(owner)
         involved = 1 - _none_chosen(k, held, placement.num_experts, 1.0)
         hidden = 1 - _none_chosen(k, held, placement.num_experts, refresh)
         # An owner answers where it is involved and something of the token is refreshed, there or elsewhere.
         idle_elsewhere = (1 - refresh) ** k * involved
         rows += hidden + involved - idle_elsewhere
-    return (ranks - 1) / ranks * (rows * load.row_bytes + touched * k * HEADER_BYTES)
+    return (ranks - 1) / ranks * (rows * load.row_bytes + touched * k * _placed_share(placement) * HEADER_BYTES)
+
+
+def _placed_share(placement: ExpertPlacement) -> float:
+    """Of the experts, those that live on one rank alone."""
+    return 1 - len(placement.replicated) / placement.num_experts
 
 
 def _none_chosen(k: int, held: int, num_experts: int, refresh: float) -> float:

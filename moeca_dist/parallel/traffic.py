@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
+from moeca_dist.parallel.placement import ExpertPlacement
 
 Returns = Literal["sums", "branches", "owner"]
 """What comes back: sums per pair (nothing is kept), single branches (kept at home), or sums of what owners keep."""
@@ -23,15 +24,14 @@ Returns = Literal["sums", "branches", "owner"]
 class LayerTraffic:
     """Bytes ``there_PO`` from homes to owners and ``back_PO`` from owners to homes, by pair of ranks.
 
-    ``owners_O``: the rank of each column; ranks without experts have none. ``rows_E``: branches computed by expert.
-    ``branches_P``: what each home asks for, a header each, those that stay at home among them.
+    ``owners_O``: the rank of each column; ranks without experts have none. ``rows_PE``: branches computed, by rank and
+    expert.
     """
 
     there_PO: NDArray[np.int64]
     back_PO: NDArray[np.int64]
     owners_O: NDArray[np.int64]
-    rows_E: NDArray[np.int64]
-    branches_P: NDArray[np.int64]
+    rows_PE: NDArray[np.int64]
 
     @property
     def bytes_sent(self) -> int:
@@ -43,15 +43,17 @@ def layer_traffic(
     expert_ids_TK: NDArray[np.integer],
     refreshed_TK: NDArray[np.bool_],
     home_T: NDArray[np.integer],
-    owner_of_expert_E: NDArray[np.integer],
-    num_ranks: int,
+    placement: ExpertPlacement,
     row_bytes: int,
     returns: Returns,
 ) -> LayerTraffic:
     """One layer in one step, of all ranks of a group together; ``home_T``: the rank of each token."""
-    owners_O, column_E = np.unique(owner_of_expert_E, return_inverse=True)
-    column_TK = column_E[expert_ids_TK]
-    shape = num_ranks, len(owners_O)
+    owner_TK = np.array(placement.owner_of_expert)[expert_ids_TK]
+    if placement.replicated:
+        owner_TK = np.where(np.isin(expert_ids_TK, placement.replicated), home_T[:, None], owner_TK)
+    owners_O = np.unique(placement.owner_of_expert if not placement.replicated else np.arange(placement.num_ranks))
+    column_TK = np.searchsorted(owners_O, owner_TK)
+    shape = placement.num_ranks, len(owners_O)
     sent_TK = refreshed_TK
     if returns == "owner":
         sent_TK = np.repeat(np.any(refreshed_TK, axis=1, keepdims=True), refreshed_TK.shape[1], axis=1)
@@ -59,14 +61,15 @@ def layer_traffic(
     hidden_PO = _pairs(column_TK, refreshed_TK, home_T, shape)
     answers_PO = hidden_PO if returns != "owner" else _pairs(column_TK, sent_TK, home_T, shape)
     header = {"sums": SUM_HEADER_BYTES, "branches": BRANCH_HEADER_BYTES, "owner": HEADER_BYTES}[returns]
-    away_PO = owners_O[None, :] != np.arange(num_ranks)[:, None]
+    away_PO = owners_O[None, :] != np.arange(placement.num_ranks)[:, None]
     back_PO = (branches_PO if returns == "branches" else answers_PO) * row_bytes
+    cell_N = (owner_TK * placement.num_experts + expert_ids_TK)[refreshed_TK]
+    rows = np.bincount(cell_N, minlength=placement.num_ranks * placement.num_experts)
     return LayerTraffic(
         (branches_PO * header + hidden_PO * row_bytes) * away_PO,
         back_PO * away_PO,
         owners_O,
-        np.bincount(expert_ids_TK[refreshed_TK], minlength=len(owner_of_expert_E)),
-        branches_PO.sum(1),
+        rows.reshape(placement.num_ranks, placement.num_experts),
     )
 
 
