@@ -44,8 +44,8 @@ def row(name: str, engine: Engine, requests: list[Request]) -> list[str]:
     exact_BCHW = engine.without_cache().denoise(requests)
     cells = [name]
     counted = CacheStatistics()
-    for guard in (None, engine.guard(len(requests), counted)):
-        samples_BCHW, flops = engine.denoise_counting(requests, engine.combine(guard), guard)
+    for guard in (None, engine.setup.guard(len(requests), counted)):
+        samples_BCHW, flops = engine.denoise_counting(requests, engine.setup.combine(guard), guard)
         figures = Figures(flops.speedup, tuple(closeness_db(samples_BCHW, exact_BCHW, latent=False).tolist()))
         cells += [f"{figures.mean_db:.2f} dB", f"{figures.speedup:.2f}x"]
     cells += [f"{counted.guard_fired.total():,} of {counted.guard_measured:,}", f"{counted.guard_images}"]

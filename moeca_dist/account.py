@@ -2,46 +2,19 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.config import Config
 from moeca_dist.graphs import GraphCounts
-from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement
 from moeca_dist.observation import Observation
-from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
+from moeca_dist.setup import Setup
 from moeca_dist.telemetry import GpuRecord, merge
 from moeca_dist.timing import Seconds, Section
 from moeca_dist.types import Request
-from moeca_dist.work import Work
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all runs of an engine have in common."""
-
-    config: Config
-    mesh: Mesh
-    spec: ModelSpec
-    num_steps: int
-    halves: Sequence[Half]
-    policy: Policy | None
-    placement: Placement | None
-    budget_rows: Mapping[int, int]
-
-    @property
-    def is_local(self) -> bool:
-        """Whether nothing travels, and the exchange mode means nothing."""
-        return self.mesh.expert_group is None and self.config.parallel.exchange == "exact"
-
-    def work(self, num_images: int, statistics: CacheStatistics) -> Work:
-        return Work(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
 
 
 @dataclass
@@ -110,7 +83,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
             collectives_elided=group.traffic.collectives_elided if group else 0,
             agreements=group.traffic.agreements if group else 0,
             bytes_per_step=work.bytes_per_step(),
-            budget=work.budget(setup.budget_rows),
+            budget=work.budget(setup.budget_rows or {}),
         ),
         cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark, guard),
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),

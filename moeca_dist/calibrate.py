@@ -78,7 +78,7 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
         "after": vars(after),
     }
     return Outcome(
-        Calibration(engine.fitted_for(), fitted.weights, fitted_on, ranges_of(engine.mesh, errors)), before, after
+        Calibration(engine.setup.fitted_for(), fitted.weights, fitted_on, ranges_of(engine.mesh, errors)), before, after
     )
 
 
@@ -94,7 +94,7 @@ def with_ranges(engine: Engine, requests: Sequence[Request]) -> Calibration:
         raise UserError(f"cache.policy {engine.config.cache.policy} does not forecast the whole network: no ranges")
     check_requests(requests, engine.model.spec)
     errors = ErrorRecord()
-    engine.denoise_counting(share_of(engine, requests), engine.combine(), errors)
+    engine.denoise_counting(share_of(engine, requests), engine.setup.combine(), errors)
     ranges = ranges_of(engine.mesh, errors)
     if ranges is None:
         raise UserError(f"ranges need at least {MIN_IMAGES} images and a full step after the first")

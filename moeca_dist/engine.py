@@ -15,32 +15,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from moeca_dist.account import Counters, Setup, account
-from moeca_dist.arrangement import budget_of_round, late_refreshes, placement_of_values, rows_of_budget
-from moeca_dist.cache.guard import Guard, Watch
-from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.cache.session import HALVES, CacheSession
-from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.cache.storage import storage_of
-from moeca_dist.checks import check_cache_fits, check_decoder, check_guard, check_requests, read_placement, resolve
+from moeca_dist.account import Counters, account
+from moeca_dist.cache.guard import Watch
+from moeca_dist.cache.policy import Policy
+from moeca_dist.cache.session import CacheSession
+from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.graphs import GraphCounts, step_graphs
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.late import check_late
-from moeca_dist.moe.placement import check_exchange
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report import FlopsReport, Report
-from moeca_dist.sampling.calibration import Calibration, FittedFor, fitted_for, fitting_calibration
-from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
+from moeca_dist.sampling.calibration import Calibration
+from moeca_dist.sampling.combine import Combine
 from moeca_dist.sampling.guidance import Network, cached, exact
 from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.sampling.step import OnStep
+from moeca_dist.setup import Setup
 from moeca_dist.timing import Timer
 from moeca_dist.types import Request, StepContext
 from moeca_dist.vae import LatentDecoder, to_uint8
@@ -69,17 +64,9 @@ class Engine:
         self.model = model
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
-        self.policy = build_policy(config.cache, self.num_steps, guided=self._guided)
-        check_exchange(config, self.policy)
-        check_late(config, self.policy, model.spec.moe_blocks, self.num_steps, self._halves)
-        element_bytes = next(model.parameters()).element_size()
-        self.placement = placement_of_values(
-            config, model.spec, self.policy, self.num_steps, self._halves, mesh.ep_size, element_bytes
-        )
-        self.budget_rows = rows_of_budget(config, model.spec, mesh.ep_size)
-        self.graphs = step_graphs(config, self.policy, model.spec, mesh, self.num_steps)
-        self.calibration = calibration or self._read_calibration()
-        check_guard(config.cache, self.policy, self.num_steps, self.calibration)
+        num_steps = config.sampling.num_steps or self.sampler.default_num_steps
+        self.setup = Setup.of(config, mesh, model, num_steps, calibration)
+        self.graphs = step_graphs(config, self.policy, model.spec, mesh, num_steps)
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -98,7 +85,15 @@ class Engine:
 
     @property
     def num_steps(self) -> int:
-        return self.config.sampling.num_steps or self.sampler.default_num_steps
+        return self.setup.num_steps
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.setup.policy
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.setup.calibration
 
     @property
     def resolved_config(self) -> Config:
@@ -163,7 +158,7 @@ class Engine:
                 samples = self._sample(shares[self.mesh.rank], counters, on_step)
                 self._deliver(sink, shares, samples)
         observed.deliver_trace()
-        return account(self._setup(), requests, counters)
+        return account(self.setup, requests, counters)
 
     def check_memory(self, num_images: int) -> None:
         """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
@@ -210,33 +205,7 @@ class Engine:
         observed = Observation(TelemetryConfig(), None, self.mesh, None)
         counters = self._start(observed)
         samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine, watch)
-        return samples_BCHW, self._setup().work(len(share), counters.cache).flops()
-
-    def combine(self, guard: Guard | None = None) -> Corrected | None:
-        """What takes the place of guidance in one batch with this ``guard``, where a calibration is configured."""
-        if self.calibration is None or self.policy is None:
-            return None
-        weights = self.calibration.weights
-        memory = OutputMemory(self.policy.is_full, weights.history)
-        guidance = Guidance(self.config.sampling.cfg_scale)
-        if guard is None:
-            return Corrected(guidance, weights, memory)
-        return Corrected(guidance, weights, memory, guard.off_schedule)
-
-    def guard(self, num_images: int, statistics: CacheStatistics) -> Guard | None:
-        """The guard of one batch with so many images on this rank; None where ``cache.guard`` is off."""
-        if not self.config.cache.guard:
-            return None
-        assert self.policy is not None and self.calibration is not None and self.calibration.ranges is not None
-        group = self.mesh.expert_group
-        limits = self.calibration.ranges.limits
-        if group is None:
-            return Guard(self.policy, limits, self.num_steps, num_images, statistics)
-        return Guard(self.policy, limits, self.num_steps, num_images, statistics, group.sum_counts)
-
-    def fitted_for(self) -> FittedFor:
-        """What calibrated weights of this run depend on."""
-        return fitted_for(self.config, self.num_steps, self.policy, self._halves, self.model)
+        return samples_BCHW, self.setup.work(len(share), counters.cache).flops()
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
@@ -248,62 +217,9 @@ class Engine:
     def _is_first(self) -> bool:
         return self.mesh.rank == 0
 
-    @property
-    def _guided(self) -> bool:
-        return self.config.sampling.cfg_scale != 1
-
-    @property
-    def _halves(self) -> tuple[Half, ...]:
-        return HALVES if self._guided else HALVES[:1]
-
-    def _read_calibration(self) -> Calibration | None:
-        path = self.config.cache.calibration
-        return None if path is None else agreed(self.mesh, lambda: fitting_calibration(path, self.fitted_for()))
-
-    def _setup(self) -> Setup:
-        return Setup(
-            self.config,
-            self.mesh,
-            self.model.spec,
-            self.num_steps,
-            self._halves,
-            self.policy,
-            self.placement,
-            self.budget_rows or {},
-        )
-
-    def _open_session(
-        self,
-        policy: Policy,
-        share: Sequence[Request],
-        combine: Combine | None,
-        watch: Watch | None,
-        statistics: CacheStatistics,
-        timer: Timer,
-    ) -> CacheSession:
-        """The caches of one round."""
-        return CacheSession(
-            policy,
-            share,
-            guided=self._guided,
-            num_blocks=self.model.spec.depth,
-            num_experts=self.model.spec.num_experts,
-            num_experts_per_tok=self.model.spec.num_experts_per_tok,
-            statistics=statistics,
-            timer=timer,
-            device=self.mesh.device,
-            owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
-            planned=self.config.parallel.exchange == "planned",
-            budget=budget_of_round(self.config, self.budget_rows, self.model.spec, self.mesh, len(share)),
-            late=late_refreshes(self.config.cache, self.model.spec),
-            storage=storage_of(self.config.cache.dtype),
-            bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
-            watch=watch,
-        )
-
     def _sample(self, share: Sequence[Request], counters: Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        guard = self.guard(len(share), counters.cache)
-        return self._to_samples(self._denoise(share, counters, on_step, self.combine(guard), guard))
+        guard = self.setup.guard(len(share), counters.cache)
+        return self._to_samples(self._denoise(share, counters, on_step, self.setup.combine(guard), guard))
 
     def _denoise(
         self,
@@ -336,7 +252,7 @@ class Engine:
         self, share: Sequence[Request], counters: Counters, combine: Combine | None, watch: Watch | None
     ) -> tuple[Network, Callable[[], None]]:
         """What the sampler evaluates in one round, and what is to be called after it."""
-        open_session = None if self.policy is None else partial(self._open_session, self.policy, share, combine, watch)
+        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, watch)
         timer = counters.observed.timer
         if self.graphs is not None and counters.graphs is not None and share:
             graphed = self.graphs.begin(share, self._bound, open_session, counters.cache, timer, counters.graphs)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moeca_dist.arrangement import placement_of_values
+from moeca_dist.cache.late import shallow_blocks
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES
@@ -32,11 +33,13 @@ _ROW_GROWTH = 17 / 16  # an owner's rows grow by a sixteenth at least, see cache
 class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
-    Exact, except in placement ``owner``: there an upper bound, because what an owner keeps depends on the routing; and
-    with a guard, which keeps the step of every row, 4 bytes each, from when it adds the first image.
+    Exact, with three exceptions that make it an upper bound: in placement ``owner`` what an owner keeps depends on the
+    routing; with late refreshes so does how many there are; and with a guard, which keeps the step of every row, 4
+    bytes each, from when it adds the first image.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
     block. ``planned``: each step decides for the next one. ``budgeted``: rows are, and branches wait for room.
-    ``guarded``: single images may be computed in any step.
+    ``guarded``: single images may be computed in any step. ``late_share``: of an image's branches in one layer and
+    guidance half, those that may be under way between two steps; ``late_blocks``: in so many layers.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -53,6 +56,8 @@ class CacheSize:
     planned: bool
     budgeted: bool
     guarded: bool
+    late_share: float
+    late_blocks: int
     output_history: int | None
     output_bytes: int
 
@@ -68,7 +73,20 @@ class CacheSize:
         if self.placement == "owner":
             rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
             kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
-        return images * kept_per_image + kept
+        return images * kept_per_image + kept + self._under_way(images)
+
+    def _under_way(self, images: int) -> int:
+        """Late refreshes and their plans between two steps, where all of this rank's and the group's come together."""
+        if not self.late_share:
+            return 0
+        tokens, k, layers = self.spec.num_tokens, self.spec.num_experts_per_tok, self.late_blocks * len(self.halves)
+        position, slot, expert_id, gate, entry, found, refresh, reason = 8, 8, 8, 4, 8, 1, 1, 1
+        row = self.spec.hidden_size * self.element_bytes
+        late = int(tokens * k * self.late_share + 1e-6)  # as moe.late rounds
+        here = late * (row + position + slot) + tokens * k * (expert_id + gate + entry + found + refresh + reason)
+        # An owner holds what it sends: at most what it can be asked for by all ranks.
+        sent = self.ep_size * min(late, tokens * min(k, self.experts_per_owner)) * row if self.ep_size > 1 else 0
+        return images * layers * (here + sent)
 
     def _timelines(self) -> Iterator[list[int]]:
         """Bytes per image after each step, of everything that does not keep its size from the first step on."""
@@ -218,6 +236,8 @@ def cache_size(
         planned=config.parallel.exchange == "planned",
         budgeted=config.parallel.exchange == "budget",
         guarded=config.cache.guard,
+        late_share=config.cache.late_refresh or 0.0,
+        late_blocks=len(shallow_blocks(spec.moe_blocks)),
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )
@@ -250,7 +270,7 @@ def check_memory(
     fitting = next((count for count in range(images - 1, 0, -1) if size.of(count) <= limit), 0)
     batch = f"take {fewer} {fitting}" if fitting else "one image is too much already; take a larger limit"
     smaller = ", cache.dtype float8_e4m3fn or bfloat16" if config.dtype == "model" else ""
-    bound = " at most" if size.placement == "owner" or size.guarded else ""
+    bound = " at most" if size.placement == "owner" or size.guarded or size.late_share else ""
     raise UserError(
         f"the cache of policy {config.policy} would need{bound} {scaled(needed, 1024)}iB on a rank with {images} "
         f"images, over cache.memory_limit {config.memory_limit} ({scaled(limit, 1024)}iB): {batch}{smaller}, or a "

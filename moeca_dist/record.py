@@ -47,7 +47,7 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
 
 
 def _check(engine: Engine) -> None:
-    if engine.placement == "owner":
+    if engine.setup.placement == "owner":
         raise UserError("a routing trace cannot be recorded in cache.placement owner: use home, the choices are alike")
     if engine.config.parallel.exchange != "exact":
         raise UserError("a routing trace is recorded with parallel.exchange exact: the decisions are those of a step")

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from moeca_dist import Engine, Request, UserError
 from moeca_dist.cache.block import BlockStep
-from moeca_dist.cache.late import LateRefreshes, shallow_blocks
+from moeca_dist.cache.late import Landing, LateRefreshes, shallow_blocks
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.checks import check_config
 from moeca_dist.config import Config
+from moeca_dist.memory import cache_size
 from moeca_dist.moe import late
 from moeca_dist.moe.cached import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
@@ -137,26 +138,72 @@ def test_computed_work_is_counted_where_it_is_done(model) -> None:
     assert report.num_steps == NUM_STEPS and "late" in report.to_json()
 
 
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "plain"])
+@pytest.mark.parametrize("cache", CASES[:2], ids=lambda cache: cache["policy"])
+def test_what_is_under_way_counts_as_memory(
+    model, cache: dict[str, Any], guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against what lands, step by step: values and positions, and of all branches of the layer where they go."""
+    config = config_of(model, cache, 0.5)
+    config = config.model_copy(
+        update={"sampling": config.sampling.model_copy(update={"cfg_scale": 1.5 if guided else 1.0})}
+    )
+    without = config.model_copy(update={"cache": config.cache.model_copy(update={"late_refresh": None})})
+    kept_alone = generate(without)[1].cache.bytes_peak
+    under_way: dict[tuple[int, int], int] = {}  # by round and step
+    rounds: list[LateRefreshes | None] = []  # each has one of its own
+    keep = late._keep
+
+    def measured(plan: LayerPlan, values_ND: Tensor, branch_N: Tensor, cache: BlockStep) -> None:
+        count, hidden = values_ND.shape
+        held = count * (hidden * 4 + 8 + 8) + plan.routing.expert_ids_TK.numel() * (8 + 4 + 8 + 1 + 1 + 1)
+        rounds.append(cache.late)
+        where = id(cache.late), cache.step.index
+        under_way[where] = under_way.get(where, 0) + held
+        keep(plan, values_ND, branch_N, cache)
+
+    monkeypatch.setattr(late, "_keep", measured)
+    _, report, _ = generate(config)
+    assert {step for _, step in under_way} == LATE_STEPS
+    assert report.cache.bytes_peak == kept_alone + max(under_way.values())
+
+
+@pytest.mark.parametrize("cache", CASES, ids=lambda cache: cache["policy"])
+def test_the_memory_forecast_is_an_upper_bound(two_ranks, model, cache: dict[str, Any]) -> None:
+    """Also of an owner, which holds what it sends until it has arrived. A rank has two images at most."""
+    for run, world in ((generate, 1), (lambda config: two_ranks.run(generate, config)[0], 2)):
+        config = config_of(model, cache, 1.0)
+        spec = Engine.from_config(config, mesh=Mesh.single()).model.spec
+        sizes = {}
+        for share in (None, 1.0):
+            size = cache_size(config_of(model, cache, share), spec, NUM_STEPS, world)
+            assert size is not None
+            sizes[share] = world * size.of(2)
+        without = run(config_of(model, cache, None))[1].cache.bytes_peak
+        peak = run(config)[1].cache.bytes_peak
+        assert without == sizes[None] < peak <= sizes[1.0]
+
+
 def test_the_session_computes_before_it_keeps() -> None:
     events: list[str] = []
 
     def arrive() -> Any:
         events.append("arrive")
-        return lambda: events.append("land")
+        return Landing(lambda: events.append("land"), 7)
 
     under_way = LateRefreshes(0.5, frozenset({1}))
     under_way.advance()
     under_way.land(1)
     under_way.depart(1, arrive)
     under_way.land(1)
-    assert events == []
+    assert events == [] and under_way.num_bytes == 0
     under_way.advance()
     under_way.advance()
-    assert events == ["arrive"]
+    assert events == ["arrive"] and under_way.num_bytes == 7
     under_way.land(3)
     under_way.land(1)
     under_way.land(1)
-    assert events == ["arrive", "land"]
+    assert events == ["arrive", "land"] and under_way.num_bytes == 0
 
 
 @pytest.mark.parametrize(

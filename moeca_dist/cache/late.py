@@ -9,8 +9,17 @@ from dataclasses import dataclass, field, replace
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.types import StepContext
 
-Land = Callable[[], None]
-Arrive = Callable[[], Land]
+
+@dataclass(frozen=True)
+class Landing:
+    """Late values on their way back. ``keep``, asked once, waits for them and stores them; ``num_bytes`` of memory are
+    held for it until then."""
+
+    keep: Callable[[], None]
+    num_bytes: int
+
+
+Arrive = Callable[[], Landing]
 
 
 @dataclass
@@ -24,10 +33,10 @@ class LateRefreshes:
     share: float
     blocks: frozenset[int]
     _leaving: tuple[int, Arrive] | None = None
-    _landing: dict[int, Land] = field(default_factory=dict)
+    _landing: dict[int, Landing] = field(default_factory=dict)
 
     def depart(self, block: int, arrive: Arrive) -> None:
-        """Rows of a block are on their way. ``arrive``, asked once, computes them and says how to keep the outputs."""
+        """Rows of a block are on their way. ``arrive``, asked once, computes them and sends the outputs back."""
         assert self._leaving is None
         self._leaving = block, arrive
 
@@ -41,7 +50,12 @@ class LateRefreshes:
     def land(self, block: int) -> None:
         """Keep what a block sent in the last step."""
         if block in self._landing:
-            self._landing.pop(block)()
+            self._landing.pop(block).keep()
+
+    @property
+    def num_bytes(self) -> int:
+        """What is held between steps, when every block's rows have been computed."""
+        return sum(landing.num_bytes for landing in self._landing.values())
 
 
 def may_be_late(step: StepContext, policy: Policy, halves: Sequence[Half]) -> bool:

@@ -118,6 +118,7 @@ class CacheSession:
         """Record how much the session holds, and what is kept beside it; asked before every step and at its end."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(change.num_bytes for change in self.changes)
+        held += 0 if self.late is None else self.late.num_bytes
         held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
         # At the end of a step both its own plans and the next one's are held.
         held += sum(plans.num_bytes for plans in (self._plans or {}).values()) + self._bytes_beside()

@@ -103,6 +103,15 @@ class LayerPlan:
         """As ``refreshed_branches``, of those that are computed and land in the next step."""
         return positions(self.late_TK.flatten(), sum(decision.num_late for decision in self.decisions))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that say where each branch goes."""
+        held = [self.routing.expert_ids_TK, self.routing.gates_TK]
+        for decision in self.decisions:
+            match = decision.match
+            held += [match.entry_TK, match.found_TK, decision.refresh_TK, decision.reason_TK]
+        return sum(tensor.nbytes for tensor in held)
+
     def refreshed_rows(self) -> Rows:
         """Tokens of the segments that are served from the cache with at least one refreshed branch, late or not."""
         touched = [

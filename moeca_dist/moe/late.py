@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep
-from moeca_dist.cache.late import Land, may_be_late, shallow_blocks
+from moeca_dist.cache.late import Landing, may_be_late, shallow_blocks
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.config import Config
@@ -95,17 +95,21 @@ def depart(
         k = plan.routing.num_experts_per_tok
         branches = Branches(branch_N // k, plan.routing.expert_ids_TK.flatten()[branch_N])
     coming = dispatcher.dispatch(x_TD, branches, traffic=traffic_PC)
+    row_bytes = x_TD.shape[1] * x_TD.element_size()
 
-    def arrive() -> Land:
+    def arrive() -> Landing:
         dispatched = coming.wait()
         returning = compute(dispatched)
+        slot_N = dispatched.slot_of_branch_N  # and no more of it: the hidden rows are not needed again
 
         def land() -> None:
             rows_ND = returning.wait()
             with cache.timer.section("bookkeeping"):
-                _keep(plan, rows_ND.index_select(0, dispatched.slot_of_branch_N), branch_N, cache)
+                _keep(plan, rows_ND.index_select(0, slot_N), branch_N, cache)
 
-        return land
+        # An owner holds what it sends until it has arrived.
+        rows = branch_N.shape[0] + (0 if dispatched.plan is None else dispatched.row_of_received_R.shape[0])
+        return Landing(land, rows * row_bytes + branch_N.nbytes + slot_N.nbytes + plan.num_bytes)
 
     cache.late.depart(cache.block, arrive)
 

@@ -130,7 +130,7 @@ class Laboratory:
 
     def calibrated(self, cache: CacheConfig, weights: OutputWeights) -> Engine:
         """``cache`` ready to generate with its weights."""
-        calibration = Calibration(self.engine.with_cache(cache).fitted_for(), weights, {})
+        calibration = Calibration(self.engine.with_cache(cache).setup.fitted_for(), weights, {})
         return self.engine.with_cache(cache, calibration)
 
     def fitted(self, cache: CacheConfig) -> FittedRun:

@@ -77,7 +77,7 @@ class Tuned:
 
 def run_identity(engine: Engine, settings: Settings) -> dict[str, Any]:
     """What a state file must agree with to be gone on with."""
-    fitted_for = engine.without_cache().fitted_for()
+    fitted_for = engine.without_cache().setup.fitted_for()
     return {
         "num_steps": fitted_for.num_steps,
         "cfg_scale": fitted_for.cfg_scale,
@@ -113,7 +113,7 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     figures, ranges = lab.measured_with_ranges(chosen.candidate.cache(), weights, held_out)
     comparisons = _comparisons(lab, chosen.candidate, weights, held_out)
     calibration = Calibration(
-        engine.with_cache(chosen.candidate.cache()).fitted_for(),
+        engine.with_cache(chosen.candidate.cache()).setup.fitted_for(),
         weights,
         _fitted_on(engine, settings, comparisons[0], figures),
         ranges,

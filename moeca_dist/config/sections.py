@@ -1,27 +1,16 @@
-"""The configuration: typed, frozen, validated once, with no live objects inside.
+"""The sections of a configuration: typed, frozen, with their defaults, bounds and refused combinations."""
 
-Values come from the defaults below, then the YAML file, then ``--set a.b=c``; the last one wins. Whatever is unknown,
-mistyped or out of range is a `UserError` that names the key, where it was written and what is allowed.
-"""
-
-import difflib
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
-from moeca_dist.config_file import parse_yaml, read_sections
 from moeca_dist.errors import UserError
 
 # Strict everywhere else: with coercion `num_steps: true` would run one step.
-_PathField = Annotated[Path, Strict(False)]
+PathField = Annotated[Path, Strict(False)]
 
 
 # A number is a number of rows, and one with a point a share: 1 is one row, 1.0 all of them.
@@ -37,7 +26,7 @@ class ModelConfig(_Section):
 
     name: str | None = None
     """A published size, e.g. DSMoE-S-E16; a checkpoint given as well must agree with it."""
-    checkpoint: _PathField | None = None
+    checkpoint: PathField | None = None
     """A published file (.pt, .safetensors) or a folder in our sharded format."""
     random_init: bool = False
     """Random weights for the size ``name``: speed benchmarks without weights."""
@@ -71,7 +60,7 @@ class ParallelConfig(_Section):
     the same number of groups a run is the same on any number of ranks, whatever waits."""
     budget_fill: bool = False
     """Whether rows that nobody needs recompute the stored branches that are expected to be off most."""
-    expert_placement: _PathField | None = None
+    expert_placement: PathField | None = None
     """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: float = Field(120.0, gt=0, le=86_400)
@@ -137,7 +126,7 @@ class CacheConfig(_Section):
     """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
-    calibration: _PathField | None = None
+    calibration: PathField | None = None
     """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
     guard: bool = False
     """Whether an image whose forecasts are worse than in calibration gets more full evaluations than scheduled."""
@@ -175,7 +164,7 @@ class SamplingConfig(_Section):
     cfg_scale: float = Field(1.5, ge=1)
     """Classifier-free guidance; 1 switches it off."""
     batch_size: int = Field(32, ge=1)
-    vae: _PathField | None = None
+    vae: PathField | None = None
     """Folder of a local sd-vae-ft-mse; without it latent models save latents."""
 
 
@@ -195,9 +184,9 @@ QUALITY_NAMES: tuple[QualityName, ...] = get_args(QualityName)
 class QualityConfig(_Section):
     """Tuned files (``moeca tune``) for this network; `--quality` and `--target-psnr` take the cache of one of them."""
 
-    draft: _PathField | None = None
-    balanced: _PathField | None = None
-    faithful: _PathField | None = None
+    draft: PathField | None = None
+    balanced: PathField | None = None
+    faithful: PathField | None = None
 
 
 class Config(_Section):
@@ -245,32 +234,6 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Defaults < the YAML file at ``path`` < ``overrides`` such as ``"sampling.num_steps=50"``.
-
-    Relative paths in the file resolve against the file's folder, those in an override against the current folder. A
-    calibration in the file belongs to the file's cache and sampling: an override that changes either drops it, and the
-    full steps and order that it was fitted for.
-    Raises `UserError` (one line, every problem in it) for anything that is missing, unknown or not allowed.
-    """
-    path = Path(path)
-    tree = _anchored(read_sections(path), path.parent)
-    changes = [_anchored(_parse_override(override), Path()) for override in overrides]
-    overridden = {key for change in changes for key in _leaf_keys(change)}
-    tree = _without_stale_calibration(tree, changes)
-    for change in changes:
-        tree = _merged(tree, change)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems: dict[str, list[str]] = {}
-        for details in error.errors():
-            key = ".".join(str(part) for part in details["loc"])
-            stated = any(f"{leaf}.".startswith(f"{key}.") for leaf in overridden)
-            problems.setdefault("--set" if key and stated else str(path), []).append(_explain(details))
-        raise UserError("; ".join(f"{place}: {'; '.join(found)}" for place, found in problems.items())) from None
-
-
 def validate_world(config: Config, world_size: int) -> None:
     """Raise `UserError` unless ``parallel.ep_size`` divides ``world_size``."""
     ep_size = config.parallel.ep_size
@@ -298,108 +261,3 @@ def _check_budget(parallel: ParallelConfig) -> None:
     for name in ("budget", "budget_groups", "budget_fill"):
         if getattr(parallel, name):
             raise ValueError(f"parallel.{name} has no effect with parallel.exchange {parallel.exchange}: remove it")
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise UserError(f"--set {override}: expected key=value, e.g. --set sampling.num_steps=50")
-    tree = parse_yaml(text, f"--set {override}")
-    for part in reversed(key.strip().split(".")):
-        tree = {part: tree}
-    return tree
-
-
-def _anchored(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """``tree`` with its relative paths made absolute from ``folder`` (symbolic links are left as they are)."""
-    result = dict(tree)
-    for key, info in _FIELDS.items():
-        section, _, field = key.partition(".")
-        values = result.get(section)
-        if info.annotation == (_PathField | None) and isinstance(values, dict) and isinstance(values.get(field), str):
-            absolute = os.path.abspath(folder / Path(values[field]).expanduser())
-            result[section] = values | {field: absolute}
-    return result
-
-
-def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in change.items():
-        below = result.get(key)
-        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
-
-
-def _without_stale_calibration(tree: dict[str, Any], changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The file's sections, less a calibration and what it was fitted for where an override changes either."""
-    cache = tree.get("cache")
-    if not isinstance(cache, dict) or "calibration" not in cache:
-        return tree
-    sampling = tree.get("sampling", {})
-    for change in changes:
-        of_cache, of_sampling = change.get("cache", {}), change.get("sampling", {})
-        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "placement", "memory_limit", "guard"}
-        for key in ("num_steps", "cfg_scale"):
-            if isinstance(of_sampling, dict) and key in of_sampling and isinstance(sampling, dict):
-                stale = stale or of_sampling[key] != sampling.get(key)
-        if stale:
-            kept = {key: value for key, value in cache.items() if key not in ("calibration", "full_steps", "order")}
-            return tree | {"cache": kept}
-    return tree
-
-
-def _leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaf_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-# ---- explaining ------------------------------------------------------------------------------------------------------
-
-
-def _explain(details: ErrorDetails) -> str:
-    """One problem that pydantic found, in the words of the file it stands in."""
-    key = ".".join(str(part) for part in details["loc"])
-    match details["type"]:
-        case "value_error":  # from _check_combinations, which names its keys
-            return details["msg"].removeprefix("Value error, ")
-        case "extra_forbidden":
-            return f"unknown key {key}; {_nearest(key)}"
-        case "model_type":
-            allowed = f"must be a section of keys ({', '.join(_SECTIONS[key].model_fields)})"
-        case "path_type":
-            allowed = "must be a path"
-        case "int_type":
-            allowed = "must be an integer"
-        case _:
-            allowed = details["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
-    return f"{key} {allowed}, not {details['input']!r}"
-
-
-def _nearest(key: str) -> str:
-    """The valid key that ``key`` most likely stands for: mistyped, or put into the wrong section."""
-    leaf = key.rpartition(".")[2]
-    moved = [candidate for candidate in _FIELDS if candidate.endswith(f".{leaf}")]
-    sections = list(_SECTIONS) if "." not in key else []
-    # Above the default cutoff, because the section's name alone is more than half of a short key.
-    close = moved or difflib.get_close_matches(key, [*_FIELDS, *sections], n=1, cutoff=0.7)
-    if not close:
-        by_leaf = {candidate.partition(".")[2]: candidate for candidate in _FIELDS}
-        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    if close:
-        return f"did you mean {close[0]}?"
-    section = _SECTIONS.get(key.partition(".")[0], Config)
-    return f"known there are {', '.join(section.model_fields)}"
-
-
-_SECTIONS: Mapping[str, type[BaseModel]] = MappingProxyType(
-    {name: type(field.get_default()) for name, field in Config.model_fields.items()}
-)
-_FIELDS: Mapping[str, FieldInfo] = MappingProxyType(
-    {f"{name}.{key}": field for name, section in _SECTIONS.items() for key, field in section.model_fields.items()}
-)
