@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_e2e.py --device cuda --out benchmarks/results/gpu_e2e_cuda
 
-Every row is a whole run after one run to warm up; the figure is the median of ``--repeats``. The exact path is eager
+Every row is a whole run after runs to warm up; the figure is the median of ``--repeats``. The exact path is eager
 PyTorch without a cache; TaylorSeer and FORA are this package's own policies. "Of the limit" is the work that was
 counted, divided by the time and by the rate of a matrix product measured in the same run.
 """
@@ -23,6 +23,7 @@ from moeca_dist.config import Config
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "exact": {},
+    "network_forecast": {"cache": {"policy": "network_forecast"}},
     "moeca_forecast": {"cache": {"policy": "moeca_forecast"}},
     "moeca_forecast, budget": {
         "cache": {"policy": "moeca_forecast"},
@@ -31,19 +32,28 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "taylorseer": {"cache": {"policy": "taylorseer"}},
     "fora": {"cache": {"policy": "fora"}},
 }
+# These three also with every evaluation captured and replayed, which only a CUDA device can do.
+GRAPHED = ("exact", "network_forecast", "moeca_forecast, budget")
+GRAPHS = ", CUDA graphs"
+# With a cache a graph is replayed from the third run of a number of images on.
+WARM_UP_RUNS, WARM_UP_GRAPHS = 1, 3
+
+
+def contenders(device: str) -> list[str]:
+    return [*CONTENDERS, *(name + GRAPHS for name in GRAPHED if device == "cuda")]
 
 
 def config_of(model: str, batch: int, contender: str, arguments: argparse.Namespace) -> Config:
-    quick = arguments.quick
+    quick, plain = arguments.quick, contender.removesuffix(GRAPHS)
     return Config.model_validate(
         {
             "model": {
                 "name": model, "random_init": True, "device": arguments.device,
-                "dtype": "float32" if arguments.device == "cpu" else "bfloat16",
+                "dtype": "float32" if arguments.device == "cpu" else "bfloat16", "cuda_graphs": plain != contender,
             } | ({"input_size": 8} if quick else {}),
             "sampling": {"num_steps": 30 if quick else 50, "batch_size": batch},
         }
-        | CONTENDERS[contender]
+        | CONTENDERS[plain]
     )  # fmt: skip
 
 
@@ -53,7 +63,8 @@ def measured(
     """One row, and the engine whose weights the next row takes over."""
     engine = Engine.from_config(config) if loaded is None else Engine(config, loaded.mesh, loaded.model)
     requests = [Request(index, index % 1000) for index in range(batch)]
-    engine.generate(requests)
+    for _ in range(WARM_UP_GRAPHS if config.model.cuda_graphs else WARM_UP_RUNS):
+        engine.generate(requests)
     on_gpu = engine.mesh.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -93,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         engine = None
         for batch in (1,) if arguments.quick else arguments.batches:
             exact_s = 0.0
-            for contender in CONTENDERS:
+            for contender in contenders(arguments.device):
                 config = config_of(model, batch, contender, arguments)
                 row = {"model": model, "batch": batch, "contender": contender}
                 try:

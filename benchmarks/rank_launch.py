@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 POLL_S = 0.1
 END_TIMEOUT_S = 40  # torchrun waits 30 s for its ranks
 MASTER_PORT = 29511
+# The last line of a traceback, which torchrun marks with the rank.
+RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b.*:")
 
 
 @dataclass(frozen=True)
@@ -135,5 +138,5 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _last_words(folder: Path) -> str:
     lines = [line for path in sorted(folder.glob("*.log")) for line in path.read_text(errors="replace").splitlines()]
-    told = [line for line in lines if line.startswith("error: ")]
+    told = [line for line in lines if line.startswith("error: ")] or [line for line in lines if RAISED.match(line)]
     return (told or lines or ["it said nothing"])[0 if told else -1]

@@ -34,7 +34,9 @@ def test_kernels(tmp_path: Path) -> None:
 def test_whole_runs(tmp_path: Path) -> None:
     results = quick("gpu_e2e", tmp_path)
     rows = {row["contender"]: row for row in results["rows"]}
-    assert set(rows) == {"exact", "moeca_forecast", "moeca_forecast, budget", "taylorseer", "fora"}
+    assert set(rows) == {
+        "exact", "network_forecast", "moeca_forecast", "moeca_forecast, budget", "taylorseer", "fora"
+    }  # fmt: skip
     assert rows["exact"]["flop_ratio"] == rows["exact"]["speedup"] == 1
     for name in set(rows) - {"exact"}:
         assert rows[name]["flop_ratio"] > 1.2 and rows[name]["cached_step_s"] > 0 and rows[name]["cache_bytes"] > 0
