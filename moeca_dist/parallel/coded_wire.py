@@ -67,7 +67,7 @@ def send_pairs(
 
     def arrived(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, CodedPairs]:
         header_RW, packed = parts
-        owner_S = packed[:, :KEY_BYTES].contiguous().view(torch.int32).squeeze(1)
+        owner_S = packed[:, :KEY_BYTES].contiguous().view(torch.int32).squeeze(1).long()
         hidden_SD = sending.decode(packed[:, KEY_BYTES:], owner_S)
         return header_RW, hidden_SD, CodedPairs(coding, sending.home_M, owner_S)
 

@@ -89,13 +89,15 @@ class PairExchange:
         """``capacities``: rows that this rank uses of each rank's cache; ``coding`` None: rows travel as they are."""
         header_N3, pairs, hidden_M = self._headers(asked)
         device = header_N3.device
-        hidden_P = torch.bincount(pairs.owner_M[hidden_M], minlength=self.num_ranks)
+        # NOTE: a host synchronisation on CUDA: the number of hidden rows decides the shapes.
+        hidden_H = hidden_M.nonzero().squeeze(1)
+        token_H, owner_H = pairs.token_M.index_select(0, hidden_H), pairs.owner_M.index_select(0, hidden_H)
+        hidden_P = torch.bincount(owner_H, minlength=self.num_ranks)
         counts = [*pairs.counts(self.num_ranks), hidden_P, torch.tensor(capacities, device=device)]
         gathered = self.exchange.gather_counts(torch.stack(counts).flatten())
         traffic_P4P = gathered.view(self.num_ranks, 4, self.num_ranks)
         branches, leg, hidden, wanted = legs(traffic_P4P, self.exchange.rank)
         payload = bool(traffic_P4P[:, 0].any())
-        token_H, owner_H = pairs.token_M[hidden_M], pairs.owner_M[hidden_M]
         rows_HD = x_TD.index_select(0, token_H)
         mine = (pairs, leg, payload)
         if coding is None or not payload:
@@ -146,9 +148,11 @@ def _read_coded(
     pairs, leg, _ = sent
     refresh_R = (header_R3[:, 0] & _REFRESH) != 0
     starts_R = (header_R3[:, 0] & _STARTS_PAIR) != 0
-    key_S = key_R.index_select(0, positions(starts_R, sum(leg.received)))
-    hidden_S = torch.zeros_like(key_S, dtype=torch.bool).index_fill_(0, (starts_R.cumsum(0) - 1)[refresh_R], True)
-    key_H = key_S.index_select(0, positions(hidden_S, sum(sending.leg.received)))
+    key_S = key_R.index_select(0, positions(starts_R, sum(leg.received))).long()
+    # Branches that are not refreshed mark a pair past the last.
+    pair_R = torch.where(refresh_R, starts_R.cumsum(0) - 1, key_S.shape[0])
+    hidden_S = torch.zeros(key_S.shape[0] + 1, dtype=torch.bool, device=key_S.device).index_fill_(0, pair_R, True)
+    key_H = key_S.index_select(0, positions(hidden_S[:-1], sum(sending.leg.received)))
     hidden_HD = sending.decode(coded_HW, others(key_H, sending.leg.received, sending.rank))
     home_M = sending.coding.home_keys(
         others(pairs.token_M, leg.sent, sending.rank), others(pairs.owner_M, leg.sent, sending.rank)
