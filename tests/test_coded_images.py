@@ -293,9 +293,10 @@ def test_a_recorded_run_is_coded_too(two_ranks: Any, model: dict[str, Any]) -> N
 
 def test_without_references_more_is_lost(two_ranks: Any, model: dict[str, Any]) -> None:
     """What the change is worth: the same codes of whole rows."""
-    outcomes = two_ranks.run(with_and_without_references, make_config(model, {}))
-    exact, coded_samples, by_themselves = outcomes[0]
-    assert 3 * difference(coded_samples, exact) < difference(by_themselves, exact)
+    config = make_config(model, {})
+    config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_steps": 32})})
+    exact, coded_samples, by_themselves = two_ranks.run(with_and_without_references, config)[0]
+    assert 2 * difference(coded_samples, exact) < difference(by_themselves, exact)
 
 
 def with_and_without_references(config: Config) -> tuple[Any, Any, Any]:

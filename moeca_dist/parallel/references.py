@@ -53,7 +53,8 @@ class References:
 
     def _hold(self, key_N: Tensor, rows_ND: Tensor) -> None:
         assert self.rows_ND is not None
-        self.rows_ND.index_copy_(0, key_N, rows_ND)
+        # What is not finite would break all that follows: after it the pair starts anew.
+        self.rows_ND.index_copy_(0, key_N, rows_ND.nan_to_num(0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True)

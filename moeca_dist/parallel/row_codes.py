@@ -33,7 +33,7 @@ FORMATS: Mapping[str, RowFormat] = MappingProxyType(
 
 
 def encode(rows_ND: Tensor, reference_ND: Tensor | None, form: RowFormat) -> Tensor:
-    """uint8 [N, W] of float rows [N, D]; ``reference_ND``: what the receiver holds, None where it holds nothing.
+    """uint8 [N, W] of float rows [N, D]; ``reference_ND``: what the receiver holds, finite, None where it is nothing.
 
     A row is coded as its change where that is smaller, by the value of largest magnitude, which sets the scale. A row
     that is not finite is not smaller than anything: it goes by itself, its scale is NaN, and so is all that is decoded.
@@ -42,11 +42,9 @@ def encode(rows_ND: Tensor, reference_ND: Tensor | None, form: RowFormat) -> Ten
     largest_N = _largest(values_ND)
     sign: Tensor | float = -1.0
     if reference_ND is not None:
-        change_ND = values_ND - reference_ND.float()
-        of_change_N = _largest(change_ND)
-        # False where either is NaN: a reference that is not finite is never used.
+        of_change_N = _largest(values_ND - reference_ND.float())
         smaller_N = of_change_N < largest_N
-        values_ND = torch.where(smaller_N[:, None], change_ND, values_ND)
+        values_ND = values_ND - reference_ND.float() * smaller_N[:, None]
         largest_N = torch.where(smaller_N, of_change_N, largest_N)
         sign = smaller_N * 2.0 - 1.0
     scale_N = (largest_N / form.largest).clamp(min=torch.finfo(torch.float32).tiny)
@@ -62,9 +60,9 @@ def encode(rows_ND: Tensor, reference_ND: Tensor | None, form: RowFormat) -> Ten
 def decode(coded_NW: Tensor, reference_ND: Tensor | None, form: RowFormat, dtype: torch.dtype) -> Tensor:
     """[N, D] in ``dtype``. Sender and receiver both call it: the same operators, so the same bits."""
     scale_N1 = coded_NW[:, :SCALE_BYTES].contiguous().view(torch.float32)
-    values_ND = coded_NW[:, SCALE_BYTES:].view(form.dtype).float().mul_(scale_N1.abs())
+    values_ND = _values(coded_NW[:, SCALE_BYTES:], form).mul_(scale_N1.abs())
     if reference_ND is not None:
-        values_ND += torch.where(scale_N1 > 0, reference_ND.float(), 0.0)
+        values_ND += reference_ND.float() * (scale_N1 > 0)
     if dtype == torch.float16:
         # The largest values, and half a code.
         limit = torch.finfo(dtype).max
@@ -73,5 +71,15 @@ def decode(coded_NW: Tensor, reference_ND: Tensor | None, form: RowFormat, dtype
 
 
 def _largest(values_ND: Tensor) -> Tensor:
-    """[N]: the largest magnitude of each row, in one pass; NaN where there is one."""
-    return torch.linalg.vector_norm(values_ND, torch.inf, dim=-1)
+    """[N]: the largest magnitude of each row; NaN where there is one."""
+    # The vector norm of order infinity takes 20 times as long on CPU, and magnitudes as much memory as the rows.
+    return torch.maximum(values_ND.amax(-1), -values_ND.amin(-1))
+
+
+def _values(codes_ND: Tensor, form: RowFormat) -> Tensor:
+    """fp32 values of codes, given as bytes."""
+    if form.dtype == torch.int8:
+        return codes_ND.view(torch.int8).float()
+    # By a table: torch converts float8 one by one on CPU, in five times the time.
+    table = torch.arange(256, dtype=torch.uint8, device=codes_ND.device).view(form.dtype).float()
+    return table.index_select(0, codes_ND.flatten().int()).view_as(codes_ND)
