@@ -5,9 +5,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.graphs import GraphCounts
 from moeca_dist.observation import Observation
+from moeca_dist.parallel.references import RowCoding
 from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
 from moeca_dist.setup import Setup
 from moeca_dist.telemetry import GpuRecord, merge
@@ -26,6 +28,14 @@ class Counters:
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
     graphs: GraphCounts | None = None
+    reference_bytes: int = 0
+
+    def end_round(self, session: CacheSession | None, coding: RowCoding | None) -> None:
+        """What is kept now is the most that the round keeps, or the session has seen it before."""
+        if session is not None:
+            session.note_peak()
+        if coding is not None:
+            self.reference_bytes = max(self.reference_bytes, coding.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class _RankResult:
     bytes_exact: int
     gpu: GpuRecord | None
     graphs: GraphCounts | None
+    reference_bytes: int
 
 
 def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Report:
@@ -52,6 +63,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         int(group.traffic.bytes_exact) if group else 0,
         counters.observed.gpu_record(),
         counters.graphs,
+        counters.reference_bytes,
     )
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
     statistics = CacheStatistics()
@@ -84,6 +96,8 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
             agreements=group.traffic.agreements if group else 0,
             bytes_per_step=work.bytes_per_step(),
             budget=work.budget(setup.budget_rows or {}),
+            rows="exact" if group is None else config.parallel.rows,
+            reference_bytes=sum(theirs.reference_bytes for theirs in ranks),
         ),
         cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark, guard),
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),

@@ -12,6 +12,8 @@ from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, budget_groups, budget_rows, choose_placement
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.references import Places, RowCoding
+from moeca_dist.parallel.row_codes import FORMATS
 
 
 def placement_of_values(
@@ -70,3 +72,17 @@ def budget_of_round(
         most,
         config.parallel.budget_fill,
     )
+
+
+def row_coding(config: Config, spec: ModelSpec, mesh: Mesh, images: int) -> RowCoding | None:
+    """How the rows of one round travel, with so many ``images`` here; None where none does, or all as computed.
+
+    A collective of the expert-parallel group where it is not None: its ranks may have different shares.
+    """
+    group = mesh.expert_group
+    if config.parallel.rows == "exact" or group is None:
+        return None
+    halves = 1 if config.sampling.cfg_scale == 1 else 2
+    of_ranks = [halves * count for count in group.gather_objects(images)]
+    form = FORMATS[config.parallel.rows]
+    return RowCoding(Places.of(form, group.rank, of_ranks, spec.num_tokens, mesh.device))

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.account import Counters, account
+from moeca_dist.arrangement import row_coding
 from moeca_dist.cache.guard import Watch
 from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.session import CacheSession
@@ -29,6 +30,7 @@ from moeca_dist.models.spec import ModelSpec
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.references import RowCoding
 from moeca_dist.report import FlopsReport, Report
 from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import Combine
@@ -252,16 +254,17 @@ class Engine:
         self, share: Sequence[Request], counters: Counters, combine: Combine | None, watch: Watch | None
     ) -> tuple[Network, Callable[[], None]]:
         """What the sampler evaluates in one round, and what is to be called after it."""
-        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, watch)
-        timer = counters.observed.timer
+        coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
+        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, watch, coding)
+        timer, bound = counters.observed.timer, partial(self._bound, coding)
         if self.graphs is not None and counters.graphs is not None and share:
-            graphed = self.graphs.begin(share, self._bound, open_session, counters.cache, timer, counters.graphs)
+            graphed = self.graphs.begin(share, bound, open_session, counters.cache, timer, counters.graphs)
             return graphed, graphed.finish
         session = None if open_session is None else open_session(counters.cache, timer)
-        return self._bound(session, timer), _nothing if session is None else session.note_peak
+        return bound(session, timer), partial(counters.end_round, session, coding)
 
-    def _bound(self, session: CacheSession | None, timer: Timer) -> Network:
-        model = partial(self.model, timer=timer)
+    def _bound(self, coding: RowCoding | None, session: CacheSession | None, timer: Timer) -> Network:
+        model = partial(self.model, timer=timer, coding=coding)
         return exact(model) if session is None else cached(model, session)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
@@ -283,11 +286,7 @@ class Engine:
         return Counters(observed, graphs=None if self.graphs is None else GraphCounts())
 
 
-_EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "budget_fill": False}
-
-
-def _nothing() -> None:
-    """After a round without a session."""
+_EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "budget_fill": False, "rows": "exact"}
 
 
 def join(config: Config) -> Mesh:

@@ -40,6 +40,7 @@ class CacheSize:
     block. ``planned``: each step decides for the next one. ``budgeted``: rows are, and branches wait for room.
     ``guarded``: single images may be computed in any step. ``late_share``: of an image's branches in one layer and
     guidance half, those that may be under way between two steps; ``late_blocks``: in so many layers.
+    ``coded``: rows travel as codes, and both ends keep references.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -58,6 +59,7 @@ class CacheSize:
     guarded: bool
     late_share: float
     late_blocks: int
+    coded: bool
     output_history: int | None
     output_bytes: int
 
@@ -73,7 +75,7 @@ class CacheSize:
         if self.placement == "owner":
             rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
             kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
-        return images * kept_per_image + kept + self._under_way(images)
+        return images * kept_per_image + kept + tokens * len(self.halves) * self._references + self._under_way(images)
 
     def _under_way(self, images: int) -> int:
         """Late refreshes and their plans between two steps, where all of this rank's and the group's come together."""
@@ -200,6 +202,16 @@ class CacheSize:
         return self._entries * (expert_id + used + step + reference + self._values * self._row) + usage
 
     @property
+    def _references(self) -> int:
+        """Bytes per token, where all ranks have as many, of what is kept of coded rows, as a home and as an owner."""
+        if not self.coded:
+            return 0
+        # Branches that return one by one are coded by themselves.
+        legs = 1 if self.policy.unit == "branch" and self.placement != "owner" else 2
+        row = self.spec.hidden_size * self.element_bytes
+        return len(self.spec.moe_blocks) * legs * 2 * (self.ep_size - 1) * row
+
+    @property
     def _keeps_reference(self) -> bool:
         shape = (0, self.spec.num_experts_per_tok)
         return (
@@ -238,6 +250,7 @@ def cache_size(
         guarded=config.cache.guard,
         late_share=config.cache.late_refresh or 0.0,
         late_blocks=len(shallow_blocks(spec.moe_blocks)),
+        coded=config.parallel.rows != "exact",
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )

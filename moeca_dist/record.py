@@ -18,6 +18,7 @@ from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, FixedRows
 from moeca_dist.parallel.pending import Pending
+from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.types import Branches, Request, Routing
 
@@ -159,6 +160,9 @@ class _RecordingDispatcher:
     @property
     def num_counts(self) -> int:
         return self._inner.num_counts
+
+    def coded(self, coding: BlockCoding | None) -> "_RecordingDispatcher":
+        return _RecordingDispatcher(self._inner.coded(coding), self._recorder, self._block)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         self._recorder.note_routing(self._block, routing.expert_ids_TK)

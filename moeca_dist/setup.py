@@ -21,6 +21,7 @@ from moeca_dist.moe.late import check_late
 from moeca_dist.moe.placement import Placement, check_exchange
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.parallel.references import RowCoding
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitted_for, fitting_calibration
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.timing import Timer
@@ -113,11 +114,17 @@ class Setup:
         share: Sequence[Request],
         combine: Combine | None,
         watch: Watch | None,
+        coding: RowCoding | None,
         statistics: CacheStatistics,
         timer: Timer,
     ) -> CacheSession:
         """The caches of one round. A collective of the expert-parallel group in exchange mode ``budget``."""
         assert self.policy is not None
+
+        def bytes_beside() -> int:
+            outputs = combine.memory.num_bytes if isinstance(combine, Corrected) else 0
+            return outputs + (0 if coding is None else coding.num_bytes)
+
         return CacheSession(
             self.policy,
             share,
@@ -133,6 +140,6 @@ class Setup:
             budget=budget_of_round(self.config, self.budget_rows, self.spec, self.mesh, len(share)),
             late=late_refreshes(self.config.cache, self.spec),
             storage=storage_of(self.config.cache.dtype),
-            bytes_beside=lambda: combine.memory.num_bytes if isinstance(combine, Corrected) else 0,
+            bytes_beside=bytes_beside,
             watch=watch,
         )

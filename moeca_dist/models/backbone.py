@@ -13,6 +13,7 @@ from moeca_dist.models.attention import RotaryTable
 from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.layer import MoELayer
+from moeca_dist.parallel.references import RowCoding
 from moeca_dist.timing import UNTIMED, Timer
 
 
@@ -43,13 +44,20 @@ class DiffusionTransformer(nn.Module):
             yield index, layer
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, cache: StepCache | None = None, timer: Timer = UNTIMED
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        cache: StepCache | None = None,
+        timer: Timer = UNTIMED,
+        coding: RowCoding | None = None,
     ) -> Tensor:
-        """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=None``.
+        """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=coding=None``.
 
         ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
         class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
-        ``timer`` measures blocks that run without a cache; a cache brings its own.
+        ``timer`` measures blocks that run without a cache; a cache brings its own. ``coding``: that of the batch, for
+        rows between ranks.
         """
         patch = self.spec.patch_size
         rows, columns = x_BCHW.shape[-2] // patch, x_BCHW.shape[-1] // patch
@@ -61,17 +69,32 @@ class DiffusionTransformer(nn.Module):
             tokens_BTD = cache.serve_network(
                 entering_BTD,
                 lambda: self._time_signal(step.time, t_B.device),
-                lambda images: self._through_blocks(entering_BTD[images], c_BD[images], rotary, None, timer),
+                lambda images: self._through_blocks(
+                    entering_BTD[images],
+                    c_BD[images],
+                    rotary,
+                    None,
+                    timer,
+                    None if coding is None else coding.of_images(images),
+                ),
             )
         else:
-            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer)
+            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer, coding)
         return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
 
     def _through_blocks(
-        self, tokens_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, cache: StepCache | None, timer: Timer
+        self,
+        tokens_BTD: Tensor,
+        c_BD: Tensor,
+        rotary: RotaryTable | None,
+        cache: StepCache | None,
+        timer: Timer,
+        coding: RowCoding | None,
     ) -> Tensor:
         for index, block in enumerate(self.blocks):
-            tokens_BTD = block(tokens_BTD, c_BD, rotary, None if cache is None else cache.block(index), timer)
+            here = None if cache is None else cache.block(index)
+            coded = None if coding is None else coding.block(index)
+            tokens_BTD = block(tokens_BTD, c_BD, rotary, here, timer, coded)
         return tokens_BTD
 
     def _time_signal(self, time: float, device: torch.device) -> Tensor:

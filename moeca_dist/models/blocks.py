@@ -16,6 +16,7 @@ from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
 from moeca_dist.models.modulation import Modulation, modulate, normalise
 from moeca_dist.moe.layer import MoELayer
+from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import UNTIMED, Timer
 
 TIME_FREQUENCIES = 256
@@ -100,16 +101,21 @@ class AdaLNBlock(nn.Module):
         rotary: RotaryTable | None,
         cache: BlockStep | None = None,
         timer: Timer = UNTIMED,
+        coding: BlockCoding | None = None,
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path, measured with ``timer``."""
         modulation = Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
         if cache is not None:
-            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache).forward(x_BTD)
+            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
         with timer.section("attention"):
             attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
         x_BTD, entering_BTD = modulation.enter_feed_forward(x_BTD, attended_BTD)
-        with timer.section("experts" if isinstance(self.feed_forward, MoELayer) else "dense"):
-            fed_BTD = self.feed_forward(entering_BTD)
+        if isinstance(self.feed_forward, MoELayer):
+            with timer.section("experts"):
+                fed_BTD = self.feed_forward(entering_BTD, coding=coding)
+        else:
+            with timer.section("dense"):
+                fed_BTD = self.feed_forward(entering_BTD)
         return modulation.after_feed_forward(x_BTD, fed_BTD)
 
 

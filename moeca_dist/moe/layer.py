@@ -30,6 +30,7 @@ from moeca_dist.moe.planned import plan_next, planned_layer
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatch import AllToAllDispatcher, DispatchedRows, Dispatcher, LocalDispatcher
 from moeca_dist.parallel.pending import Pending
+from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.types import Branches
 
 
@@ -51,15 +52,16 @@ class MoELayer(nn.Module):
         self.local_expert_ids = tuple(range(num_experts))
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
 
-    def forward(self, x_BTD: Tensor, cache: BlockStep | None = None) -> Tensor:
-        """``cache=None`` computes every branch: the exact path."""
+    def forward(self, x_BTD: Tensor, cache: BlockStep | None = None, coding: BlockCoding | None = None) -> Tensor:
+        """``cache=None`` computes every branch, and ``coding=None`` sends rows as they are: the exact path."""
         if cache is not None:
-            return self.compute(x_BTD, self.decide(x_BTD, cache), cache)
+            return self.compute(x_BTD, self.decide(x_BTD, cache), cache, coding=coding)
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         # Nothing is kept: what returns is summed up where the experts are.
-        coming = self.dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        dispatcher = self.dispatcher.coded(coding)
+        coming = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
         shared_TD = self._shared(x_TD)  # while rows travel
         dispatched = coming.wait()
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
@@ -103,10 +105,17 @@ class MoELayer(nn.Module):
                 routing, parts, [decide(part, routing, match, cache, late.delayed) for part, match in pairs]
             )
 
-    def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
+    def compute(
+        self,
+        x_BTD: Tensor,
+        plan: LayerPlan,
+        cache: BlockStep,
+        rows: Rows | None = None,
+        coding: BlockCoding | None = None,
+    ) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
-        coming = self._routed(x_TD, plan, cache)
+        coming = self._routed(x_TD, plan, cache, coding)
         shared_BTD = self._shared_output(x_BTD, cache, rows)  # while rows travel
         routed_TD = coming.wait()
         if cache.ahead is not None:
@@ -127,16 +136,15 @@ class MoELayer(nn.Module):
             cache.refresh_rows("shared", shared_BTD, rows, fresh_ND)
         return shared_BTD
 
-    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
+    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, coding: BlockCoding | None) -> Pending[Tensor]:
         """[T, D], rows being on their way. The choice of placement: branch values beside the experts, or at home."""
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
-            return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
-        if cache.all_full:
-            return self._full_step(x_TD, plan, cache)
+            return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts, coding)
         if plan.fixed is not None:
             return self._fixed_step(x_TD, plan, plan.fixed, cache)
-        return self._step(x_TD, plan, cache)
+        dispatcher = self.dispatcher.coded(coding)
+        return (self._full_step if cache.all_full else self._step)(x_TD, plan, cache, dispatcher)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
@@ -147,7 +155,7 @@ class MoELayer(nn.Module):
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
         return self.dispatcher.combine(outputs_RD, dispatched)
 
-    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
+    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> Pending[Tensor]:
         routing = plan.routing
 
         def finish(dispatched: DispatchedRows) -> Tensor:
@@ -160,7 +168,7 @@ class MoELayer(nn.Module):
                 self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, matches, cache)
             return routed_TD
 
-        return self.dispatcher.dispatch(x_TD, routing.all_branches()).then(finish)
+        return dispatcher.dispatch(x_TD, routing.all_branches()).then(finish)
 
     def _match_all(self, plan: LayerPlan) -> list[Match]:
         """Where a full step will store its branches, segment by segment."""
@@ -180,7 +188,7 @@ class MoELayer(nn.Module):
             gates_TK = cache.policy.reference_gates(mine)
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
 
-    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
+    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> Pending[Tensor]:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
         with cache.timer.section("bookkeeping"):
@@ -188,17 +196,17 @@ class MoELayer(nn.Module):
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
         traffic_PC, late_PC = plan.traffic, None
         if late.may_be_late_here(cache):
-            traffic_PC, late_PC = late.agree(plan, self.dispatcher)
+            traffic_PC, late_PC = late.agree(plan, dispatcher)
 
         def finish(dispatched: DispatchedRows) -> Tensor:
             rows_ND = self._computed(dispatched).wait()
             with cache.timer.section("bookkeeping"):
                 total_TD = serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
             if late_PC is not None:
-                late.depart(x_TD, plan, late_PC, cache, self.dispatcher, self._computed)
+                late.depart(x_TD, plan, late_PC, cache, dispatcher, self._computed)
             return total_TD
 
-        return self.dispatcher.dispatch(x_TD, branches, traffic=traffic_PC).then(finish)
+        return dispatcher.dispatch(x_TD, branches, traffic=traffic_PC).then(finish)
 
     def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
         """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""

@@ -13,17 +13,23 @@ from moeca_dist.moe.cached import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.pairs import ArrivedPairs, Asked, PairExchange
 from moeca_dist.parallel.pending import Pending
+from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.parallel.wire import token_sums
 
 
 def routed_at_owners(
-    x_TD: Tensor, plan: LayerPlan, cache: BlockStep, pairs: PairExchange, experts: RoutedExperts
+    x_TD: Tensor,
+    plan: LayerPlan,
+    cache: BlockStep,
+    pairs: PairExchange,
+    experts: RoutedExperts,
+    coding: BlockCoding | None,
 ) -> Pending[Tensor]:
     """[T, D] routed sums. A collective of the group, like every exchange: all its ranks call it in every step."""
     assert cache.owned is not None
     with cache.timer.section("bookkeeping"):
         asked = _ask(plan, cache, pairs)
-    coming = pairs.dispatch(x_TD, asked, cache.owned.pool.capacities)
+    coming = pairs.dispatch(x_TD, asked, cache.owned.pool.capacities, coding)
     return coming.then(lambda arrived: _sums(x_TD, plan, cache, asked, arrived, pairs, experts))
 
 

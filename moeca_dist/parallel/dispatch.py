@@ -12,6 +12,7 @@ N branches of this rank, M pairs of a token of this rank and an owner, P ranks o
 computed here, S pairs received (or slots for one rank).
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,10 +22,12 @@ from torch.nn import functional as F
 
 from moeca_dist.kernels.reference import inverse
 from moeca_dist.kernels.select import kernels_for
+from moeca_dist.parallel.coded_wire import CodedPairs, send_pairs
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, legs, pair_sums, paired, send, send_back, token_sums
 from moeca_dist.types import Branches, Routing, positions
 
@@ -39,7 +42,7 @@ class RowPlan:
 
     ``branches`` and ``leg``: branches and pairs there and here, rank by rank. ``payload``: whether any rank of the
     group sends anything, the same on all of them. ``starts_S``: the first received branch of each pair; ``gates_R``:
-    their gates, None where branches return one by one.
+    their gates, None where branches return one by one. ``coded``: None where rows travel as they are.
     """
 
     pairs: Pairs
@@ -48,6 +51,7 @@ class RowPlan:
     payload: bool
     starts_S: Tensor
     gates_R: Tensor | None
+    coded: CodedPairs | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class Dispatcher(Protocol):
 
     @property
     def num_counts(self) -> int: ...
+
+    def coded(self, coding: BlockCoding | None) -> "Dispatcher":
+        """The same exchange with its rows coded, but those of ``dispatch_fixed``; None: all rows as they are."""
+        ...
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
@@ -136,6 +144,9 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
+    def coded(self, coding: BlockCoding | None) -> "LocalDispatcher":
+        return self  # nothing travels
+
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         pass  # nothing travels
 
@@ -182,6 +193,15 @@ class AllToAllDispatcher:
         self.pairs = PairExchange(exchange, placement)
         self.num_ranks = placement.num_ranks
         self.num_local = len(placement.experts_of(exchange.rank))
+        self.coding: BlockCoding | None = None
+
+    def coded(self, coding: BlockCoding | None) -> "AllToAllDispatcher":
+        """Another one with the same tables: layers share a dispatcher, and each has its own references."""
+        if coding is self.coding:
+            return self
+        view = copy.copy(self)
+        view.coding = coding
+        return view
 
     @property
     def rank(self) -> int:
@@ -225,6 +245,8 @@ class AllToAllDispatcher:
         plan = dispatched.plan
         assert plan is not None
         rows_RD = outputs_RD.index_select(0, dispatched.row_of_received_R)
+        if plan.coded is not None:
+            return plan.coded.branches_back(self.exchange, rows_RD, plan.branches)
         return send_back(self.exchange, rows_RD, plan.branches, payload=plan.payload)
 
     def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
@@ -255,7 +277,10 @@ class AllToAllDispatcher:
         plan = dispatched.plan
         assert plan is not None and plan.gates_R is not None
         sums_SD = pair_sums(dispatched.row_of_received_R, outputs_RD, plan.starts_S, plan.gates_R)
-        returning = send_back(self.exchange, sums_SD, plan.leg, payload=plan.payload)
+        if plan.coded is not None:
+            returning = plan.coded.sums_back(self.exchange, sums_SD, plan.leg)
+        else:
+            returning = send_back(self.exchange, sums_SD, plan.leg, payload=plan.payload)
         return returning.then(lambda rows_MD: token_sums(rows_MD, plan.pairs.token_M, routing.num_tokens))
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
@@ -276,17 +301,20 @@ class AllToAllDispatcher:
         rows_MD = x_TD.index_select(0, pairs.token_M)
         slot_of_branch_N = inverse(pairs.branch_N)
 
-        def grouped(arrived: tuple[Tensor, Tensor]) -> DispatchedRows:
-            header_RW, hidden_SD = arrived
+        def grouped(arrived: tuple[Tensor, Tensor, CodedPairs | None]) -> DispatchedRows:
+            header_RW, hidden_SD, coded = arrived
             code_R = header_RW[:, 0]
             starts_R = (code_R & 1) != 0
             rows = kernels_for(x_TD.device).gather_rows(hidden_SD, starts_R.cumsum(0) - 1, code_R >> 1, self.num_local)
             starts_S = positions(starts_R, hidden_SD.shape[0])
             gates_R = None if gates_N is None else header_RW[:, 1].contiguous().view(torch.float32)
-            plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R)
+            plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R, coded)
             return DispatchedRows(rows.rows_RD, rows.counts_L, slot_of_branch_N, rows.position_R, plan)
 
-        return send(self.exchange, header_NW, rows_MD, branch_leg, leg, payload=payload).then(grouped)
+        if self.coding is not None and payload:
+            return send_pairs(self.exchange, header_NW, rows_MD, pairs, branch_leg, leg, self.coding).then(grouped)
+        coming = send(self.exchange, header_NW, rows_MD, branch_leg, leg, payload=payload)
+        return coming.then(lambda arrived: grouped((*arrived, None)))
 
     def _equal_splits(self, rows: Tensor, slots: int) -> Pending[Tensor]:
         return self.exchange.start_rows(rows, [slots] * self.num_ranks, [slots] * self.num_ranks)

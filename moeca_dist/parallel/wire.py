@@ -85,6 +85,12 @@ class Leg:
     def back(self) -> "Leg":
         return Leg(self.received, self.sent)
 
+    def between_others(self, rank: int) -> "Leg":
+        """Without what ``rank``, whose leg it is, sends to itself."""
+        sent, received = list(self.sent), list(self.received)
+        sent[rank] = received[rank] = 0
+        return Leg(tuple(sent), tuple(received))
+
 
 def legs(traffic_PCP: Tensor, rank: int) -> list[Leg]:
     """One leg for each of the C kinds of things that all ranks have counted: [from, kind, to]."""
