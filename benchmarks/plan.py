@@ -3,7 +3,7 @@
     python benchmarks/plan.py                        # writes results/plan.json, .md and .png
 
 Every layout of 8, 64, 512 and 4096 GPUs (the size of the expert-parallel group, the rest data-parallel), uncached and
-with the default policy, from the roofline of ``sim_gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
+with several policies, from the roofline of ``sim_gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sim_step import Mode, StepTime, simulate_step
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
 from moeca_dist.parallel.cost import Topology
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.traffic import LayerTraffic, Returns, layer_traffic
+from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
 SHAPES = (
     Shape("DSMoE-3B-E16", 30, 15, 1152, 16, 2, 2880, 2880, 4608, 256, 32, 50, 3.102e9, "256 x 256"),
@@ -82,14 +82,18 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
     share = full_steps / shape.num_steps
     groups = min(gpus // ep_size, 4)
 
-    def mean_step(mode: Mode, returns: Returns) -> StepTime:
+    def mean_step(mode: Mode, returns: Returns, coded: bool = False) -> StepTime:
         """Of the slowest of some groups, which draw their own routing."""
         found = [
-            _step(shape, H100, NVLINK_AND_400G, ep_size, args, mode, returns, share, seed) for seed in range(groups)
+            _step(shape, H100, NVLINK_AND_400G, ep_size, args, mode, returns, share, seed, coded)
+            for seed in range(groups)
         ]
         return max(found, key=lambda time: time.total)
 
-    exact = mean_step("exact", "sums")
+    exact, coded = mean_step("exact", "sums"), mean_step("exact", "sums", coded=True)
+    machine = GpuMachine(shape, H100, NVLINK_AND_400G, ep_size, 1.0, keeps=False)
+    between = StepTime(home=machine.network_forecast_s())
+    network, network_coded = (full * share + between * (1 - share) for full in (exact, coded))
     found = {str(mode): mean_step(mode, "branches") for mode in MODES}
     found["owner"] = mean_step("exact", "owner")
     return {
@@ -102,13 +106,16 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
         "uncached_ms": 1000 * exact.total,
         "uncached_exchange_share": (exact.exchange + exact.agree) / exact.total,
         "uncached_wait_share": exact.wait / exact.total,
-        **{f"cached_{mode}_ms": 1000 * time.total for mode, time in found.items()},
-        "cached_exchange_share": (found["exact"].exchange + found["exact"].agree) / found["exact"].total,
-        "gain": exact.total / found["exact"].total,
+        "network_ms": 1000 * network.total,
+        "network_gain": exact.total / network.total,
+        "network_coded_ms": 1000 * network_coded.total,
+        "network_coded_gain": exact.total / network_coded.total,
+        **{f"branches_{mode}_ms": 1000 * time.total for mode, time in found.items()},
+        "branches_gain": exact.total / found["exact"].total,
         "uncached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * exact.total),
-        "cached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * found["exact"].total),
+        "network_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * network.total),
         "weight_gib": shape.weight_bytes(ep_size) / 2**30,
-        "cache_gib": shape.stored_bytes() / 2**30,
+        "branches_cache_gib": shape.stored_bytes() / 2**30,
     }  # fmt: skip
 
 
@@ -127,15 +134,15 @@ def share_of_exchange(shape: Shape, gpu: Gpu, topology: Topology, ranks: int, zi
 
 def _step(
     shape: Shape, gpu: Gpu, topology: Topology, ep_size: int, args: argparse.Namespace, mode: Mode,
-    returns: Returns, full_share: float, seed: int,
+    returns: Returns, full_share: float, seed: int, coded: bool = False,
 ) -> StepTime:  # fmt: skip
     """The mean step of a run: full and cache steps in their proportion."""
     tokens = max(8, SAMPLED_TOKENS // ep_size)
     scale = shape.rank_tokens / tokens
-    machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums")
+    machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums", coded=coded)
     placement = ExpertPlacement.contiguous(shape.num_experts, ep_size)
     # Some layers are drawn and stand for all.
-    drawn = [_layers(shape, placement, tokens, args, returns, mode, seed * 100 + layer)
+    drawn = [_layers(shape, placement, tokens, args, returns, mode, seed * 100 + layer, coded)
              for layer in range(min(SAMPLED_LAYERS, shape.moe_blocks))]  # fmt: skip
     times = []
     for step, kind in enumerate(("full", "cache")):
@@ -148,15 +155,13 @@ def _step(
 
 def _layers(
     shape: Shape, placement: ExpertPlacement, tokens: int, args: argparse.Namespace, returns: Returns,
-    mode: Mode, seed: int,
+    mode: Mode, seed: int, coded: bool,
 ) -> dict[str, LayerTraffic]:  # fmt: skip
     ids_TK, home_T = zipf_routing(shape, placement.num_ranks, tokens, args.zipf, seed)
-    row_bytes = BYTES * shape.hidden
+    row = RowBytes.coded(shape.hidden) if coded else RowBytes.exact(BYTES * shape.hidden)
     computed = {"full": np.ones(ids_TK.shape, bool)}
     computed["cache"] = np.random.default_rng(seed).random(ids_TK.shape) < args.refresh_share
-    found = {
-        kind: layer_traffic(ids_TK, fresh, home_T, placement, row_bytes, returns) for kind, fresh in computed.items()
-    }
+    found = {kind: layer_traffic(ids_TK, fresh, home_T, placement, row, returns) for kind, fresh in computed.items()}
     if mode == "budget":
         found["cache"] = _budget(found["cache"])
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from sim_gpu import H100, NVLINK_AND_400G, Shape
+from sim_gpu import H100, KERNELS_CODING, NVLINK_AND_400G, Shape
 
 _ISLAND, _NIC = NVLINK_AND_400G.levels
 
@@ -29,7 +29,7 @@ ASSUMPTIONS = (
     (
         "host",
         f"{H100.launch_s * 1e6:.0f} us per kernel, {H100.kernels_computed} kernels per computed block, "
-        f"{H100.kernels_served} per served one",
+        f"{H100.kernels_served} per served one, {H100.kernels_forecast} for a step that network_forecast serves",
         "assumed: eager PyTorch",
     ),
     (
@@ -45,27 +45,33 @@ ASSUMPTIONS = (
         f"{_NIC.message_s * 1e6:.1f} us per peer",
         "DeepEP (docs/legacy.md) reports 43 of 50 GB/s for two nodes with ConnectX-7; latencies are assumed",
     ),
+    (
+        "8-bit rows",
+        f"one byte per value and {KERNELS_CODING} more kernels per leg, {H100.launch_s * 1e6:.0f} us each",
+        "the format is the runtime's; kernels counted in eager PyTorch, roughly",
+    ),
     ("routing", "Zipf-skewed, drawn for every layer and group", "synthetic: there are no traces of these networks"),
     (
-        "default policy",
-        "11 of 50 steps in full, in the others the stated share of branches",
+        "policies",
+        "11 of 50 steps in full; in the others network_forecast forecasts what all blocks change, moeca_forecast "
+        "computes the stated share of branches",
         "the shipped schedule; the share is that of the shipped digits model, assumed for these networks",
     ),
     (
         "budget",
         "equal splits with a quarter more room than the mean needs, in cache steps; no agreement",
-        "a formula: the runtime does not have this exchange mode",
+        "a formula, without who waits for whom",
     ),
     (
         "left out",
         "text encoders, VAE, host work beyond launches, congestion between groups",
-        "exchange and computation do not overlap in the runtime either",
+        "the shared expert hides part of the hidden rows' way, as in the runtime; nothing else overlaps",
     ),
 )
 
-HEADER = ("GPUs", "EP x DP", "uncached, ms/step", "exchange share", "slowest-rank wait", "default policy, ms/step",
-          "exchange share", "gain", "owner, ms", "planned, ms", "budget, ms", "images/s uncached", "images/s default",
-          "weights + cache, GiB/GPU")  # fmt: skip
+HEADER = ("GPUs", "EP x DP", "uncached, ms/step", "exchange share", "slowest-rank wait", "network_forecast, ms/step",
+          "gain", "with 8-bit rows", "gain", "moeca_forecast", "gain", "its owner", "planned", "budget",
+          "images/s uncached", "images/s network_forecast", "weights + moeca_forecast's cache, GiB/GPU")  # fmt: skip
 
 
 def plan_markdown(
@@ -100,15 +106,18 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['uncached_ms']:.1f}",
         f"{row['uncached_exchange_share']:.0%}",
         f"{row['uncached_wait_share']:.0%}",
-        f"{row['cached_exact_ms']:.1f}",
-        f"{row['cached_exchange_share']:.0%}",
-        f"{row['gain']:.2f}x",
-        f"{row['cached_owner_ms']:.1f}",
-        f"{row['cached_planned_ms']:.1f}",
-        f"{row['cached_budget_ms']:.1f}",
+        f"{row['network_ms']:.1f}",
+        f"{row['network_gain']:.2f}x",
+        f"{row['network_coded_ms']:.1f}",
+        f"{row['network_coded_gain']:.2f}x",
+        f"{row['branches_exact_ms']:.1f}",
+        f"{row['branches_gain']:.2f}x",
+        f"{row['branches_owner_ms']:.1f}",
+        f"{row['branches_planned_ms']:.1f}",
+        f"{row['branches_budget_ms']:.1f}",
         f"{row['uncached_images_per_s']:.1f}",
-        f"{row['cached_images_per_s']:.1f}",
-        f"{row['weight_gib']:.0f} + {row['cache_gib']:.0f}",
+        f"{row['network_images_per_s']:.1f}",
+        f"{row['weight_gib']:.0f} + {row['branches_cache_gib']:.0f}",
     )
     return "| " + " | ".join(cells) + " |"
 
@@ -121,7 +130,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         # The best layout of every number of GPUs.
         for name, label, colour in (
             ("uncached_images_per_s", "uncached", "#000000"),
-            ("cached_images_per_s", "default policy", "#0072B2"),
+            ("network_images_per_s", "network_forecast", "#0072B2"),
         ):
             gpus = sorted({row["gpus"] for row in mine})
             best = [max(row[name] for row in mine if row["gpus"] == count) for count in gpus]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moeca_dist.parallel.cost import Level, Topology
 
 BYTES = 2  # of a value: bfloat16
+KERNELS_CODING = 40  # of a leg whose rows are coded and decoded
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Shape:
         return 2 * self.rank_tokens * 3 * self.hidden * self.shared_width
 
     def stored_bytes(self) -> float:
-        """Of a rank's cache: value and difference of every module and every branch."""
+        """Of a rank's cache with branch forecasts: value and difference of every module and every branch."""
         modules = 2 * self.blocks  # attention, and the dense or shared feed-forward
         return 2 * BYTES * self.rank_tokens * self.hidden * (modules + self.num_experts_per_tok * self.moe_blocks)
 
@@ -87,11 +88,12 @@ class Gpu:
     launch_s: float  # of the host, per kernel
     kernels_computed: int  # of a block in a step that computes it
     kernels_served: int  # of a block in a step that serves it from the cache
+    kernels_forecast: int  # of a step that forecasts what all blocks do
     activations: float  # reads and writes of a hidden row by small kernels of a computed block
 
 
-H100 = Gpu("H100 SXM", 989e12, 0.4, 3.35e12, 0.8, 5e-6, 40, 60, 24.0)
-RTX_4090 = Gpu("RTX 4090", 165e12, 0.5, 1.008e12, 0.8, 5e-6, 40, 60, 24.0)
+H100 = Gpu("H100 SXM", 989e12, 0.4, 3.35e12, 0.8, 5e-6, 40, 60, 40, 24.0)
+RTX_4090 = Gpu("RTX 4090", 165e12, 0.5, 1.008e12, 0.8, 5e-6, 40, 60, 40, 24.0)
 
 NVLINK_AND_400G = Topology(
     (
@@ -105,12 +107,16 @@ PCIE = Topology((Level("PCIe 4.0 through the host", 1 << 30, 32e9 * 0.4, 30e-6, 
 class GpuMachine:
     """An expert-parallel group of ``num_ranks`` GPUs. Step 0 computes everything, all others are cache steps.
 
-    ``keeps``: whether step 0 stores what it computes. ``scale``: real tokens for each sampled one.
+    ``keeps``: whether step 0 stores what it computes. ``coded``: rows travel as 8-bit codes. ``scale``: real tokens for
+    each sampled one.
     """
 
-    def __init__(self, shape: Shape, gpu: Gpu, topology: Topology, num_ranks: int, scale: float, keeps: bool) -> None:
+    def __init__(
+        self, shape: Shape, gpu: Gpu, topology: Topology, num_ranks: int, scale: float, keeps: bool, coded: bool = False
+    ) -> None:
         self._shape, self._gpu, self._topology = shape, gpu, topology
         self._num_ranks, self._scale = num_ranks, scale
+        self._coded = coded
         self._home_s = (self._computed(keeps), self._served())
 
     def home_P(self, step: int) -> NDArray[np.float64]:
@@ -133,13 +139,22 @@ class GpuMachine:
         return self._topology.gather_counts_s(self._num_ranks, numbers)
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
-        # Rows are gathered, packed and unpacked on both sides: four reads and writes of each.
-        handled = 4 * float(sent_PO.sum(1).max(initial=0)) / (self._gpu.bytes_per_s * self._gpu.memory_share)
+        # Rows are gathered, packed and unpacked on both sides: four reads and writes of each. Codes are half as long,
+        # and are made of, and made into, rows and references.
+        passes = 20 if self._coded else 4
+        handled = passes * float(sent_PO.sum(1).max(initial=0)) / (self._gpu.bytes_per_s * self._gpu.memory_share)
+        coding_s = KERNELS_CODING * self._gpu.launch_s if self._coded else 0.0
         under_way = self._topology.all_to_all_s(sent_PO * self._scale, owners_O)
-        return handled * self._scale + max(0.0, under_way - meanwhile_s)
+        return max(handled * self._scale, coding_s) + max(0.0, under_way - meanwhile_s)
 
     def pass_time(self, seconds: float) -> None:
         pass  # no buckets that fill
+
+    def network_forecast_s(self) -> float:
+        """A step that forecasts what all blocks change: embeddings, value and slope, the output layer."""
+        row = BYTES * self._shape.rank_tokens * self._shape.hidden
+        memory = self._gpu.activations * row / (self._gpu.bytes_per_s * self._gpu.memory_share)
+        return max(memory, self._gpu.kernels_forecast * self._gpu.launch_s)
 
     def _computed(self, keeps: bool) -> float:
         shape, gpu = self._shape, self._gpu

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moeca_dist.parallel.assign import homes
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import LayerTraffic, Returns, layer_traffic
+from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
 Mode = Literal["exact", "planned", "budget"]
 
@@ -81,9 +81,14 @@ class StepTime:
 
 
 def traffic_of_steps(
-    trace: RoutingTrace, table: PlacementTable, num_ranks: int, placement: Literal["home", "owner"]
+    trace: RoutingTrace,
+    table: PlacementTable,
+    num_ranks: int,
+    placement: Literal["home", "owner"],
+    row: RowBytes | None = None,
 ) -> Iterator[list[LayerTraffic | None]]:
-    """By step: the traffic of each MoE layer, None where no router ran."""
+    """By step: the traffic of each MoE layer, None where no router ran. ``row`` None: rows travel as they are."""
+    row = row or RowBytes.exact(trace.row_bytes)
     home_N = homes(trace, num_ranks)
     returns: Returns = "sums" if not trace.keeps_branches else "branches" if placement == "home" else "owner"
     for step in range(trace.num_steps):
@@ -94,7 +99,7 @@ def traffic_of_steps(
             if not trace.keeps_branches and not fresh_NK.any():
                 found.append(None)
             else:
-                found.append(layer_traffic(ids_NK, fresh_NK, home_N, table.by_block[block], trace.row_bytes, returns))
+                found.append(layer_traffic(ids_NK, fresh_NK, home_N, table.by_block[block], row, returns))
         yield found
 
 

@@ -18,7 +18,7 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import layer_traffic
+from moeca_dist.parallel.traffic import RowBytes, layer_traffic
 from moeca_dist.record import record_routing
 from tests.golden_files import load_golden
 
@@ -108,9 +108,9 @@ def test_owner_traffic_counted_from_a_trace_is_what_the_run_sends(model, two_ran
     trace = trace_of(make_config(model, FORECAST))
     cache = FORECAST | {"placement": "owner"}
     _, report = two_ranks.run(generate, make_config(model, cache))[0]
-    placement, home_N = ExpertPlacement.contiguous(12, 2), homes(trace, 2)
+    placement, home_N, row = ExpertPlacement.contiguous(12, 2), homes(trace, 2), RowBytes.exact(trace.row_bytes)
     sent = sum(
-        layer_traffic(ids.reshape(-1, 5), fresh.reshape(-1, 5), home_N, placement, trace.row_bytes, "owner").bytes_sent
+        layer_traffic(ids.reshape(-1, 5), fresh.reshape(-1, 5), home_N, placement, row, "owner").bytes_sent
         for ids, fresh in zip(
             np.concatenate(trace.expert_ids_SLHBTK), np.concatenate(trace.refreshed_SLHBTK), strict=True
         )
@@ -255,6 +255,6 @@ def test_traffic_against_a_loop_over_tokens(replicated: tuple[int, ...]) -> None
                 else:
                     expected += refreshed * (8 if returns == "sums" else 4)
                     expected += 64 * ((refreshed > 0) if returns == "sums" else refreshed)
-        traffic = layer_traffic(ids, fresh, home_T, placement, 64, returns)
+        traffic = layer_traffic(ids, fresh, home_T, placement, RowBytes.exact(64), returns)
         assert traffic.bytes_sent == expected
         assert np.array_equal(traffic.rows_PE, rows_PE)

@@ -64,9 +64,11 @@ def test_what_is_late_and_what_lands(model, cache: dict[str, Any], monkeypatch: 
     seen: list[tuple[int, int]] = []
     compute, keep = MoELayer.compute, late._keep
 
-    def remembered(self: MoELayer, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, *rest: Any) -> Tensor:
+    def remembered(
+        self: MoELayer, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, *rest: Any, **options: Any
+    ) -> Tensor:
         inputs[cache.block, cache.step.index] = x_BTD.flatten(0, 1).clone()
-        return compute(self, x_BTD, plan, cache, *rest)
+        return compute(self, x_BTD, plan, cache, *rest, **options)
 
     def checked(plan: LayerPlan, values_ND: Tensor, branch_N: Tensor, cache: BlockStep) -> None:
         where = cache.block, cache.step.index

@@ -18,7 +18,7 @@ from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import Returns, layer_traffic
+from moeca_dist.parallel.traffic import Returns, RowBytes, layer_traffic
 
 DEFAULT_BALANCE = 0.5
 _MOST_STEPS = 64  # longer runs are added up in groups of steps
@@ -71,12 +71,13 @@ def placement_effect(trace: RoutingTrace, table: PlacementTable, num_ranks: int)
     home_N = homes(trace, num_ranks)
     sent, slowest, mean = 0, 0, 0.0
     returns: Returns = "branches" if trace.keeps_branches else "sums"
+    row = RowBytes.exact(trace.row_bytes)
     for place, block in enumerate(trace.blocks):
         placement = table.by_block[block]
         for step in range(trace.num_steps):
             ids_NK = trace.expert_ids_SLHBTK[step, place].reshape(-1, trace.num_experts_per_tok)
             refreshed_NK = trace.refreshed_SLHBTK[step, place].reshape(ids_NK.shape)
-            traffic = layer_traffic(ids_NK, refreshed_NK, home_N, placement, trace.row_bytes, returns)
+            traffic = layer_traffic(ids_NK, refreshed_NK, home_N, placement, row, returns)
             load_P = traffic.rows_PE.sum(1)
             sent, slowest, mean = sent + traffic.bytes_sent, slowest + load_P.max(), mean + load_P.mean()
     return PlacementEffect(sent / trace.num_steps, slowest / mean if mean else 1.0)

@@ -12,12 +12,32 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.row_codes import SCALE_BYTES
 
 Returns = Literal["sums", "branches", "owner"]
 """What comes back: sums per pair (nothing is kept), single branches (kept at home), or sums of what owners keep."""
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """Of one row on its way to an owner, with what stands beside it, and on its way back."""
+
+    there: int
+    back: int
+
+    @classmethod
+    def exact(cls, row_bytes: int) -> "RowBytes":
+        """Rows as they are, of so many bytes."""
+        return cls(row_bytes, row_bytes)
+
+    @classmethod
+    def coded(cls, width: int) -> "RowBytes":
+        """Rows of so many values as 8-bit codes; not for what comes back from owners that keep branches."""
+        return cls(KEY_BYTES + SCALE_BYTES + width, SCALE_BYTES + width)
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ def layer_traffic(
     refreshed_TK: NDArray[np.bool_],
     home_T: NDArray[np.integer],
     placement: ExpertPlacement,
-    row_bytes: int,
+    row: RowBytes,
     returns: Returns,
 ) -> LayerTraffic:
     """One layer in one step, of all ranks of a group together; ``home_T``: the rank of each token."""
@@ -62,11 +82,11 @@ def layer_traffic(
     answers_PO = hidden_PO if returns != "owner" else _pairs(column_TK, sent_TK, home_T, shape)
     header = {"sums": SUM_HEADER_BYTES, "branches": BRANCH_HEADER_BYTES, "owner": HEADER_BYTES}[returns]
     away_PO = owners_O[None, :] != np.arange(placement.num_ranks)[:, None]
-    back_PO = (branches_PO if returns == "branches" else answers_PO) * row_bytes
+    back_PO = (branches_PO if returns == "branches" else answers_PO) * row.back
     cell_N = (owner_TK * placement.num_experts + expert_ids_TK)[refreshed_TK]
     rows = np.bincount(cell_N, minlength=placement.num_ranks * placement.num_experts)
     return LayerTraffic(
-        (branches_PO * header + hidden_PO * row_bytes) * away_PO,
+        (branches_PO * header + hidden_PO * row.there) * away_PO,
         back_PO * away_PO,
         owners_O,
         rows.reshape(placement.num_ranks, placement.num_experts),
