@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -32,7 +33,9 @@ from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
 
 FIT_SEED, CHECK_SEED = 7, 0
-MOST_DIFFERENCE = {UNCACHED: 1e-5, BRANCHES: 1e-3}  # relative L2; with a cache a route near a tie may fall otherwise
+# Relative L2 of the median image: a route near a tie may fall otherwise where sums are rounded in another order, which
+# changes that image.
+MOST_DIFFERENCE = 1e-5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "rows": rows}, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(markdown(rows, setting))
-    differing = [row for row in rows if row["rel_l2"] > MOST_DIFFERENCE[row["policy"]]]
+    differing = [row for row in rows if row["rel_l2_median"] > MOST_DIFFERENCE]
     for row in differing:
         print(f"error: {row['config']}, {row['policy']}, {row['num_ranks']} ranks: other samples", file=sys.stderr)
     return 1 if differing else 0
@@ -113,6 +116,7 @@ def _row(
     fit: RoutingTrace,
 ) -> dict[str, Any]:  # fmt: skip
     (equal_bytes, equal_samples), (placed_bytes, placed_samples) = runs
+    by_image = [relative_l2(placed, equal) for placed, equal in zip(placed_samples, equal_samples, strict=True)]
     return {
         "config": config,
         "policy": policy,
@@ -123,7 +127,8 @@ def _row(
         "bytes_ratio": placed_bytes / equal_bytes,
         "slowest_load_equal_runs": float(effects[0].slowest_load),
         "slowest_load_placed": float(effects[1].slowest_load),
-        "rel_l2": relative_l2(placed_samples, equal_samples),
+        "rel_l2_median": median(by_image),
+        "rel_l2_most": max(by_image),
     }
 
 
@@ -133,11 +138,12 @@ def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> s
         f"Tables chosen on images of seed {FIT_SEED}, measured on as many images of seed {CHECK_SEED}. Bytes are those "
         "that the exchange of the running ranks counted. Busiest rank: branches computed by the busiest rank of each "
         "layer and step over the mean of the ranks, from the recorded routing of the measured images; 1 is even. "
-        "Replicas: experts of each block, those that computed most, that every rank holds."
+        "Replicas: experts of each block, those that computed most, that every rank holds. Relative L2: of the samples, to "
+        "those of equal runs; sums are rounded in another order, so a route near a tie may fall otherwise in an image."
     )
     header = ("config", "policy", "ranks", "replicas", "experts of a block on a rank", "bytes, equal runs",
               "bytes, placed", "ratio", "busiest rank, equal runs",
-              "busiest rank, placed", "relative L2 of the samples")  # fmt: skip
+              "busiest rank, placed", "relative L2 of the median image", "of the worst")  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *(_line(row) for row in rows)]
     return "\n\n".join(["# Expert placement from a routing trace", facts, about, "\n".join(lines)]) + "\n"
 
@@ -154,7 +160,8 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['bytes_ratio']:.3f}",
         f"{row['slowest_load_equal_runs']:.3f}",
         f"{row['slowest_load_placed']:.3f}",
-        f"{row['rel_l2']:.1e}",
+        f"{row['rel_l2_median']:.1e}",
+        f"{row['rel_l2_most']:.1e}",
     )
     return "| " + " | ".join(cells) + " |"
 

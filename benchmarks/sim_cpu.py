@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from netns import Link, Network, require
 from numpy.typing import NDArray
-from rank_cases import ON_ONE_RANK, chosen
+from rank_cases import CODED, ON_ONE_RANK, chosen
 from rank_job import Job
 from rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
 from sim_step import traffic_of_steps
@@ -160,8 +160,8 @@ class Exchanges:
     leg_s: NDArray[np.float64]
 
     @classmethod
-    def of(cls, measured: Mapping[str, Any]) -> "Exchanges":
-        cells = sorted((cell["bytes"], cell["seconds"]) for cell in measured["cells"])
+    def of(cls, measured: Mapping[str, Any], coded: bool) -> "Exchanges":
+        cells = sorted((cell["bytes"], cell["seconds"]) for cell in measured["coded" if coded else "exact"])
         both_bytes, both_s = (np.array(column, np.float64) for column in zip(*cells, strict=True))
         return cls(measured["agree_s"], both_bytes / 2, both_s / 2)
 
@@ -202,7 +202,7 @@ class CpuMachine:
         kind = "loopback" if link is None else "links"
         if kind not in measured["exchange"]:
             raise UserError("the table holds no measurement of virtual links: measure with sudo, which can make them")
-        self._exchanges = Exchanges.of(measured["exchange"][kind])
+        self._exchanges = Exchanges.of(measured["exchange"][kind], policy in CODED)
         self._links = None
         if link is not None:
             goodput = probe_mbit or link.rate_mbit * (FRAME_BYTES - HEADER_BYTES) / FRAME_BYTES

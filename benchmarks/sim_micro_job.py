@@ -31,6 +31,8 @@ from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.references import BlockCoding, Places, RowCoding
+from moeca_dist.parallel.row_codes import FORMATS, RowFormat
 from moeca_dist.types import Routing
 
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -93,21 +95,28 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
 
 
 def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
-    """``agree_s``: gathering counts; ``cells``: bytes that the busiest rank sends in both legs, and their seconds.
-
-    The seconds are beyond what one rank does in the place of an exchange, and beyond the gathering.
-    """
-    placement = ExpertPlacement.contiguous(spec.num_experts, group.size)
-    away, local = AllToAllDispatcher(group, placement), LocalDispatcher(spec.num_experts)
-    layer = made_experts(spec, len(placement.experts_of(group.rank)))
-    counts = torch.zeros(2 * group.size, dtype=torch.int64)
-    agreed, cells = Ranks(group), []
+    """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in 8 bits, see ``cells``."""
+    counts, agreed = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group)
     for _ in range(EXCHANGES):
         compute()
         with agreed.call():
             group.gather_counts(counts)
     agree_s = agreed.median()
+    return {"agree_s": agree_s} | {
+        name: cells(spec, group, form, agree_s) for name, form in (("exact", None), ("coded", FORMATS["int8"]))
+    }
+
+
+def cells(spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: float) -> list[dict[str, float]]:
+    """Bytes that the busiest rank sends in both legs, and their seconds.
+
+    The seconds are beyond what one rank does in the place of an exchange, and beyond gathering counts.
+    """
+    placement, found = ExpertPlacement.contiguous(spec.num_experts, group.size), []
+    plain, local = AllToAllDispatcher(group, placement), LocalDispatcher(spec.num_experts)
+    layer = made_experts(spec, len(placement.experts_of(group.rank)))
     for tokens in TOKENS:
+        away = plain.coded(None if form is None else coding(form, group, tokens))
         x_TD = torch.randn(tokens, spec.hidden_size)
         ids_TK = torch.rand(tokens, spec.num_experts).topk(spec.num_experts_per_tok).indices
         routing = Routing(ids_TK, torch.rand(ids_TK.shape))
@@ -127,8 +136,13 @@ def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
             alone_s.append(time.process_time() - started)
         moved = max(group.gather_objects(group.traffic.bytes_sent - before)) // EXCHANGES
         alone = median(group.gather_objects(median(alone_s[WARM_UP:])))
-        cells.append({"bytes": moved, "seconds": max(0.0, there.median() + back.median() - agree_s - alone)})
-    return {"agree_s": agree_s, "cells": cells}
+        found.append({"bytes": moved, "seconds": max(0.0, there.median() + back.median() - agree_s - alone)})
+    return found
+
+
+def coding(form: RowFormat, group: Exchange, tokens: int) -> BlockCoding:
+    """For one image of so many tokens on each rank."""
+    return RowCoding(Places.of(form, group.rank, [1] * group.size, tokens, group.device)).block(0)
 
 
 class Ranks:

@@ -40,7 +40,7 @@ def made_table() -> dict[str, Any]:
         for world in (1, 2, 4)
     }
     cells = [{"bytes": 2 * n, "seconds": 2 * (0.001 + 1e-6 * n)} for n in (0, 100, 10_000)]
-    exchange = {"agree_s": 0.001, "cells": cells}
+    exchange = {"agree_s": 0.001, "exact": cells, "coded": cells}
     micro = {
         "experts": {"least_s": 0.0, "per_expert_s": {str(n): 1e-4 * n for n in (1, 2, 256)}},
         "shared_s_per_token": 0.0,
