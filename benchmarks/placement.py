@@ -138,8 +138,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> s
         f"Tables chosen on images of seed {FIT_SEED}, measured on as many images of seed {CHECK_SEED}. Bytes are those "
         "that the exchange of the running ranks counted. Busiest rank: branches computed by the busiest rank of each "
         "layer and step over the mean of the ranks, from the recorded routing of the measured images; 1 is even. "
-        "Replicas: experts of each block, those that computed most, that every rank holds. Relative L2: of the samples, to "
-        "those of equal runs; sums are rounded in another order, so a route near a tie may fall otherwise in an image."
+        "Replicas: experts of each block, those that computed most, that every rank holds. Relative L2: of the samples "
+        "to those of equal runs; sums are rounded in another order, so a route near a tie may fall otherwise in an "
+        "image."
     )
     header = ("config", "policy", "ranks", "replicas", "experts of a block on a rank", "bytes, equal runs",
               "bytes, placed", "ratio", "busiest rank, equal runs",

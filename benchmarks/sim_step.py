@@ -21,6 +21,7 @@ from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
 Mode = Literal["exact", "planned", "budget"]
+Placement = Literal["home", "owner"]
 
 
 class Machine(Protocol):
@@ -84,7 +85,7 @@ def traffic_of_steps(
     trace: RoutingTrace,
     table: PlacementTable,
     num_ranks: int,
-    placement: Literal["home", "owner"],
+    placement: Placement,
     row: RowBytes | None = None,
 ) -> Iterator[list[LayerTraffic | None]]:
     """By step: the traffic of each MoE layer, None where no router ran. ``row`` None: rows travel as they are."""

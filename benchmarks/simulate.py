@@ -22,14 +22,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from hardware import conditions
 from netns import Link
-from rank_cases import BRANCHES, CELLS, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
+from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores, measure, record
 from sim_report import validation_markdown
-from sim_step import Mode, StepTime, simulate_step, traffic_of_steps
+from sim_step import Mode, Placement, StepTime, simulate_step, traffic_of_steps
 
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
+from moeca_dist.parallel.traffic import RowBytes
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = RESULTS / "sim_tables"
@@ -125,7 +126,10 @@ def predict_run(
     """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
     machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
-    steps = traffic_of_steps(trace, placed, num_ranks, "owner" if policy in ON_ONE_RANK else "home")
+    placement: Placement = "owner" if policy in AT_OWNERS else "home"
+    # The configurations that are simulated on CPU compute in fp32.
+    row = RowBytes.coded(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
+    steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
 

@@ -12,6 +12,7 @@ import pytest
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
+from moeca_dist.parallel.traffic import RowBytes
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -46,7 +47,10 @@ def made_table() -> dict[str, Any]:
         "shared_s_per_token": 0.0,
         "exchange": {"loopback": exchange, "links": exchange},
     }
-    return {"compute": dict.fromkeys(("uncached", "moeca_forecast"), compute), "micro": {"2": micro, "4": micro}}
+    return {
+        "compute": dict.fromkeys(("uncached", "moeca_forecast", "network_forecast"), compute),
+        "micro": {"2": micro, "4": micro},
+    }
 
 
 class Counted:
@@ -103,6 +107,22 @@ def test_module_policies_agree_on_nothing_where_no_router_ran(load) -> None:
     sim = load("sim_step")
     layers = list(sim.traffic_of_steps(made_trace(keeps=False), PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
     assert layers[2] == [None, None] and None not in layers[0]
+
+
+def test_coded_rows_are_shorter_and_take_less(load) -> None:
+    sim, simulate, netns = load("sim_step"), load("simulate"), load("netns")
+    trace, table = made_trace(keeps=False), PlacementTable.contiguous((1, 3), 8, 2)
+    # 16 values in fp32; in 8 bits they have a scale, and a key on the way there.
+    (exact, *_), (coded, *_) = (
+        next(sim.traffic_of_steps(trace, table, 2, "home", row)) for row in (None, RowBytes.coded(16))
+    )
+    assert np.array_equal(exact.back_PO / 64, coded.back_PO / 20)
+    assert np.array_equal(exact.there_PO - coded.there_PO, exact.back_PO / 64 * (64 - 24))
+    times = [
+        simulate.predict_run(made_table(), trace, policy, 2, 2.0, netns.Link(1.0, 1))[0].exchange
+        for policy in ("network_forecast", "network_forecast, int8 rows")
+    ]
+    assert times[1] < 0.5 * times[0]
 
 
 def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
