@@ -18,9 +18,18 @@ CELLS: tuple[Cell, ...] = (
     Cell("taylorseer", {"policy": "taylorseer"}),
     Cell("fora", {"policy": "fora"}),
     Cell("moeca", {"policy": "moeca"}),
+    Cell("uncached, int8 rows", {"policy": "none"}, {"rows": "int8"}),
+    Cell("network_forecast, int8 rows", {"policy": "network_forecast"}, {"rows": "int8"}),
+    Cell("network_forecast, fp8 rows", {"policy": "network_forecast"}, {"rows": "fp8"}),
 )
-# On one rank there is nothing to place: what stands for these cells there.
-ON_ONE_RANK = {"moeca_forecast, owner": BRANCHES}
+# On one rank there is nothing to place and nothing travels: what stands for these cells there.
+ON_ONE_RANK = {
+    "moeca_forecast, owner": BRANCHES,
+    "uncached, int8 rows": UNCACHED,
+    "network_forecast, int8 rows": DEFAULT,
+    "network_forecast, fp8 rows": DEFAULT,
+}
+CODED = frozenset(cell.name for cell in CELLS if "rows" in cell.parallel)
 # What is measured where nothing else is asked for.
 COMMON = (UNCACHED, DEFAULT, BRANCHES, "moeca_forecast, owner", "taylorseer")
 
@@ -32,6 +41,7 @@ def config_path(name: str) -> Path:
 
 
 def chosen(names: list[str], ep_size: int) -> tuple[Cell, ...]:
-    """The cells called ``names``; those that place something only where there are other ranks."""
+    """The cells called ``names``, or on one rank what stands for them there."""
     by_name = {cell.name: cell for cell in CELLS}
-    return tuple(by_name[name] for name in names if ep_size > 1 or name not in ON_ONE_RANK)
+    found = names if ep_size > 1 else [ON_ONE_RANK.get(name, name) for name in names]
+    return tuple(by_name[name] for name in dict.fromkeys(found))

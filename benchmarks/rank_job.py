@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,15 @@ RECORDS = "records.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of a job: its name, and the ``cache:`` section that replaces that of the file.
+    """One configuration of a job: its name, the ``cache:`` section that replaces that of the file, and keys of the
+    ``parallel:`` section.
 
-    A cell that names a policy and nothing else leaves a file alone that has tuned this policy.
+    A cell that names a policy and nothing else leaves the file's cache alone where that has tuned this policy.
     """
 
     name: str
     cache: dict[str, Any]
+    parallel: dict[str, Any] = field(default_factory=dict)
 
     def section(self, of_file: CacheConfig) -> CacheConfig:
         return of_file if self.cache == {"policy": of_file.policy} else CacheConfig.model_validate(self.cache)
@@ -113,11 +115,12 @@ def run(job: Job, folder: Path) -> None:
 def engine_of(cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num_steps: int | None = None) -> Engine:
     """``num_steps``: of a warm-up, to which a schedule that the file has tuned does not apply."""
     config = load_config(job.config, job.overrides)
+    sections: dict[str, Any] = {"parallel": config.parallel.model_copy(update=cell.parallel)}
     if num_steps is None:
-        sections: dict[str, Any] = {"cache": cell.section(config.cache)}
+        sections["cache"] = cell.section(config.cache)
     else:
-        sampling = config.sampling.model_copy(update={"num_steps": num_steps})
-        sections = {"cache": CacheConfig.model_validate(cell.cache), "sampling": sampling}
+        sections["cache"] = CacheConfig.model_validate(cell.cache)
+        sections["sampling"] = config.sampling.model_copy(update={"num_steps": num_steps})
     return Engine(config.model_copy(update=sections), mesh, model, Unrounded())
 
 

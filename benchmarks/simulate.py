@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from hardware import conditions
 from netns import Link
-from rank_cases import BRANCHES, CELLS, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
+from rank_cases import BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores, measure, record
 from sim_report import validation_markdown
 from sim_step import Mode, StepTime, simulate_step, traffic_of_steps
@@ -62,7 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--validate", type=Path, nargs="+", metavar="JSON", help="results of network.py")
     what.add_argument("--predict", action="store_true", help="print the time of a step for each cell")
     parser.add_argument("--configs", nargs="+", default=["bench-dsmoe-s-e48"], help="default: %(default)s")
-    parser.add_argument("--policies", nargs="+", choices=[cell.name for cell in CELLS], default=DEFAULT_POLICIES)
+    names = [cell.name for cell in CELLS if cell.name not in CODED]
+    parser.add_argument("--policies", nargs="+", choices=names, default=DEFAULT_POLICIES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--rates", type=float, nargs="*", default=[1000, 200, 50], help="Mbit/s; default: 1000 200 50")
     parser.add_argument("--exchange", choices=("exact", "planned"), default="exact")
@@ -162,7 +163,8 @@ def validate(args: argparse.Namespace) -> int:
             raise UserError(f"{path} does not exist: measure it with benchmarks/network.py")
         results = json.loads(path.read_text())
         sources.append({"file": path.name, **results["conditions"]})
-        rows += [compare(row, args) for row in results["rows"] if row["num_ranks"] > 1]
+        # Bytes of coded rows are not simulated.
+        rows += [compare(row, args) for row in results["rows"] if row["num_ranks"] > 1 and row["policy"] not in CODED]
     if not rows:
         raise UserError("the results hold no cell of more than one rank")
     setting = conditions("cpu") | {"note": args.note, "busy": args.busy}
