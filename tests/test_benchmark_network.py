@@ -77,6 +77,19 @@ def test_samples_that_differ_from_one_rank_are_told(load) -> None:
     assert [row["agrees_with_one_rank"] for row in rows] == [False, False, None]
 
 
+def test_coded_rows_have_a_bound_of_their_own(load) -> None:
+    launch, network_report, cases = load("rank_launch"), load("network_report"), load("rank_cases")
+    names = ("uncached", "uncached, int8 rows", "network_forecast, fp8 rows")
+    alone = outcome(launch, {"uncached": [1.0], "network_forecast": [1.0]}, 0.0)
+    for shift, agrees in ((5e-3, True), (1e-2, False)):  # 52 and 46 dB
+        found = outcome(launch, {name: [1.0] for name in names}, shift)
+        rows = network_report.summarise("demo", 2, None, None, found, alone)
+        assert [row["agrees_with_one_rank"] for row in rows] == [False, agrees, agrees]
+    assert {cell.name for cell in cases.chosen([*names], 1)} == {"uncached", "network_forecast"}
+    assert [cell.parallel for cell in cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "fp8"}]
+    assert not cases.CODED & {*cases.COMMON}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -1,0 +1,27 @@
+"""The benchmark of coded rows runs on two ranks, and its figures are those of the formats."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    options = ["--num-images", "2", "--policies", "taylorseer", "--set", "sampling.num_steps=20"]
+    options += ["--set", "cache.policy=none", "--out", str(tmp_path / "rows")]
+    command = [sys.executable, "benchmarks/rows.py", *options]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    found = {(row["policy"], row["rows"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * 5
+    for policy in ("uncached", "taylorseer"):
+        exact = found[policy, "exact"]
+        assert exact["db_to_exact"] == 200 and exact["reference_bytes"] == 0
+        for form, least_db in (("int8", 60), ("fp8", 50)):
+            row, whole = found[policy, form], found[policy, f"{form}, whole"]
+            assert 0.25 < row["bytes_sent"] / exact["bytes_sent"] < 0.29 and row["reference_bytes"] > 0
+            assert least_db < row["db_to_exact"] and whole["db_to_exact"] + 3 < row["db_to_exact"]
+    assert (tmp_path / "rows.md").read_text().count("| int8 |") == 2
