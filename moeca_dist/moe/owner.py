@@ -23,7 +23,7 @@ def routed_at_owners(
     cache: BlockStep,
     pairs: PairExchange,
     experts: RoutedExperts,
-    coding: BlockCoding | None,
+    coding: BlockCoding | None = None,
 ) -> Pending[Tensor]:
     """[T, D] routed sums. A collective of the group, like every exchange: all its ranks call it in every step."""
     assert cache.owned is not None
