@@ -125,7 +125,9 @@ def make_job(path: Path, args: argparse.Namespace, ep_size: int) -> Job:
 def report(
     path: Path, ep_size: int, link: Link | None, probe: dict[str, float] | None, outcome: Outcome, alone: Outcome
 ) -> list[dict[str, Any]]:
-    rows = summarise(path.stem, ep_size, None if link is None else asdict(link), probe, outcome, alone)
+    trained = not load_config(path).model.random_init
+    shaped = None if link is None else asdict(link)
+    rows = summarise(path.stem, ep_size, shaped, probe, outcome, alone, trained=trained)
     for row in rows:
         print(row["line"], flush=True)
     return rows

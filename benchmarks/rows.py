@@ -3,8 +3,10 @@
     python benchmarks/rows.py --ranks 2 --num-images 16
 
 Every policy runs with rows as computed and with each format, on the same noise and ranks. "whole" are the same codes
-without references: each row by itself, never as a change (a switch of this benchmark, not of the package). Nothing is
-timed: what bytes are worth depends on the link (benchmarks/network.py). Writes OUT.json and OUT.md.
+without references: each row by itself, never as a change (a switch of this benchmark, not of the package). "noise" are
+rows as computed with a little noise on the outputs of the routed experts: how far samples move by themselves, which is
+far with random weights. Nothing is timed: what bytes are worth depends on the link (benchmarks/network.py). Writes
+OUT.json and OUT.md.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from exchange import free_port
 from hardware import conditions
 from rank_cases import config_path
 from rank_job import Cell, Unrounded
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
 from moeca_dist import Engine, Report, Request
@@ -42,6 +44,7 @@ CELLS = (
     Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "placement": "owner"}),
 )
 WHOLE = ", whole"
+NOISE, NOISE_LEVEL = "noise", 1e-3
 
 
 def main() -> None:
@@ -89,7 +92,7 @@ def run_rank(rank: int, num_ranks: int, port: int, name: str, args: argparse.Nam
         if cell.name not in args.policies and cell.name != "uncached":
             continue
         exact: Tensor | None = None
-        for form in ("exact", *FORMATS, *(f"{form}{WHOLE}" for form in FORMATS)):
+        for form in ("exact", *FORMATS, *(f"{form}{WHOLE}" for form in FORMATS), NOISE):
             samples, report = run(engine, cell, form, requests)
             if rank:
                 continue
@@ -104,9 +107,11 @@ def run_rank(rank: int, num_ranks: int, port: int, name: str, args: argparse.Nam
 
 
 def run(engine: Engine, cell: Cell, form: str, requests: list[Request]) -> tuple[Tensor, Report]:
-    parallel = engine.config.parallel.model_copy(update={"rows": form.removesuffix(WHOLE)})
+    rows = "exact" if form == NOISE else form.removesuffix(WHOLE)
+    parallel = engine.config.parallel.model_copy(update={"rows": rows})
     config = engine.config.model_copy(update={"cache": cell.section(engine.config.cache), "parallel": parallel})
-    with without_references() if form.endswith(WHOLE) else nullcontext():
+    manner = without_references() if form.endswith(WHOLE) else noise(engine) if form == NOISE else nullcontext()
+    with manner:
         samples, report = Engine(config, engine.mesh, engine.model, Unrounded()).generate(requests)
     return torch.as_tensor(samples), report
 
@@ -117,6 +122,22 @@ def without_references() -> Iterator[None]:
     held = References._held
     with mock.patch.object(References, "_held", lambda *args: torch.zeros_like(held(*args))):
         yield
+
+
+@contextmanager
+def noise(engine: Engine) -> Iterator[None]:
+    """Within it every output of a routed expert is off by about ``NOISE_LEVEL`` of itself."""
+    draw = torch.Generator().manual_seed(engine.mesh.rank)
+
+    def add(_: nn.Module, __: Any, out_RD: Tensor) -> Tensor:
+        return out_RD * (1 + NOISE_LEVEL * torch.randn(out_RD.shape, generator=draw))
+
+    hooks = [layer.experts.register_forward_hook(add) for _, layer in engine.model.moe_layers()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def figures(samples: Tensor, exact: Tensor, uncached: Tensor, report: Report, *, latent: bool) -> dict[str, Any]:
@@ -141,7 +162,8 @@ METHOD = f"""\
 policy with rows as computed. **to exact rows**: PSNR of the samples to those of the same policy with rows as computed,
 mean over the images (worst image), and relative L2; of latents the energy over that of the difference. **to uncached**:
 to the samples without a cache and with rows as computed. **references**: memory of both ends, all ranks together.
-"{WHOLE.removeprefix(", ")}": no references, each row coded by itself; what the changes are worth."""
+"{WHOLE.removeprefix(", ")}": no references, each row coded by itself; what the changes are worth. "{NOISE}": a control,
+rows as computed and noise of {NOISE_LEVEL:g} on the outputs of the routed experts."""
 
 HEADER = ("policy", "rows", "bytes", "of exact", "to exact rows", "relative L2", "to uncached", "references")
 
@@ -173,7 +195,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "-" if same else f"{row['db_to_exact']:.1f} dB ({row['worst_db_to_exact']:.1f})",
         "-" if same else f"{row['rel_l2_to_exact']:.1e}",
         "-" if first else f"{row['db_to_uncached']:.2f} dB ({row['worst_db_to_uncached']:.1f})",
-        "-" if same or row["rows"].endswith(WHOLE) else f"{scaled(row['reference_bytes'], 1024)}iB",
+        f"{scaled(row['reference_bytes'], 1024)}iB" if row["rows"] in FORMATS else "-",
     ]
 
 

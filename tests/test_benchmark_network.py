@@ -85,6 +85,8 @@ def test_coded_rows_have_a_bound_of_their_own(load) -> None:
         found = outcome(launch, {name: [1.0] for name in names}, shift)
         rows = network_report.summarise("demo", 2, None, None, found, alone)
         assert [row["agrees_with_one_rank"] for row in rows] == [False, agrees, agrees]
+    rows = network_report.summarise("bench-dsmoe-s-e48", 2, None, None, found, alone, trained=False)
+    assert [row["agrees_with_one_rank"] for row in rows] == [False, None, None]
     assert {cell.name for cell in cases.chosen([*names], 1)} == {"uncached", "network_forecast"}
     assert [cell.parallel for cell in cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "fp8"}]
     assert not cases.CODED & {*cases.COMMON}

@@ -16,10 +16,11 @@ def test_quick_run(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     found = {(row["policy"], row["rows"]): row for row in rows}
-    assert len(found) == len(rows) == 2 * 5
+    assert len(found) == len(rows) == 2 * 6
     for policy in ("uncached", "taylorseer"):
         exact = found[policy, "exact"]
         assert exact["db_to_exact"] == 200 and exact["reference_bytes"] == 0
+        assert found[policy, "noise"]["rows"] == "noise" and 60 < found[policy, "noise"]["db_to_exact"] < 120
         for form, least_db in (("int8", 60), ("fp8", 50)):
             row, whole = found[policy, form], found[policy, f"{form}, whole"]
             assert 0.25 < row["bytes_sent"] / exact["bytes_sent"] < 0.29 and row["reference_bytes"] > 0

@@ -54,12 +54,19 @@ def random_routing(draw: torch.Generator, num_tokens: int, skew: float) -> Routi
     return Routing(scores_TE.topk(3, dim=1).indices, torch.rand(num_tokens, 3, generator=draw))
 
 
-def many_steps(form: str, owners: tuple[int, ...], tokens: Sequence[int], skew: float, dtype: torch.dtype) -> Any:
+def many_steps(
+    form: str,
+    owners: tuple[int, ...],
+    tokens: Sequence[int],
+    skew: float,
+    dtype: torch.dtype,
+    replicated: tuple[int, ...] = (),
+) -> Any:
     """On every rank: tokens that drift and are routed anew in each step; summed, or some branches one by one."""
     env = LauncherEnv.read()
     group = Mesh.create(env, device_type="cpu", timeout_s=60).expert_group
     assert group is not None
-    placement = ExpertPlacement(owners, env.world_size)
+    placement = ExpertPlacement(owners, env.world_size, replicated)
     coding = RowCoding(Places.of(FORMATS[form], env.rank, tokens, 1, torch.device("cpu")))
     plain = AllToAllDispatcher(group, placement)
     coded = plain.coded(coding.block(0))
@@ -70,7 +77,7 @@ def many_steps(form: str, owners: tuple[int, ...], tokens: Sequence[int], skew: 
     for step in range(36):
         walk_TD = walk_TD + 0.1 * torch.randn(walk_TD.shape, generator=draw)
         x_TD, routing = walk_TD.to(dtype), random_routing(draw, len(walk_TD), skew)
-        owner_TK = torch.tensor(owners)[routing.expert_ids_TK]
+        owner_TK = torch.tensor(placement.owners_for(env.rank))[routing.expert_ids_TK]
         kind, chosen_TK, use = "sums", torch.ones_like(owner_TK, dtype=torch.bool), summed
         if step % 3 == 2:
             kind, chosen_TK, use = "branches", torch.rand(owner_TK.shape, generator=draw) < 0.5, one_by_one
@@ -144,6 +151,12 @@ def test_half_precision_keeps_the_same(two_ranks: Any, form: str, dtype: torch.d
     references = [of for outcome in outcomes for of in outcome[0].values() if of is not None]
     assert {of.dtype for of in references} == {dtype} and all(of.isfinite().all() for of in references)
     assert all(max(errors) < 0.3 for _, errors, _, _ in outcomes)
+
+
+def test_replicated_experts_send_nothing_and_the_others_stay_in_step(two_ranks: Any) -> None:
+    outcomes = two_ranks.run(many_steps, "int8", (0, 0, 0, 1, 1, 1), (6, 3), 1.0, torch.float32, (1, 4))
+    assert check_lockstep((6, 3), [outcome[0] for outcome in outcomes]) == set(LEGS)
+    assert all(max(errors) < 0.05 for _, errors, _, _ in outcomes)
 
 
 def waits_of_coding() -> list[list[str]]:
