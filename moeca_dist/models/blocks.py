@@ -6,6 +6,7 @@ Shape suffixes: B images, C channels, H and W pixels, T tokens of one image, D h
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
-from moeca_dist.models.modulation import Modulation, modulate, normalise
+from moeca_dist.models.modulation import Modulation, modulate, normalise, residual
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import UNTIMED, Timer
@@ -76,6 +77,24 @@ class DenseMLP(nn.Module):
         return self.fc2(F.silu(self.fc1(x_BTD)))
 
 
+class BlockParts(Protocol):
+    """Another way to compute parts of a block without a cache: the same function, rounded differently."""
+
+    def serves(self, x_BTD: Tensor) -> bool:
+        """Whether it is made for so many images."""
+        ...
+
+    def enter_feed_forward(
+        self, block: "AdaLNBlock", x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream after attention and the input of the feed-forward [B, T, D], and the gate of its output [B, D]."""
+        ...
+
+    def after_dense(self, dense: nn.Module, x_BTD: Tensor, entering_BTD: Tensor, gate_BD: Tensor) -> Tensor:
+        """[B, T, D]: the stream with the gated output of a dense feed-forward added."""
+        ...
+
+
 class AdaLNBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition c = time + label.
 
@@ -88,6 +107,7 @@ class AdaLNBlock(nn.Module):
         self.add_module(feed_forward_name, feed_forward)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self._feed_forward_name = feed_forward_name
+        self.parts: BlockParts | None = None
 
     @property
     def feed_forward(self) -> nn.Module:
@@ -104,6 +124,8 @@ class AdaLNBlock(nn.Module):
         coding: BlockCoding | None = None,
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path, measured with ``timer``."""
+        if cache is None and self.parts is not None and self.parts.serves(x_BTD):
+            return self._in_parts(self.parts, x_BTD, c_BD, rotary, timer)
         modulation = Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
         if cache is not None:
             return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
@@ -117,6 +139,17 @@ class AdaLNBlock(nn.Module):
             with timer.section("dense"):
                 fed_BTD = self.feed_forward(entering_BTD)
         return modulation.after_feed_forward(x_BTD, fed_BTD)
+
+    def _in_parts(
+        self, parts: BlockParts, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
+    ) -> Tensor:
+        with timer.section("attention"):
+            x_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(self, x_BTD, c_BD, rotary)
+        if not isinstance(self.feed_forward, MoELayer):
+            with timer.section("dense"):
+                return parts.after_dense(self.feed_forward, x_BTD, entering_BTD, gate_BD)
+        with timer.section("experts"):
+            return residual(x_BTD, gate_BD, self.feed_forward(entering_BTD))
 
 
 class FinalLayer(nn.Module):

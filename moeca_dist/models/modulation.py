@@ -67,16 +67,17 @@ class Modulation:
         return modulate(normalise(x_BTD), self.shift_attention_BD, self.scale_attention_BD)
 
     def after_attention(self, x_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
-        return _residual(x_BTD, self.gate_attention_BD, attended_BTD)
+        return residual(x_BTD, self.gate_attention_BD, attended_BTD)
 
     def to_feed_forward(self, x_BTD: Tensor) -> Tensor:
         return modulate(normalise(x_BTD), self.shift_feed_forward_BD, self.scale_feed_forward_BD)
 
     def after_feed_forward(self, x_BTD: Tensor, fed_BTD: Tensor) -> Tensor:
-        return _residual(x_BTD, self.gate_feed_forward_BD, fed_BTD)
+        return residual(x_BTD, self.gate_feed_forward_BD, fed_BTD)
 
 
-def _residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
+def residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
+    """[B, T, D]: ``x`` plus gate x branch."""
     if torch.is_grad_enabled():  # training: kernels write into given memory, where no gradient can follow
         return x_BTD + gate_BD[:, None] * branch_BTD
     after_BTD = empty_stream(x_BTD)
