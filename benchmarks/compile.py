@@ -30,7 +30,7 @@ from torch import Tensor
 from moeca_dist import Engine
 from moeca_dist.config import Config, load_config
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.blocks import BlockParts
+from moeca_dist.models.blocks import EAGER, BlockParts
 
 MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
@@ -78,9 +78,7 @@ def make_config(args: argparse.Namespace, *, compiled: bool) -> Config:
 
 
 @torch.no_grad()
-def row(
-    model: DiffusionTransformer, parts: Sequence[BlockParts | None], batch_size: int, repeats: int
-) -> dict[str, Any]:
+def row(model: DiffusionTransformer, parts: Sequence[BlockParts], batch_size: int, repeats: int) -> dict[str, Any]:
     spec, count = model.spec, 2 * batch_size
     inputs = (
         torch.randn(count, spec.in_channels, spec.input_size, spec.input_size),
@@ -92,7 +90,7 @@ def row(
 
     def evaluate(compiled: bool) -> Tensor:
         for block, part in zip(model.blocks, parts, strict=True):
-            block.parts = part if compiled else None
+            block.parts = part if compiled else EAGER
         return model(*inputs)
 
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -265,7 +265,8 @@ class Engine:
         return bound(session, timer), partial(counters.end_round, session, coding)
 
     def _bound(self, coding: RowCoding | None, session: CacheSession | None, timer: Timer) -> Network:
-        model = partial(self.model, timer=timer, coding=coding)
+        two_batches = self.config.parallel.two_batch_overlap and self.mesh.expert_group is not None
+        model = partial(self.model, timer=timer, coding=coding, two_batches=two_batches)
         return exact(model) if session is None else cached(model, session)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
@@ -287,7 +288,14 @@ class Engine:
         return Counters(observed, graphs=None if self.graphs is None else GraphCounts())
 
 
-_EXACT_EXCHANGE = {"exchange": "exact", "budget": None, "budget_groups": None, "budget_fill": False, "rows": "exact"}
+_EXACT_EXCHANGE = {
+    "exchange": "exact",
+    "budget": None,
+    "budget_groups": None,
+    "budget_fill": False,
+    "rows": "exact",
+    "two_batch_overlap": False,
+}
 
 
 def join(config: Config) -> Mesh:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.checks import check_config
 from moeca_dist.config import Config
+from moeca_dist.models.blocks import EAGER
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from tests.golden_files import load_golden
 
@@ -24,14 +25,21 @@ CACHES: list[dict[str, Any]] = [{"policy": "none"}, {"policy": "network_forecast
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 
 
-def make_config(folder: Path, network: str, compiled: bool, cache: dict[str, Any] = CACHES[0], **model: Any) -> Config:
+def make_config(
+    folder: Path,
+    network: str,
+    compiled: bool,
+    cache: dict[str, Any] = CACHES[0],
+    parallel: dict[str, Any] | None = None,
+) -> Config:
     golden = load_golden(network)
     path = folder / f"{network}.safetensors"
     if not path.exists():
         golden.write_checkpoint(path)
     return Config.model_validate(
         {
-            "model": {"checkpoint": str(path), "device": "cpu", "compile": compiled, **golden.options, **model},
+            "model": {"checkpoint": str(path), "device": "cpu", "compile": compiled, **golden.options},
+            "parallel": parallel or {},
             "cache": cache,
             "sampling": {"num_steps": NUM_STEPS, "batch_size": 2},
         }
@@ -42,7 +50,7 @@ def generate(config: Config, count: int) -> tuple[NDArray[np.generic], Report, i
     """Images, report, and how many graphs were compiled after the network was loaded."""
     mesh = Mesh.create(LauncherEnv.read(), device_type="cpu", timeout_s=170)
     engine = Engine.from_config(config, mesh=mesh)
-    assert all((block.parts is not None) == config.model.compile for block in engine.model.blocks)
+    assert all((block.parts is not EAGER) == config.model.compile for block in engine.model.blocks)
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     images, report = engine.generate([Request(index, index % 10, seed=3) for index in range(count)])
@@ -78,6 +86,15 @@ def test_ranks_compile_together(two_ranks: Any, count: int, tmp_path: Path) -> N
     assert difference(results[0][0], expected) <= 1e-5
     assert [late for _, _, late in results] == [0, 0]
     assert results[0][1].exchange.bytes_sent > 0
+
+
+@needs_compiler
+def test_compiled_blocks_code_their_rows(two_ranks: Any, tmp_path: Path) -> None:
+    configs = [make_config(tmp_path, "dsmoe_e12", compiled, parallel={"rows": "int8"}) for compiled in (False, True)]
+    (expected, before, _), (images, after, _) = (two_ranks.run(generate, config, 3)[0] for config in configs)
+    assert after.exchange.reference_bytes == before.exchange.reference_bytes > 0
+    assert after.exchange.bytes_sent == before.exchange.bytes_sent
+    assert difference(images, expected) <= 2e-4
 
 
 @pytest.mark.parametrize("policy", ["taylorseer", "moeca", "moeca_forecast", "fora"])

@@ -4,6 +4,7 @@ Shape suffixes: B images, C channels, H and W (latent) pixels, T tokens of one i
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from moeca_dist.cache.session import StepCache
 from moeca_dist.models.attention import RotaryTable
 from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from moeca_dist.models.spec import ModelSpec
+from moeca_dist.models.two_batches import in_turns
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.parallel.references import RowCoding
 from moeca_dist.timing import UNTIMED, Timer
@@ -43,6 +45,10 @@ class DiffusionTransformer(nn.Module):
             assert isinstance(layer, MoELayer)
             yield index, layer
 
+    def adaln_blocks(self) -> list[AdaLNBlock]:
+        """``blocks``, as what they are."""
+        return cast(list[AdaLNBlock], list(self.blocks))
+
     def forward(
         self,
         x_BCHW: Tensor,
@@ -51,13 +57,14 @@ class DiffusionTransformer(nn.Module):
         cache: StepCache | None = None,
         timer: Timer = UNTIMED,
         coding: RowCoding | None = None,
+        two_batches: bool = False,
     ) -> Tensor:
         """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=coding=None``.
 
         ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
         class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
         ``timer`` measures blocks that run without a cache; a cache brings its own. ``coding``: that of the batch, for
-        rows between ranks.
+        rows between ranks. ``two_batches``: whether blocks without a cache run over two halves of the images in turns.
         """
         patch = self.spec.patch_size
         rows, columns = x_BCHW.shape[-2] // patch, x_BCHW.shape[-1] // patch
@@ -76,10 +83,11 @@ class DiffusionTransformer(nn.Module):
                     None,
                     timer,
                     None if coding is None else coding.of_images(images),
+                    two_batches,
                 ),
             )
         else:
-            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer, coding)
+            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer, coding, two_batches)
         return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
 
     def _through_blocks(
@@ -90,7 +98,10 @@ class DiffusionTransformer(nn.Module):
         cache: StepCache | None,
         timer: Timer,
         coding: RowCoding | None,
+        two_batches: bool,
     ) -> Tensor:
+        if two_batches and cache is None:
+            return in_turns(self.adaln_blocks(), tokens_BTD, c_BD, rotary, timer, coding)
         for index, block in enumerate(self.blocks):
             here = None if cache is None else cache.block(index)
             coded = None if coding is None else coding.block(index)
@@ -103,7 +114,5 @@ class DiffusionTransformer(nn.Module):
         The same numbers on all ranks, whatever images they have.
         """
         c_1D = self.t_embedder(torch.tensor([time], dtype=torch.float32, device=device))
-        first = self.blocks[0]
-        assert isinstance(first, AdaLNBlock)
-        shift_1D, scale_1D = first.adaLN_modulation(c_1D).chunk(6, dim=-1)[:2]
+        shift_1D, scale_1D = self.adaln_blocks()[0].adaLN_modulation(c_1D).chunk(6, dim=-1)[:2]
         return torch.cat([shift_1D, 1 + scale_1D], dim=-1)[0].float()

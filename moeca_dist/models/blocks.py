@@ -6,7 +6,7 @@ Shape suffixes: B images, C channels, H and W pixels, T tokens of one image, D h
 """
 
 import math
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
 from moeca_dist.models.modulation import Modulation, modulate, normalise, residual
 from moeca_dist.moe.layer import MoELayer
+from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import UNTIMED, Timer
 
@@ -78,14 +79,14 @@ class DenseMLP(nn.Module):
 
 
 class BlockParts(Protocol):
-    """Another way to compute parts of a block without a cache: the same function, rounded differently."""
+    """What a block without a cache computes beside its experts."""
 
     def serves(self, x_BTD: Tensor) -> bool:
         """Whether it is made for so many images."""
         ...
 
     def enter_feed_forward(
-        self, block: "AdaLNBlock", x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None
+        self, block: "AdaLNBlock", x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The stream after attention and the input of the feed-forward [B, T, D], and the gate of its output [B, D]."""
         ...
@@ -95,10 +96,32 @@ class BlockParts(Protocol):
         ...
 
 
+class EagerParts:
+    """``BlockParts``, operator by operator."""
+
+    def serves(self, x_BTD: Tensor) -> bool:
+        return True
+
+    def enter_feed_forward(
+        self, block: "AdaLNBlock", x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        modulation = block.modulation(c_BD)
+        with timer.section("attention"):
+            attended_BTD = block.attn(modulation.to_attention(x_BTD), rotary)
+        return *modulation.enter_feed_forward(x_BTD, attended_BTD), modulation.gate_feed_forward_BD
+
+    def after_dense(self, dense: nn.Module, x_BTD: Tensor, entering_BTD: Tensor, gate_BD: Tensor) -> Tensor:
+        return residual(x_BTD, gate_BD, dense(entering_BTD))
+
+
+EAGER: Final = EagerParts()
+
+
 class AdaLNBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition c = time + label.
 
-    ``feed_forward_name`` is the attribute name under which published files keep the feed-forward.
+    ``feed_forward_name`` is the attribute name under which published files keep the feed-forward. ``parts``: how what
+    lies beside the experts is computed.
     """
 
     def __init__(self, hidden_size: int, attention: Attention, feed_forward: nn.Module, feed_forward_name: str) -> None:
@@ -107,12 +130,15 @@ class AdaLNBlock(nn.Module):
         self.add_module(feed_forward_name, feed_forward)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self._feed_forward_name = feed_forward_name
-        self.parts: BlockParts | None = None
+        self.parts: BlockParts = EAGER
 
     @property
     def feed_forward(self) -> nn.Module:
         """A MoE layer or a dense MLP."""
         return self.get_submodule(self._feed_forward_name)
+
+    def modulation(self, c_BD: Tensor) -> Modulation:
+        return Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
 
     def forward(
         self,
@@ -124,32 +150,34 @@ class AdaLNBlock(nn.Module):
         coding: BlockCoding | None = None,
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path, measured with ``timer``."""
-        if cache is None and self.parts is not None and self.parts.serves(x_BTD):
-            return self._in_parts(self.parts, x_BTD, c_BD, rotary, timer)
-        modulation = Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
-        if cache is not None:
-            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
-        with timer.section("attention"):
-            attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
-        x_BTD, entering_BTD = modulation.enter_feed_forward(x_BTD, attended_BTD)
-        if isinstance(self.feed_forward, MoELayer):
-            with timer.section("experts"):
-                fed_BTD = self.feed_forward(entering_BTD, coding=coding)
-        else:
-            with timer.section("dense"):
-                fed_BTD = self.feed_forward(entering_BTD)
-        return modulation.after_feed_forward(x_BTD, fed_BTD)
+        if cache is None:
+            return self.start(x_BTD, c_BD, rotary, timer, coding).wait().wait()
+        modulation = self.modulation(c_BD)
+        return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
 
-    def _in_parts(
-        self, parts: BlockParts, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
-    ) -> Tensor:
-        with timer.section("attention"):
-            x_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(self, x_BTD, c_BD, rotary)
+    def start(
+        self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer, coding: BlockCoding | None
+    ) -> Pending[Pending[Tensor]]:
+        """Without a cache, until rows have left for their experts: waited for as ``MoELayer.start``."""
+        parts = self.parts if self.parts.serves(x_BTD) else EAGER
+        x_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(self, x_BTD, c_BD, rotary, timer)
         if not isinstance(self.feed_forward, MoELayer):
             with timer.section("dense"):
-                return parts.after_dense(self.feed_forward, x_BTD, entering_BTD, gate_BD)
+                after_BTD = parts.after_dense(self.feed_forward, x_BTD, entering_BTD, gate_BD)
+            return Pending.ready(Pending.ready(after_BTD))
         with timer.section("experts"):
-            return residual(x_BTD, gate_BD, self.feed_forward(entering_BTD))
+            coming = self.feed_forward.start(entering_BTD, coding)
+
+        def computed() -> Pending[Tensor]:
+            with timer.section("experts"):
+                returning = coming.wait()
+            return Pending(lambda: summed(returning))
+
+        def summed(returning: Pending[Tensor]) -> Tensor:
+            with timer.section("experts"):
+                return residual(x_BTD, gate_BD, returning.wait())
+
+        return Pending(computed)
 
 
 class FinalLayer(nn.Module):

@@ -18,6 +18,7 @@ from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.blocks import AdaLNBlock
 from moeca_dist.models.modulation import modulate, normalise
+from moeca_dist.timing import UNTIMED, Timer
 
 Upper = Callable[[Attention, nn.Module, Tensor, Tensor, RotaryTable | None], tuple[Tensor, Tensor, Tensor]]
 Lower = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -36,10 +37,11 @@ class CompiledParts:
         return x_BTD.shape[0] >= _FEWEST
 
     def enter_feed_forward(
-        self, block: AdaLNBlock, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None
+        self, block: AdaLNBlock, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The output of the patch embedding is not contiguous, which would be compiled for the first block alone.
-        return self.upper(block.attn, block.adaLN_modulation, x_BTD.contiguous(), c_BD, rotary)
+        with timer.section("attention"):
+            # The output of the patch embedding is not contiguous, which would be compiled for the first block alone.
+            return self.upper(block.attn, block.adaLN_modulation, x_BTD.contiguous(), c_BD, rotary)
 
     def after_dense(self, dense: nn.Module, x_BTD: Tensor, entering_BTD: Tensor, gate_BD: Tensor) -> Tensor:
         return self.lower(dense, x_BTD, entering_BTD, gate_BD)
@@ -59,8 +61,7 @@ def compile_blocks(model: DiffusionTransformer) -> None:
             "model.compile: torch.compile does not work here; it needs a C++ compiler on CPU (g++) and Triton on CUDA: "
             f"install it, or remove model.compile ({cause})"
         ) from error
-    for block in model.blocks:
-        assert isinstance(block, AdaLNBlock)
+    for block in model.adaln_blocks():
         block.parts = parts
 
 
@@ -76,9 +77,8 @@ def _compile_now(model: DiffusionTransformer, parts: CompiledParts) -> None:
         torch._dynamo.mark_dynamic(tensor, 0)
     with_experts = set(spec.moe_blocks)
     for index in {min(with_experts), *sorted(set(range(spec.depth)) - with_experts)[:1]}:
-        block = model.blocks[index]
-        assert isinstance(block, AdaLNBlock)
-        after_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(block, x_BTD, c_BD, rotary)
+        block = model.adaln_blocks()[index]
+        after_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(block, x_BTD, c_BD, rotary, UNTIMED)
         if index not in with_experts:
             for tensor in (after_BTD, entering_BTD, gate_BD):
                 torch._dynamo.mark_dynamic(tensor, 0)

@@ -168,8 +168,11 @@ class RowCoding:
     slot_T: Tensor | None = None
 
     def of_images(self, images: slice | Tensor) -> "RowCoding":
-        """For an evaluation of some images of the batch, a slice or int64 indices."""
-        return replace(self, slot_T=self.places.slots(images))
+        """For an evaluation of some of the images, a slice or int64 indices."""
+        slot_T = self.places.slots(images)
+        if self.slot_T is not None:
+            slot_T = self.slot_T if slot_T is None else self.slot_T.index_select(0, slot_T)
+        return replace(self, slot_T=slot_T)
 
     def block(self, index: int) -> BlockCoding:
         if index not in self.blocks:
