@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rank_cases import CODED, DEFAULT, ON_ONE_RANK, UNCACHED
+from rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
 from rank_launch import Outcome
 from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, psnr_db, relative_l2, shown, spread
 
@@ -68,7 +68,7 @@ def summarise(
         }
         # Placement owner forecasts sums in place of branches where nothing is refreshed: other images by design.
         # With random weights routes lie near ties: noise of 1e-3 moves samples as far as codes do (rows.py).
-        comparable = twin == cell or (cell in CODED and trained)
+        comparable = trained if cell in CODED else cell not in AT_OWNERS
         row["agrees_with_one_rank"] = agrees(row) if comparable else None
         row["line"] = (
             f"{config}, {num_ranks} rank(s), {link_name(row)}, {cell}: {shown(row['denoise_s'])} s, "
@@ -82,7 +82,7 @@ def summarise(
 def agrees(row: Mapping[str, Any]) -> bool:
     if row["policy"] in CODED:
         return bool(row["psnr_db_to_one_rank"] >= CODED_PSNR_DB)
-    if row["policy"] == UNCACHED:
+    if ON_ONE_RANK.get(row["policy"], row["policy"]) == UNCACHED:
         return bool(row["rel_l2_to_one_rank"] <= EXACT_REL_L2)
     return bool(row["psnr_db_to_one_rank"] >= CACHED_PSNR_DB)
 

@@ -22,7 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from hardware import conditions
 from netns import Link
-from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
+from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores, measure, record
 from sim_report import validation_markdown
 from sim_step import Mode, Placement, StepTime, simulate_step, traffic_of_steps
@@ -123,7 +123,12 @@ def predict_run(
     mode: Mode = "exact",
     placed: PlacementTable | None = None,
 ) -> list[StepTime]:
-    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
+    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``.
+
+    Raises UserError for two-batch overlap, which is not simulated.
+    """
+    if policy in TWO_BATCHES:
+        raise UserError(f"{policy}: the simulator has no overlap of two batches; validate a sweep without it")
     machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     placement: Placement = "owner" if policy in AT_OWNERS else "home"

@@ -139,6 +139,8 @@ def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
     most += sum(max(traffic.back_PO.sum(1).max(), traffic.back_PO.sum(0).max()) for traffic in step) / 1e5
     # Beyond what the exchange takes without a limit, of which a bucket lets some bytes pass at once.
     assert most - 4 * 1024 / 1e5 <= slow[0].exchange - two[0].exchange <= most
+    with pytest.raises(UserError, match="no overlap"):
+        simulate.predict_run(table, trace, "uncached, two batches", 2, 2.0)
     with pytest.raises(UserError, match="no measurement of 4"):
         cpu.CpuMachine({"compute": {"uncached": {"1": {"1": {}}}}, "micro": table["micro"]}, "uncached", trace, 1, 2.0)
     with pytest.raises(UserError, match="--ranks 8"):
