@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from netns import Link, Network, require
 from numpy.typing import NDArray
-from rank_cases import CODED, ON_ONE_RANK, chosen
+from rank_cases import CODED, ON_ONE_RANK, TWO_BATCHES, chosen
 from rank_job import Job
 from rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
 from sim_step import traffic_of_steps
@@ -175,7 +175,8 @@ class Exchanges:
 class CpuMachine:
     """``num_ranks`` processes that share ``cores``, joined by loopback or by limited links.
 
-    ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate.
+    ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate. With two-batch overlap
+    its work is that of one half of the images, as long as half of all.
     """
 
     def __init__(
@@ -199,6 +200,8 @@ class CpuMachine:
         self._home_SP = self._home(compute[str(num_ranks)], trace)
         _, _, halves, _, positions, _ = trace.expert_ids_SLHBTK.shape
         self._shared_P = np.array(self._shares(trace.num_images)) * halves * positions * measured["shared_s_per_token"]
+        if policy in TWO_BATCHES:
+            self._home_SP, self._shared_P = self._home_SP / 2, self._shared_P / 2
         kind = "loopback" if link is None else "links"
         if kind not in measured["exchange"]:
             raise UserError("the table holds no measurement of virtual links: measure with sudo, which can make them")

@@ -25,7 +25,7 @@ from netns import Link
 from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores, measure, record
 from sim_report import validation_markdown
-from sim_step import Mode, Placement, StepTime, simulate_step, traffic_of_steps
+from sim_step import Mode, Placement, StepTime, simulate_step, simulate_two_batches, traffic_of_steps
 
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -123,18 +123,16 @@ def predict_run(
     mode: Mode = "exact",
     placed: PlacementTable | None = None,
 ) -> list[StepTime]:
-    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``.
-
-    Raises UserError for two-batch overlap, which is not simulated.
-    """
-    if policy in TWO_BATCHES:
-        raise UserError(f"{policy}: the simulator has no overlap of two batches; validate a sweep without it")
+    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
     machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     placement: Placement = "owner" if policy in AT_OWNERS else "home"
     # The configurations that are simulated on CPU compute in fp32.
     row = RowBytes.coded(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
     steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
+    if policy in TWO_BATCHES:
+        halves = ([None if layer is None else layer.halved() for layer in layers] for layers in steps)
+        return [simulate_two_batches(step, layers, machine) for step, layers in enumerate(halves)]
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
 
