@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
+from moeca_dist.parallel.all_to_all import AllToAllDispatcher
+from moeca_dist.parallel.dispatch import LocalDispatcher
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing

@@ -27,7 +27,8 @@ from moeca_dist.config import load_config
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
+from moeca_dist.parallel.all_to_all import AllToAllDispatcher
+from moeca_dist.parallel.dispatch import LocalDispatcher
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement

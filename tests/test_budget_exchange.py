@@ -24,7 +24,7 @@ from moeca_dist.cli import main
 from moeca_dist.config import Config
 from moeca_dist.memory import cache_size
 from moeca_dist.moe.placement import budget_groups, budget_rows
-from moeca_dist.parallel.dispatch import FIXED_HEADER_BYTES
+from moeca_dist.parallel.all_to_all import FIXED_HEADER_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from tests.golden_files import load_golden

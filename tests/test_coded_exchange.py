@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
 from moeca_dist.parallel.coded_wire import KEY_BYTES
-from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import BlockReferences, Places, RowCoding

@@ -15,8 +15,8 @@ from moeca_dist.calibrate import calibrate
 from moeca_dist.config import Config, load_config
 from moeca_dist.errors import UserError
 from moeca_dist.memory import cache_size
+from moeca_dist.parallel.all_to_all import SUM_HEADER_BYTES
 from moeca_dist.parallel.coded_wire import KEY_BYTES
-from moeca_dist.parallel.dispatch import SUM_HEADER_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.references import References, RowCoding
 from moeca_dist.parallel.row_codes import FORMATS, SCALE_BYTES

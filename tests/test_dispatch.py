@@ -13,12 +13,8 @@ from torch import Tensor
 
 from moeca_dist.errors import UserError
 from moeca_dist.moe.experts import RoutedExperts
-from moeca_dist.parallel.dispatch import (
-    BRANCH_HEADER_BYTES,
-    SUM_HEADER_BYTES,
-    AllToAllDispatcher,
-    LocalDispatcher,
-)
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
+from moeca_dist.parallel.dispatch import LocalDispatcher
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing

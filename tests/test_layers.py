@@ -72,8 +72,8 @@ def test_collectives_and_process_groups_have_one_owner() -> None:
         ("moeca_dist.engine", "def f():\n    import deepspeed.comm as dist"),
         ("moeca_dist.engine", "from deepspeed import comm"),
         ("moeca_dist.engine", "from torch.distributed import get_rank"),
-        ("moeca_dist.parallel.dispatch", "from deepspeed.utils import groups"),
-        ("moeca_dist.parallel.dispatch", "import deepspeed\ndeepspeed.utils.groups._get_expert_parallel_group('a')"),
+        ("moeca_dist.parallel.all_to_all", "from deepspeed.utils import groups"),
+        ("moeca_dist.parallel.all_to_all", "import deepspeed\ndeepspeed.utils.groups._get_expert_parallel_group('a')"),
     ],
 )
 def test_trespasses_are_seen(module: str, source: str) -> None:

@@ -18,7 +18,7 @@ from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import HALVES
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.moe.placement import choose_placement
-from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement

@@ -24,7 +24,7 @@ from moeca_dist.checks import check_config
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import SigmoidRouter
-from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, AllToAllDispatcher
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, AllToAllDispatcher
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Request, StepContext

@@ -21,7 +21,7 @@ from moeca_dist.models.registry import FAMILIES, Family, build_model, original_s
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.models.tensor_source import TensorSource, open_source
 from moeca_dist.moe.router import SigmoidRouter
-from moeca_dist.parallel.dispatch import AllToAllDispatcher
+from moeca_dist.parallel.all_to_all import AllToAllDispatcher
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable

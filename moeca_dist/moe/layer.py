@@ -28,7 +28,8 @@ from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
 from moeca_dist.moe.planned import plan_next, planned_layer
 from moeca_dist.moe.router import Router
-from moeca_dist.parallel.dispatch import AllToAllDispatcher, DispatchedRows, Dispatcher, LocalDispatcher
+from moeca_dist.parallel.all_to_all import AllToAllDispatcher
+from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, LocalDispatcher
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.types import Branches

@@ -6,7 +6,7 @@ Counted in bytes per token of one MoE layer and step, averaged over the ranks as
 from dataclasses import dataclass
 from math import comb
 
-from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement
 

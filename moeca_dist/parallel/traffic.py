@@ -1,6 +1,6 @@
 """What one exchange of a MoE layer moves and computes, counted from its routing: the bytes that the exchange sends.
 
-The same rules as ``dispatch.py`` and ``pairs.py`` follow, without tensors on their way: a hidden row travels once per
+The same rules as ``all_to_all.py`` and ``pairs.py`` follow, without tensors on their way: a hidden row travels once per
 pair (a token and a rank that owns some of its experts), a header per branch. What a rank sends to itself is left out.
 
 Shape suffixes: T tokens of all ranks, K routed experts per token, E experts, P ranks as homes, O owners.
@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.coded_wire import KEY_BYTES
-from moeca_dist.parallel.dispatch import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.row_codes import SCALE_BYTES
