@@ -62,6 +62,27 @@ def test_two_ranks_share_one_gpu(two_cuda_ranks: RankPool, ep_size: int) -> None
     assert (report.exchange.bytes_sent > 0) == (ep_size == 2)
 
 
+@pytest.mark.parametrize(
+    ("section", "options", "most"),
+    [
+        ("parallel", {"two_batch_overlap": True}, 1e-4),
+        ("model", {"compile": True}, 1e-4),
+        # Random weights: routes lie near ties, so codes move some of them.
+        ("parallel", {"rows": "int8"}, 0.2),
+        ("parallel", {"rows": "fp8"}, 0.2),
+    ],
+    ids=["two batches", "compiled", "int8 rows", "fp8 rows"],
+)
+def test_options_of_steps_without_a_cache(
+    two_cuda_ranks: RankPool, section: str, options: dict[str, Any], most: float
+) -> None:
+    config = random_config("DSMoE-S-E48", "float32")
+    changed = getattr(config, section).model_copy(update=options)
+    expected, _ = two_cuda_ranks.run(generate, config, requests(3), 2)[0]
+    images, _ = two_cuda_ranks.run(generate, config.model_copy(update={section: changed}), requests(3), 2)[0]
+    assert 0 < np.linalg.norm(images - expected) / np.linalg.norm(expected) <= most
+
+
 GRAPHED = [
     ({}, {}),
     ({"policy": "taylorseer", "interval": 2}, {}),
