@@ -92,6 +92,17 @@ def test_coded_rows_have_a_bound_of_their_own(load) -> None:
     assert not cases.CODED & {*cases.COMMON}
 
 
+def test_two_batches_are_compared_where_routes_are_not_near_ties(load) -> None:
+    launch, network_report = load("rank_launch"), load("network_report")
+    names = ("uncached", "uncached, two batches", "network_forecast, two batches")
+    alone = outcome(launch, {"uncached": [1.0], "network_forecast": [1.0]}, 0.0)
+    found = outcome(launch, {name: [1.0] for name in names}, 1e-3)
+    rows = network_report.summarise("demo", 2, None, None, found, alone)
+    assert [row["agrees_with_one_rank"] for row in rows] == [False, False, True]
+    rows = network_report.summarise("bench-dsmoe-s-e48", 2, None, None, found, alone, trained=False)
+    assert [row["agrees_with_one_rank"] for row in rows] == [False, None, None]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
