@@ -20,8 +20,8 @@ EXACT_REL_L2 = 1e-5
 CACHED_PSNR_DB = 60.0
 # Coded rows are an approximation that one rank does not make. Where the two ends drift apart, 30 dB are not reached.
 CODED_PSNR_DB = 50.0
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73")
-MARKERS = "osD^v*"
+COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#7F7F7F")
+MARKERS = "osD^v*PXh"
 
 
 def summarise(
@@ -190,17 +190,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Per configuration: speed against one rank over the links, and what caching gains over the ranks."""
     configs = list(dict.fromkeys(row["config"] for row in rows))
-    figure = Figure(figsize=(12, 0.8 + 3.4 * len(configs)), layout="constrained")
-    for (speed, gain), config in zip(figure.subplots(len(configs), 2, squeeze=False), configs, strict=True):
+    figure = Figure(figsize=(15, 1 + 4.4 * len(configs)), layout="constrained")
+    grid = figure.subplots(len(configs), 2, squeeze=False, width_ratios=(3, 2))
+    for (speed, gain), config in zip(grid, configs, strict=True):
         mine = [row for row in rows if row["config"] == config]
         draw_speed(speed, mine)
         draw_gain(gain, mine)
         for axes in (speed, gain):
             axes.set_title(config, fontsize=10)
+            axes.set_yscale("log")
+            for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatter("{x:g}")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=100)
 
 
 def draw_speed(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -211,25 +215,27 @@ def draw_speed(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             found = {link_name(r): r for r in rows if r["policy"] == policy and r["num_ranks"] == num_ranks}
             places = [place for place, name in enumerate(links) if name in found]
             values = [base / found[links[place]]["denoise_s"]["median"] for place in places]
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-            axes.plot(places, values, line, label=f"{policy}, {num_ranks} ranks", **style)
+            axes.plot(places, values, line, label=f"{policy}, {num_ranks} ranks", **style(index))
     axes.axhline(1, color="#555555", linewidth=0.8)
-    axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:g}")
     axes.set_xticks(range(len(links)), links)
     axes.set_ylabel("speed, uncached on one rank = 1")
 
 
 def draw_gain(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """How many times faster the default policy is than no cache, on the same ranks and links."""
-    cached = [row for row in rows if row["policy"] == DEFAULT]
-    alone = [row for row in cached if row["num_ranks"] == 1]
-    for index, name in enumerate(dict.fromkeys(link_name(row) for row in cached if row["num_ranks"] > 1)):
-        points = [*alone, *(row for row in cached if link_name(row) == name)]
-        ranks = [row["num_ranks"] for row in points]
-        values = [row["over_uncached"]["median"] for row in points]
-        axes.plot(ranks, values, color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], label=name)
+    """How many times faster the default policy is than no cache, on the same ranks and links, and with coded rows."""
+    alone = [row for row in rows if row["num_ranks"] == 1 and row["policy"] == DEFAULT]
+    for policy, line in ((DEFAULT, "-"), (f"{DEFAULT}, int8 rows", "--")):
+        cached = [row for row in rows if row["policy"] == policy and row["num_ranks"] > 1]
+        for index, name in enumerate(dict.fromkeys(link_name(row) for row in cached)):
+            points = [*alone, *(row for row in cached if link_name(row) == name)]
+            ranks = [row["num_ranks"] for row in points]
+            values = [row["over_uncached"]["median"] for row in points]
+            axes.plot(ranks, values, line, label=f"{name}{policy.removeprefix(DEFAULT)}", **style(index))
+    axes.set_ylim(1, None)
     axes.set_xticks(sorted({row["num_ranks"] for row in rows}))
     axes.set_xlabel("expert-parallel ranks")
     axes.set_ylabel(f"{DEFAULT} over uncached")
+
+
+def style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}

@@ -36,6 +36,7 @@ from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
+from moeca_dist.parallel.traffic import LayerTraffic
 from moeca_dist.record import record_routing
 from moeca_dist.types import Request
 
@@ -158,12 +159,18 @@ class Exchanges:
     agree_s: float
     leg_bytes: NDArray[np.float64]
     leg_s: NDArray[np.float64]
+    stretches: NDArray[np.float64]
 
     @classmethod
     def of(cls, measured: Mapping[str, Any], coded: bool) -> "Exchanges":
-        cells = sorted((cell["bytes"], cell["seconds"]) for cell in measured["coded" if coded else "exact"])
-        both_bytes, both_s = (np.array(column, np.float64) for column in zip(*cells, strict=True))
-        return cls(measured["agree_s"], both_bytes / 2, both_s / 2)
+        cells = measured["coded" if coded else "exact"]
+        rows = sorted((cell["bytes"], cell["seconds"], cell["stretch"]) for cell in cells)
+        both_bytes, both_s, stretches = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+        return cls(measured["agree_s"], both_bytes / 2, both_s / 2, stretches)
+
+    def stretch(self, most_bytes: float) -> float:
+        """How many times as long work takes beside an exchange in which the busiest rank sends so many bytes a leg."""
+        return float(np.interp(most_bytes, self.leg_bytes, self.stretches))
 
     def leg(self, most_bytes: float) -> float:
         """One leg in which the busiest rank sends so many bytes."""
@@ -220,6 +227,10 @@ class CpuMachine:
 
     def shared_P(self, full: bool) -> NDArray[np.float64]:
         return self._shared_P if full else np.zeros(self._num_ranks)
+
+    def stretch(self, traffic: LayerTraffic) -> float:
+        sent_PO, back_PO = traffic.there_PO, traffic.back_PO
+        return self._exchanges.stretch(float(max(sent_PO.sum(1).max(), back_PO.sum(1).max())))
 
     def together(self, work_P: NDArray[np.float64]) -> float:
         return float(max(work_P.max(), work_P.sum() / self._cores))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeca_dist.parallel.cost import Level, Topology
+from moeca_dist.parallel.traffic import LayerTraffic
 
 BYTES = 2  # of a value: bfloat16
 KERNELS_CODING = 40  # of a leg whose rows are coded and decoded
@@ -132,6 +133,9 @@ class GpuMachine:
     def shared_P(self, full: bool) -> NDArray[np.float64]:
         seconds = self._shape.shared_flops() / (self._gpu.flops * self._gpu.efficiency)
         return np.full(self._num_ranks, seconds if full else 0.0)
+
+    def stretch(self, traffic: LayerTraffic) -> float:
+        return 1.0  # assumed: copies have engines of their own
 
     def together(self, work_P: NDArray[np.float64]) -> float:
         return float(work_P.max())

@@ -6,6 +6,9 @@ Rank 0 writes seconds of a core (CPU time of the process, so that a busy machine
 the routed experts of one MoE layer with so many rows for each; and seconds by the clock of an exchange, as a layer has
 it: every rank has computed something else before, so caches are cold and sleeping threads must be woken. (Exchanges in
 a loop take a fifth of that.) Of each exchange the rank that came last says how long it took: it waited for nobody.
+
+And by how much that work itself takes longer with exchanges in between than without: the same cores carry the rows, in
+threads and in the kernel, and what lay in their caches is gone.
 """
 
 import json
@@ -41,8 +44,9 @@ TOKENS = (1, 16, 64, 128, 256, 512)
 SHARED_TOKENS = 128
 MEASURE_S = 0.35
 LEAST_CALLS = 8
-# What a rank computes between two exchanges: about as much as attention and a shared expert.
+# What a rank computes between two exchanges: about as long as attention and a shared expert, with as many weights.
 BETWEEN_S = 0.01
+BETWEEN_TOKENS, BETWEEN_LAYERS = 128, 2
 EXCHANGES, WARM_UP = 40, 6
 
 
@@ -97,19 +101,21 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
 
 def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
     """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in 8 bits, see ``cells``."""
-    counts, agreed = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group)
+    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), Between(spec, group)
     for _ in range(EXCHANGES):
-        compute()
+        between.compute()
         with agreed.call():
             group.gather_counts(counts)
     agree_s = agreed.median()
     return {"agree_s": agree_s} | {
-        name: cells(spec, group, form, agree_s) for name, form in (("exact", None), ("coded", FORMATS["int8"]))
+        name: cells(spec, group, form, agree_s, between) for name, form in (("exact", None), ("coded", FORMATS["int8"]))
     }
 
 
-def cells(spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: float) -> list[dict[str, float]]:
-    """Bytes that the busiest rank sends in both legs, and their seconds.
+def cells(
+    spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: float, between: "Between"
+) -> list[dict[str, float]]:
+    """Bytes that the busiest rank sends in both legs, their seconds, and the ``stretch`` of work between them.
 
     The seconds are beyond what one rank does in the place of an exchange, and beyond gathering counts.
     """
@@ -121,23 +127,25 @@ def cells(spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: flo
         x_TD = torch.randn(tokens, spec.hidden_size)
         ids_TK = torch.rand(tokens, spec.num_experts).topk(spec.num_experts_per_tok).indices
         routing = Routing(ids_TK, torch.rand(ids_TK.shape))
-        there, back, alone_s = Ranks(group), Ranks(group), []
+        there, back, alone_s, work_s = Ranks(group), Ranks(group), [], []
         before = group.traffic.bytes_sent
         for _ in range(EXCHANGES):
-            compute()
             with there.call():
                 sent = away.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
             outputs_RD = layer(sent.rows_RD, sent.rows_per_expert_L)
             with back.call():
                 away.combine_sums(outputs_RD, sent, routing).wait()
-            compute()
+            work_s.append(between.compute())
+        for _ in range(EXCHANGES):
+            between.compute()
             started = time.process_time()
             kept = local.dispatch(x_TD, routing.all_branches()).wait()
             local.weighted_sum(kept.rows_RD, kept, routing)
             alone_s.append(time.process_time() - started)
         moved = max(group.gather_objects(group.traffic.bytes_sent - before)) // EXCHANGES
         alone = median(group.gather_objects(median(alone_s[WARM_UP:])))
-        found.append({"bytes": moved, "seconds": max(0.0, there.median() + back.median() - agree_s - alone)})
+        seconds = max(0.0, there.median() + back.median() - agree_s - alone)
+        found.append({"bytes": moved, "seconds": seconds, "stretch": between.stretch(work_s[WARM_UP:])})
     return found
 
 
@@ -165,11 +173,34 @@ class Ranks:
         return median([min(call) for call in zip(*by_rank, strict=True)][WARM_UP:])
 
 
-def compute() -> None:
-    a, b = torch.ones(256, 384), torch.ones(384, 1536)
-    until = time.thread_time() + BETWEEN_S
-    while time.thread_time() < until:
-        a @ b
+class Between:
+    """The same work every time."""
+
+    def __init__(self, spec: ModelSpec, group: Exchange) -> None:
+        self._group = group
+        width = 4 * spec.hidden_size
+        self._layers = [SwiGLU(spec.hidden_size, width) for _ in range(BETWEEN_LAYERS)]
+        self._x_TD = torch.randn(BETWEEN_TOKENS, spec.hidden_size)
+        self._turns = 1
+        self._turns = max(1, round(BETWEEN_S / self._alone()))
+        self._alone_s = self._alone()
+
+    def compute(self) -> float:
+        """Core-seconds, of all threads."""
+        started = time.process_time()
+        for _ in range(self._turns):
+            for layer in self._layers:
+                layer(self._x_TD)
+        return time.process_time() - started
+
+    def stretch(self, seconds: list[float]) -> float:
+        """Of work that took so long with exchanges in between, over that without; median of the ranks."""
+        return median(self._group.gather_objects(median(seconds) / self._alone_s))
+
+    def _alone(self) -> float:
+        """While all ranks compute."""
+        self._group.barrier()
+        return median([self.compute() for _ in range(EXCHANGES)][WARM_UP:])
 
 
 def core_seconds(run: Callable[[], Any], group: Exchange) -> float:

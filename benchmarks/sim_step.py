@@ -39,6 +39,10 @@ class Machine(Protocol):
         """Of the work at home in one layer, the shared expert's: each rank computes it while hidden rows travel."""
         ...
 
+    def stretch(self, traffic: LayerTraffic) -> float:
+        """How many times as long a layer's work takes because its rows travel in between."""
+        ...
+
     def together(self, work_P: NDArray[np.float64]) -> float:
         """From a common start until the slowest rank has done its work."""
         ...
@@ -121,7 +125,8 @@ def simulate_step(
     if planned and num_ranks > 1:
         time.agree += machine.agree(len(layers) * (2 * num_ranks + 4))
     for traffic in layers:
-        _phase(time, "home", home_P / len(layers), machine)
+        stretch = 1.0 if traffic is None or num_ranks == 1 else machine.stretch(traffic)
+        _phase(time, "home", home_P / len(layers) * stretch, machine)
         if traffic is None:
             continue
         if num_ranks > 1 and (mode == "exact" or (mode == "planned" and full)):
@@ -131,7 +136,7 @@ def simulate_step(
         if num_ranks > 1:
             meanwhile = machine.together(machine.shared_P(full))
             time.exchange += machine.send(traffic.there_PO, traffic.owners_O, back=False, meanwhile_s=meanwhile)
-        _phase(time, "experts", machine.experts_P(traffic.rows_PE), machine)
+        _phase(time, "experts", machine.experts_P(traffic.rows_PE) * stretch, machine)
         if num_ranks > 1:
             time.exchange += machine.send(traffic.back_PO, traffic.owners_O, back=True, meanwhile_s=0.0)
     return time
@@ -148,12 +153,13 @@ def simulate_two_batches(
     machine, time = machine_of_half, StepTime()
     home_P = machine.home_P(step)
     for traffic in layers_of_half:
-        at_home_P = home_P / len(layers_of_half)
+        stretch = 1.0 if traffic is None else machine.stretch(traffic)
+        at_home_P = home_P / len(layers_of_half) * stretch
         for _ in range(2):
             _work(time, "home", at_home_P, machine)
         if traffic is None:
             continue
-        experts_P = machine.experts_P(traffic.rows_PE)
+        experts_P = machine.experts_P(traffic.rows_PE) * stretch
         beside = machine.together(at_home_P), machine.together(experts_P)
         for meanwhile, other in (beside, beside[::-1]):
             _work(time, "experts", experts_P, machine)

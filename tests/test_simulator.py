@@ -40,7 +40,7 @@ def made_table() -> dict[str, Any]:
         str(world): {str(images): {"attention": [0.01 * images] * 3, "experts": [1.0] * 3} for images in (1, 2, 4)}
         for world in (1, 2, 4)
     }
-    cells = [{"bytes": 2 * n, "seconds": 2 * (0.001 + 1e-6 * n)} for n in (0, 100, 10_000)]
+    cells = [{"bytes": 2 * n, "seconds": 2 * (0.001 + 1e-6 * n), "stretch": 1.0} for n in (0, 100, 10_000)]
     exchange = {"agree_s": 0.001, "exact": cells, "coded": cells}
     micro = {
         "experts": {"least_s": 0.0, "per_expert_s": {str(n): 1e-4 * n for n in (1, 2, 256)}},
@@ -68,6 +68,9 @@ class Counted:
 
     def shared_P(self, full: bool) -> np.ndarray:
         return np.array([0.125, 0.25]) if full else np.zeros(2)
+
+    def stretch(self, traffic: Any) -> float:
+        return 1.0
 
     def together(self, work_P: np.ndarray) -> float:
         return float(work_P.max())
@@ -130,6 +133,17 @@ class Slow(Counted):
 
     def send(self, sent_PO: np.ndarray, owners_O: np.ndarray, back: bool, meanwhile_s: float) -> float:
         return 4.0 - meanwhile_s
+
+
+def test_work_takes_longer_beside_an_exchange(load) -> None:
+    simulate, netns = load("simulate"), load("netns")
+    trace, table = made_trace(keeps=False), made_table()
+    once = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, 1))
+    for cell in table["micro"]["2"]["exchange"]["links"]["exact"]:
+        cell["stretch"] = 1.5
+    more = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, 1))
+    assert (more[0].home, more[0].experts) == pytest.approx((1.5 * once[0].home, 1.5 * once[0].experts))
+    assert more[2] == once[2]  # nothing travels
 
 
 def test_two_batches_hide_each_leg_behind_the_other_half(load) -> None:
