@@ -203,7 +203,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 formatter("{x:g}")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
 
 
@@ -231,7 +232,8 @@ def draw_gain(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             ranks = [row["num_ranks"] for row in points]
             values = [row["over_uncached"]["median"] for row in points]
             axes.plot(ranks, values, line, label=f"{name}{policy.removeprefix(DEFAULT)}", **style(index))
-    axes.set_ylim(1, None)
+    if axes.lines:
+        axes.set_ylim(1, None)
     axes.set_xticks(sorted({row["num_ranks"] for row in rows}))
     axes.set_xlabel("expert-parallel ranks")
     axes.set_ylabel(f"{DEFAULT} over uncached")

@@ -146,7 +146,10 @@ def plot(rows: Sequence[Mapping[str, Any]], mode: str, path: Path) -> None:
         draw_lines(efficiency, mine, lambda row: row["efficiency"])
         throughput.set_ylabel("images/s")
         throughput.set_yscale("log")
-        throughput.legend(frameon=False, fontsize=7)
+        for formatter in (throughput.yaxis.set_major_formatter, throughput.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+        if throughput.lines:
+            throughput.legend(frameon=False, fontsize=7)
         efficiency.set_ylabel("parallel efficiency")
         efficiency.yaxis.set_major_formatter(PercentFormatter(1))
         efficiency.set_ylim(bottom=0)
