@@ -20,7 +20,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from hardware import conditions
-from netns import Link, Network, require, sigterm_as_exit
+from netns import JUMBO_MTU, Link, Network, require, sigterm_as_exit
 from network_report import summarise, write_results
 from rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path
 from rank_job import Job
@@ -60,6 +60,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--queue-ms", type=float, default=50, help="longest wait in a link's queue; default: %(default)s"
     )
+    parser.add_argument("--mtu", type=int, default=JUMBO_MTU, help="bytes of a link's frames; default: %(default)s")
     parser.add_argument("--no-loopback", action="store_true", help="leave out the ranks without namespaces")
     parser.add_argument(
         "--policies",
@@ -104,7 +105,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                     path, ep_size, None, None, run_with_torchrun(jobs[ep_size], ep_size, "cpu", args.timeout), alone
                 )
             for rate in args.rates:
-                link = Link(rate, args.burst_kb, args.queue_ms)
+                link = Link(rate, args.burst_kb, args.queue_ms, args.mtu)
                 with Network(ep_size, link) as network:
                     probe = asdict(network.probe())
                     outcome = run_in_network(jobs[ep_size], network, args.timeout)

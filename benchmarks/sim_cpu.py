@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from netns import Link, Network, require
+from netns import FRAME_HEADER_BYTES, Link, Network, require
 from numpy.typing import NDArray
 from rank_cases import CODED, ON_ONE_RANK, TWO_BATCHES, chosen
 from rank_job import Job
@@ -42,8 +42,8 @@ from moeca_dist.types import Request
 
 MICRO = Path(__file__).with_name("sim_micro_job.py")
 OWN_SECTIONS = ("attention", "dense", "experts", "bookkeeping", "other")
-# Ethernet, IP and TCP headers with timestamps, of every full frame.
-FRAME_BYTES, HEADER_BYTES = 1514, 66
+# IP and TCP headers with timestamps, of every full frame.
+PACKET_HEADER_BYTES = 52
 TIMEOUT_S = 3600
 
 
@@ -55,16 +55,30 @@ def measure(
 ) -> dict[str, Any]:
     """The table for ``num_images`` images dealt to 1 and to each number of ``ranks``."""
     counts = sorted({1, *ranks})
-    jobs = sorted({(count, share) for count in counts for share in (num_images // count, -(-num_images // count))})
+    jobs = sorted({(count, images) for count in counts for images in shares_to_measure(num_images, count, policies)})
     compute: dict[str, dict[str, Any]] = {}
     for world, images in jobs:
-        if images:
-            records = _generate(path, policies, world, images, repeats, overrides)
-            for policy in dict.fromkeys(record["cell"] for record in records):
-                mine = [record for record in records if record["cell"] == policy]
-                compute.setdefault(policy, {}).setdefault(str(world), {})[str(images)] = _by_step(mine, world)
+        records = _generate(path, policies, world, images, repeats, overrides)
+        for policy in dict.fromkeys(record["cell"] for record in records):
+            mine = [record for record in records if record["cell"] == policy]
+            compute.setdefault(policy, {}).setdefault(str(world), {})[str(images)] = _by_step(mine, world)
     micro = {str(count): _micro(path, count, overrides) for count in counts if count > 1}
     return {"num_images": num_images, "compute": compute, "micro": micro}
+
+
+def shares_to_measure(num_images: int, num_ranks: int, policies: Sequence[str]) -> set[int]:
+    """How many images one rank has; with two-batch overlap also what half of that is taken from."""
+    whole = {share for share in (num_images // num_ranks, -(-num_images // num_ranks)) if share}
+    if num_ranks == 1 or TWO_BATCHES.isdisjoint(policies):
+        return whole
+    return whole.union(*(around(share / 2) for share in whole))
+
+
+def around(images: float) -> tuple[int, ...]:
+    """The numbers of images on whose line so many lie: a half has more overhead for each image than the whole."""
+    if images.is_integer():
+        return (int(images),)
+    return max(1, int(images)), max(1, int(images)) + 1
 
 
 def _generate(
@@ -183,7 +197,7 @@ class CpuMachine:
     """``num_ranks`` processes that share ``cores``, joined by loopback or by limited links.
 
     ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate. With two-batch overlap
-    its work is that of one half of the images, as long as half of all.
+    its work is that of one half of the images.
     """
 
     def __init__(
@@ -204,18 +218,19 @@ class CpuMachine:
         # One rank alone has the experts' times of some group.
         measured = micro[str(num_ranks) if num_ranks > 1 else min(micro)]
         self._experts = Experts.of(measured)
-        self._home_SP = self._home(compute[str(num_ranks)], trace)
+        part = 0.5 if policy in TWO_BATCHES else 1.0
+        self._home_SP = self._home(compute[str(num_ranks)], trace, part)
         _, _, halves, _, positions, _ = trace.expert_ids_SLHBTK.shape
-        self._shared_P = np.array(self._shares(trace.num_images)) * halves * positions * measured["shared_s_per_token"]
-        if policy in TWO_BATCHES:
-            self._home_SP, self._shared_P = self._home_SP / 2, self._shared_P / 2
+        tokens_P = part * np.array(self._shares(trace.num_images)) * halves * positions
+        self._shared_P = tokens_P * measured["shared_s_per_token"]
         kind = "loopback" if link is None else "links"
         if kind not in measured["exchange"]:
             raise UserError("the table holds no measurement of virtual links: measure with sudo, which can make them")
         self._exchanges = Exchanges.of(measured["exchange"][kind], policy in CODED)
         self._links = None
         if link is not None:
-            goodput = probe_mbit or link.rate_mbit * (FRAME_BYTES - HEADER_BYTES) / FRAME_BYTES
+            payload = (link.mtu - PACKET_HEADER_BYTES) / (link.mtu + FRAME_HEADER_BYTES)
+            goodput = probe_mbit or link.rate_mbit * payload
             self._links = LimitedLinks(num_ranks, goodput * 1e6 / 8, link.burst_kb * 1024)
 
     def home_P(self, step: int) -> NDArray[np.float64]:
@@ -253,9 +268,9 @@ class CpuMachine:
         if self._links is not None:
             self._links.wait(seconds)
 
-    def _home(self, measured: Mapping[str, Any], trace: RoutingTrace) -> NDArray[np.float64]:
-        """[S, P]: everything a rank did on its own, less its routed experts, which move to their owners."""
-        shares = self._shares(trace.num_images)
+    def _home(self, measured: Mapping[str, Any], trace: RoutingTrace, part: float) -> NDArray[np.float64]:
+        """[S, P]: everything a rank did for such a part of its images, less its routed experts: they move to owners."""
+        shares = [part * share for share in self._shares(trace.num_images)]
         by_count = {share: self._without_experts(measured, trace, share) for share in set(shares)}
         return np.stack([by_count[share] for share in shares], 1)
 
@@ -264,15 +279,24 @@ class CpuMachine:
         starts = [rank * images // self._num_ranks for rank in range(self._num_ranks + 1)]
         return [end - start for start, end in pairwise(starts)]
 
-    def _without_experts(self, measured: Mapping[str, Any], trace: RoutingTrace, share: int) -> NDArray[np.float64]:
+    def _without_experts(self, measured: Mapping[str, Any], trace: RoutingTrace, share: float) -> NDArray[np.float64]:
         if not share:
             return np.zeros(trace.num_steps)
-        if str(share) not in measured:
-            raise UserError(f"the table holds no measurement of {share} image(s) per rank: measure it with these ranks")
-        sections = measured[str(share)]
+        counts = around(share)
+        found = [self._measured_without_experts(measured, trace, count) for count in counts]
+        return found[0] + (share - counts[0]) * (found[-1] - found[0])
+
+    def _measured_without_experts(
+        self, measured: Mapping[str, Any], trace: RoutingTrace, images: int
+    ) -> NDArray[np.float64]:
+        if str(images) not in measured or images > trace.num_images:
+            raise UserError(
+                f"the table holds no measurement of {images} image(s) per rank: measure with these ranks and policies"
+            )
+        sections = measured[str(images)]
         found_S = np.sum([sections[name] for name in OWN_SECTIONS if name in sections], 0)
         table = PlacementTable.same(ExpertPlacement((0,) * trace.num_experts, 1), trace.blocks)
-        for step, layers in enumerate(traffic_of_steps(trace.first_images(share), table, 1, "home")):
+        for step, layers in enumerate(traffic_of_steps(trace.first_images(images), table, 1, "home")):
             for traffic in layers:
                 if traffic is not None:
                     found_S[step] -= self.experts_P(traffic.rows_PE)[0]

@@ -71,6 +71,17 @@ def test_both_directions_are_limited() -> None:
 
 
 @pytest.mark.netns
+@pytest.mark.parametrize(("link", "mtu"), [(None, 9000), (Link(100), 9000), (Link(100, mtu=1500), 1500)])
+def test_frames_are_large_unless_asked(link: Link | None, mtu: int) -> None:
+    """At both ends of the cable, and what a packet of that size needs in between."""
+    with Network(2, link) as network:
+        for where, interface in ((network._name(0), "eth0"), (network._name("hub"), "port0")):
+            shown = [netns._tool("ip"), "-n", where, "link", "show", interface]
+            assert f"mtu {mtu} " in subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        assert network.probe(0.3).mbit > 50
+
+
+@pytest.mark.netns
 def test_nothing_stays_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), Network(3, Link(100)) as network:
         assert len(names_of(os.getpid())) == 4
@@ -138,6 +149,12 @@ def test_without_the_tools_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_links_are_positive(link: tuple[float, int, float]) -> None:
     with pytest.raises(UserError, match="a link's rate, burst and queue must be positive"):
         Link(*link)
+
+
+@pytest.mark.parametrize("mtu", [100, 9000])
+def test_frames_fit_into_the_burst(mtu: int) -> None:
+    with pytest.raises(UserError, match="a link's MTU must be at least 576 and its frames fit into the burst"):
+        Link(100, burst_kb=8, mtu=mtu)
 
 
 @pytest.mark.parametrize("num_nodes", [0, 251])

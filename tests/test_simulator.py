@@ -122,7 +122,7 @@ def test_coded_rows_are_shorter_and_take_less(load) -> None:
     assert np.array_equal(exact.back_PO / 64, coded.back_PO / 20)
     assert np.array_equal(exact.there_PO - coded.there_PO, exact.back_PO / 64 * (64 - 24))
     times = [
-        simulate.predict_run(made_table(), trace, policy, 2, 2.0, netns.Link(1.0, 1))[0].exchange
+        simulate.predict_run(made_table(), trace, policy, 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900))[0].exchange
         for policy in ("network_forecast", "network_forecast, int8 rows")
     ]
     assert times[1] < 0.5 * times[0]
@@ -138,10 +138,10 @@ class Slow(Counted):
 def test_work_takes_longer_beside_an_exchange(load) -> None:
     simulate, netns = load("simulate"), load("netns")
     trace, table = made_trace(keeps=False), made_table()
-    once = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, 1))
+    once = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900))
     for cell in table["micro"]["2"]["exchange"]["links"]["exact"]:
         cell["stretch"] = 1.5
-    more = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, 1))
+    more = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900))
     assert (more[0].home, more[0].experts) == pytest.approx((1.5 * once[0].home, 1.5 * once[0].experts))
     assert more[2] == once[2]  # nothing travels
 
@@ -155,14 +155,37 @@ def test_two_batches_hide_each_leg_behind_the_other_half(load) -> None:
     assert (times[0].home, times[0].experts, times[0].agree) == (8.0, 12.0, 1.0)
     assert times[0].exchange == 2 * ((4 - 2) + (4 - 3)) * 2
     assert (times[2].home, times[2].total) == (8.0, 8.0)
-    for link, hides in ((None, False), (netns.Link(1.0, 1), True)):
+    table = made_table()
+    for images, sections in table["compute"]["network_forecast"]["2"].items():
+        sections["experts"] = [0.1 * int(images)] * 3  # no overhead that a half would have too
+    for link, hides in ((None, False), (netns.Link(1.0, burst_kb=1, mtu=900), True)):
         one, two = (
-            simulate.predict_run(made_table(), trace, policy, 2, 2.0, link)
+            simulate.predict_run(table, trace, policy, 2, 2.0, link)
             for policy in ("network_forecast", "network_forecast, two batches")
         )
         assert (two[0].total < one[0].total) is hides
         assert (two[0].home, two[0].experts) == pytest.approx((one[0].home, one[0].experts), rel=0.05)
         assert two[2].total == pytest.approx(one[2].total)
+
+
+def test_half_of_the_images_has_the_overhead_of_as_many(load) -> None:
+    cpu, trace, table = load("sim_cpu"), made_trace(keeps=False), made_table()
+    for world in ("2", "4"):
+        for images, sections in table["compute"]["network_forecast"][world].items():
+            sections["attention"] = [0.1 + 0.01 * int(images)] * 3
+    homes = {
+        ranks: cpu.CpuMachine(table, "network_forecast, two batches", trace, ranks, 2.0).home_P(2).tolist()
+        for ranks in (2, 4)
+    }
+    # Two images are halved into one; half an image lies on the line through one and two. Experts: 1 s in either.
+    assert homes == {2: pytest.approx([1.11] * 2), 4: pytest.approx([1.105] * 4)}
+    both = ["uncached", "network_forecast, two batches"]
+    assert cpu.shares_to_measure(4, 2, both) == {1, 2} and cpu.shares_to_measure(4, 2, both[:1]) == {2}
+    assert cpu.shares_to_measure(4, 4, both) == {1, 2} and cpu.shares_to_measure(4, 1, both) == {4}
+    assert cpu.shares_to_measure(7, 2, both) == {1, 2, 3, 4} and cpu.shares_to_measure(1, 2, both) == {1, 2}
+    del table["compute"]["network_forecast"]["2"]["1"]
+    with pytest.raises(UserError, match="no measurement of 1 image"):
+        cpu.CpuMachine(table, "network_forecast, two batches", trace, 2, 2.0)
 
 
 def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
@@ -173,7 +196,9 @@ def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
     two, four = (simulate.predict_run(table, trace, "moeca_forecast", ranks, 2.0) for ranks in (2, 4))
     # Half of the images each; with four ranks two share a core, so nothing is gained.
     assert two[2].home == pytest.approx(1.02) and four[2].home == pytest.approx(2 * 1.01)
-    slow = simulate.predict_run(table, trace, "moeca_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1), probe_mbit=0.8)
+    slow = simulate.predict_run(
+        table, trace, "moeca_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900), probe_mbit=0.8
+    )
     step = next(load("sim_step").traffic_of_steps(trace, PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
     most = sum(max(traffic.there_PO.sum(1).max(), traffic.there_PO.sum(0).max()) for traffic in step) / 1e5
     most += sum(max(traffic.back_PO.sum(1).max(), traffic.back_PO.sum(0).max()) for traffic in step) / 1e5
