@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -65,6 +66,7 @@ def summarise(
             "psnr_db_to_one_rank": psnr_db(samples, alone.samples[twin]),
             "rel_l2_to_uncached": relative_l2(samples, outcome.samples[UNCACHED]),
             "cores_used_by_others": max(record["cores_used_by_others"] for record in mine),
+            "reference_s": median(record["reference_s"] for record in mine),
         }
         # Placement owner forecasts sums in place of branches where nothing is refreshed: other images by design.
         # With random weights routes lie near ties: noise of 1e-3 moves samples as far as codes do (rows.py), and other

@@ -25,7 +25,7 @@ from rank_cases import BRANCHES, UNCACHED, chosen, config_path
 from rank_job import Job
 from rank_launch import run_with_torchrun
 from repeats import relative_l2
-from sim_cpu import record
+from sim_measure import record
 
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.assign import DEFAULT_BALANCE, PlacementEffect, assign_experts, placement_effect

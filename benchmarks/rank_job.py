@@ -14,11 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from hardware import busy_core_seconds
+from machine_speed import ReferenceWork
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -101,9 +103,10 @@ def run(job: Job, folder: Path) -> None:
         engine_of(cell, job, mesh, model, num_steps=job.warmup_steps).generate(requests)
     records = []
     order = random.Random(0)  # the same on all ranks
+    reference = ReferenceWork() if mesh.device.type == "cpu" else None
     for repeat in range(job.repeats):
         for cell in order.sample(job.cells, len(job.cells)):
-            samples, record = measure(engine_of(cell, job, mesh, model), requests)
+            samples, record = measure(engine_of(cell, job, mesh, model), requests, reference)
             records.append({"cell": cell.name, "repeat": repeat} | record)
             if mesh.rank == 0 and repeat == 0:
                 np.save(folder / f"{job.cells.index(cell)}.npy", samples)
@@ -124,9 +127,15 @@ def engine_of(cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num
     return Engine(config.model_copy(update=sections), mesh, model, Unrounded())
 
 
-def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.generic], dict[str, Any]]:
-    """One run; its record has the report and, of every rank, peak memory and the bytes that its interface sent."""
+def measure(
+    engine: Engine, requests: Sequence[Request], reference: ReferenceWork | None
+) -> tuple[NDArray[np.generic], dict[str, Any]]:
+    """One run; its record has the report and, of every rank, peak memory and the bytes that its interface sent.
+
+    ``reference_s`` says how fast the machine was before and after it, None without ``reference``.
+    """
     mesh = engine.mesh
+    before = reference_seconds(mesh, reference)
     forget_peak(mesh.device)
     if mesh.world is not None:
         mesh.world.barrier()
@@ -136,7 +145,9 @@ def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.gen
     all_work = busy_core_seconds() - all_work
     mine = (peak_bytes(mesh.device), interface_bytes() - sent, time.process_time() - own_work)
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
+    after = reference_seconds(mesh, reference)
     return samples, {
+        "reference_s": None if before is None or after is None else (before + after) / 2,
         "report": json.loads(report.to_json()),
         "batch_size": engine.config.sampling.batch_size,
         "peak_bytes_per_rank": [peak for peak, *_ in ranks],
@@ -145,6 +156,16 @@ def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.gen
         # What the kernel did for these ranks' traffic outside of their system calls counts as others' work too.
         "cores_used_by_others": max(0.0, all_work - sum(work for *_, work in ranks)) / seconds,
     }
+
+
+def reference_seconds(mesh: Mesh, reference: ReferenceWork | None) -> float | None:
+    """While all ranks work at the same; median of the ranks."""
+    if reference is None:
+        return None
+    if mesh.world is None:
+        return reference.seconds()
+    mesh.world.barrier()
+    return median(mesh.world.gather_objects(reference.seconds()))
 
 
 # ---- memory and traffic of this process ------------------------------------------------------------------------------

@@ -1,149 +1,32 @@
-"""Ranks that are CPU processes of one machine, as a table of measurements: its making, and the machine it describes.
+"""Ranks that are CPU processes of one machine: what their work and exchanges take, from a table of measurements.
 
-The table holds, for one configuration and each number of ranks: seconds by section and step of so many single ranks
-that generate side by side, the routed experts by rows, and what an exchange takes, over loopback and over unlimited
-virtual links. What computes is in core-seconds (CPU time), so that other work on the machine disturbs it less than the
-clock.
+``sim_measure.py`` makes the table.
 
 Shape suffixes: P ranks, O owners, E experts.
 """
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-from netns import FRAME_HEADER_BYTES, Link, Network, require
+from netns import FRAME_HEADER_BYTES, Link
 from numpy.typing import NDArray
-from rank_cases import CODED, ON_ONE_RANK, TWO_BATCHES, chosen
-from rank_job import Job
-from rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
+from rank_cases import CODED, ON_ONE_RANK, TWO_BATCHES
 from sim_step import traffic_of_steps
 
-from moeca_dist.config import load_config
-from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.cost import LimitedLinks
-from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.parallel.traffic import LayerTraffic
-from moeca_dist.record import record_routing
-from moeca_dist.types import Request
 
-MICRO = Path(__file__).with_name("sim_micro_job.py")
 OWN_SECTIONS = ("attention", "dense", "experts", "bookkeeping", "other")
 # IP and TCP headers with timestamps, of every full frame.
 PACKET_HEADER_BYTES = 52
-TIMEOUT_S = 3600
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-def measure(
-    path: Path, policies: Sequence[str], num_images: int, ranks: Sequence[int], repeats: int, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """The table for ``num_images`` images dealt to 1 and to each number of ``ranks``."""
-    counts = sorted({1, *ranks})
-    jobs = sorted({(count, images) for count in counts for images in shares_to_measure(num_images, count, policies)})
-    compute: dict[str, dict[str, Any]] = {}
-    for world, images in jobs:
-        records = _generate(path, policies, world, images, repeats, overrides)
-        for policy in dict.fromkeys(record["cell"] for record in records):
-            mine = [record for record in records if record["cell"] == policy]
-            compute.setdefault(policy, {}).setdefault(str(world), {})[str(images)] = _by_step(mine, world)
-    micro = {str(count): _micro(path, count, overrides) for count in counts if count > 1}
-    return {"num_images": num_images, "compute": compute, "micro": micro}
-
-
-def shares_to_measure(num_images: int, num_ranks: int, policies: Sequence[str]) -> set[int]:
-    """How many images one rank has; with two-batch overlap also what half of that is taken from."""
-    whole = {share for share in (num_images // num_ranks, -(-num_images // num_ranks)) if share}
-    if num_ranks == 1 or TWO_BATCHES.isdisjoint(policies):
-        return whole
-    return whole.union(*(around(share / 2) for share in whole))
-
-
-def around(images: float) -> tuple[int, ...]:
-    """The numbers of images on whose line so many lie: a half has more overhead for each image than the whole."""
-    if images.is_integer():
-        return (int(images),)
-    return max(1, int(images)), max(1, int(images)) + 1
-
-
-def _generate(
-    path: Path, policies: Sequence[str], world: int, images: int, repeats: int, overrides: Sequence[str]
-) -> list[dict[str, Any]]:
-    settings = ("model.device=cpu", f"sampling.batch_size={images}", "parallel.ep_size=1", *overrides)
-    cells = chosen([name for name in policies if name not in ON_ONE_RANK], 1)
-    job = Job(str(path), settings, cells, images * world, repeats, 3)
-    return run_with_torchrun(job, world, "cpu", TIMEOUT_S).records
-
-
-def _by_step(records: Sequence[Mapping[str, Any]], world: int) -> dict[str, list[float]]:
-    """Core-seconds of each section and step of one rank: medians of the repeats."""
-    found: dict[str, list[float]] = {}
-    for name in OWN_SECTIONS:
-        rows = []
-        for record in records:
-            share = sum(record["cpu_s_per_rank"]) / world / record["report"]["wall_s"]
-            steps = record["report"]["seconds"]["per_step"].get(name)
-            if steps is not None:
-                rows.append([share * seconds for seconds in steps])
-        if rows:
-            found[name] = [median(column) for column in zip(*rows, strict=True)]
-    return found
-
-
-def _micro(path: Path, num_ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Experts and exchanges over loopback, and over virtual links where this process may make them."""
-    found = _measured(path, overrides, lambda script, logs: start_with_torchrun(script, num_ranks, "cpu", logs))
-    exchange = {"loopback": found["exchange"]}
-    try:
-        require()
-    except UserError as error:
-        print(f"no table of virtual links: {error}", file=sys.stderr)
-    else:
-        with Network(num_ranks) as network:
-            linked = _measured(path, overrides, lambda script, logs: start_in_network(script, network, logs))
-        exchange["links"] = linked["exchange"]
-    return found | {"exchange": exchange}
-
-
-def _measured(
-    path: Path, overrides: Sequence[str], start: Callable[[Sequence[str], Path], Sequence[subprocess.Popen[bytes]]]
-) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="moeca-micro-") as name:
-        folder = Path(name)
-        out = folder / "micro.json"
-        finish(start([str(MICRO), str(path), str(out), *overrides], folder), TIMEOUT_S, folder)
-        found: dict[str, Any] = json.loads(out.read_text())
-        return found
-
-
-def record(path: Path, policy: str, num_images: int, overrides: Sequence[str], seed: int = 0) -> RoutingTrace:
-    """The trace of what ``network.py`` generates: its labels, and with seed 0 its noise."""
-    config = load_config(path, ["model.device=cpu", f"sampling.batch_size={num_images}", *overrides])
-    (cell,) = chosen([policy], 1)
-    engine = Engine.from_config(config.model_copy(update={"cache": cell.section(config.cache)}), mesh=Mesh.single())
-    classes = engine.model.spec.num_classes
-    requests = [Request(index, index % classes, seed) for index in range(num_images)]
-    trace = record_routing(engine, requests, f"{path.name}, {policy}")
-    assert trace is not None
-    return trace
-
-
-# ---- the machine -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +80,8 @@ class CpuMachine:
     """``num_ranks`` processes that share ``cores``, joined by loopback or by limited links.
 
     ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate. With two-batch overlap
-    its work is that of one half of the images.
+    its work is that of one half of the images. ``slowdown``: how many times as long the machine takes for everything as
+    it did when the table was made.
     """
 
     def __init__(
@@ -209,9 +93,10 @@ class CpuMachine:
         cores: float,
         link: Link | None = None,
         probe_mbit: float | None = None,
+        slowdown: float = 1.0,
     ) -> None:
         """Raises UserError where the table lacks the number of ranks, a rank's number of images, or links."""
-        self._num_ranks, self._cores = num_ranks, cores
+        self._num_ranks, self._cores, self._slowdown = num_ranks, cores, slowdown
         compute, micro = table["compute"][ON_ONE_RANK.get(policy, policy)], table["micro"]
         if str(num_ranks) not in compute:
             raise UserError(f"the table holds no measurement of {num_ranks} rank(s): measure with --ranks {num_ranks}")
@@ -234,14 +119,13 @@ class CpuMachine:
             self._links = LimitedLinks(num_ranks, goodput * 1e6 / 8, link.burst_kb * 1024)
 
     def home_P(self, step: int) -> NDArray[np.float64]:
-        return self._home_SP[step]
+        return self._home_SP[step] * self._slowdown
 
     def experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
-        seconds_P = self._experts.of_PE(rows_PE).sum(1)
-        return np.where(rows_PE.any(1), np.maximum(seconds_P, self._experts.least_s), 0.0)
+        return self._experts_P(rows_PE) * self._slowdown
 
     def shared_P(self, full: bool) -> NDArray[np.float64]:
-        return self._shared_P if full else np.zeros(self._num_ranks)
+        return self._shared_P * self._slowdown if full else np.zeros(self._num_ranks)
 
     def stretch(self, traffic: LayerTraffic) -> float:
         sent_PO, back_PO = traffic.there_PO, traffic.back_PO
@@ -251,13 +135,14 @@ class CpuMachine:
         return float(max(work_P.max(), work_P.sum() / self._cores))
 
     def agree(self, numbers: int) -> float:
-        self.pass_time(self._exchanges.agree_s)
-        return self._exchanges.agree_s
+        seconds = self._exchanges.agree_s * self._slowdown
+        self.pass_time(seconds)
+        return seconds
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
         out_P, in_P = sent_PO.sum(1), np.zeros(self._num_ranks)
         np.add.at(in_P, owners_O, sent_PO.sum(0))
-        started = self._exchanges.leg(float(max(out_P.max(), in_P.max())))
+        started = self._exchanges.leg(float(max(out_P.max(), in_P.max()))) * self._slowdown
         if self._links is None:
             return started  # the kernel's copies need the cores themselves: nothing is hidden
         self.pass_time(started)
@@ -267,6 +152,10 @@ class CpuMachine:
     def pass_time(self, seconds: float) -> None:
         if self._links is not None:
             self._links.wait(seconds)
+
+    def _experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
+        seconds_P = self._experts.of_PE(rows_PE).sum(1)
+        return np.where(rows_PE.any(1), np.maximum(seconds_P, self._experts.least_s), 0.0)
 
     def _home(self, measured: Mapping[str, Any], trace: RoutingTrace, part: float) -> NDArray[np.float64]:
         """[S, P]: everything a rank did for such a part of its images, less its routed experts: they move to owners."""
@@ -299,8 +188,15 @@ class CpuMachine:
         for step, layers in enumerate(traffic_of_steps(trace.first_images(images), table, 1, "home")):
             for traffic in layers:
                 if traffic is not None:
-                    found_S[step] -= self.experts_P(traffic.rows_PE)[0]
+                    found_S[step] -= self._experts_P(traffic.rows_PE)[0]
         return np.maximum(found_S, 0.0)
+
+
+def around(images: float) -> tuple[int, ...]:
+    """The numbers of images on whose line so many lie: a half has more overhead for each image than the whole."""
+    if images.is_integer():
+        return (int(images),)
+    return max(1, int(images)), max(1, int(images)) + 1
 
 
 def available_cores() -> int:

@@ -24,6 +24,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from machine_speed import ReferenceWork
 from torch import Tensor
 
 from moeca_dist.config import load_config
@@ -57,14 +58,25 @@ def main(config: str, out: str, *overrides: str) -> None:
     spec = check_weights(load_config(config, overrides).model)
     mesh = Mesh.create(LauncherEnv.read(), device_type="cpu")
     assert mesh.expert_group is not None, "an exchange has several ranks"
-    found = {
-        "experts": experts(spec, mesh.expert_group),
-        "shared_s_per_token": shared(spec, mesh.expert_group),
-        "exchange": exchange(spec, mesh.expert_group),
+    group, reference = mesh.expert_group, ReferenceWork()
+    speeds = [speed(reference, group)]
+    found: dict[str, Any] = {
+        "experts": experts(spec, group),
+        "shared_s_per_token": shared(spec, group),
     }
+    speeds.append(speed(reference, group))
+    found["exchange"] = exchange(spec, group)
+    speeds.append(speed(reference, group))
+    found["reference_s"] = {"experts": sum(speeds[:2]) / 2, "exchange": sum(speeds[1:]) / 2}
     if mesh.rank == 0:
         Path(out).write_text(json.dumps(found))
     mesh.close()
+
+
+def speed(reference: ReferenceWork, group: Exchange) -> float:
+    """Seconds of the reference work while all ranks do it; median of the ranks."""
+    group.barrier()
+    return median(group.gather_objects(reference.seconds()))
 
 
 def experts(spec: ModelSpec, group: Exchange) -> dict[str, Any]:

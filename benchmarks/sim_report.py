@@ -7,15 +7,17 @@ from typing import Any
 METHOD = """\
 Predicted is the time of denoising on ranks that are processes of one machine, each behind a link of the stated rate,
 from a table of this machine (core-seconds of single ranks, of routed experts by rows, of an exchange) and the recorded
-routing and refreshes of each policy. No constant is fitted to the runs below. Error: predicted over measured, less 1.
+routing and refreshes of each policy. No constant is fitted to the runs below; they say how fast the machine was, by a
+fixed piece of work done before and after each. Error: predicted over measured, less 1.
 
 - **measured**: seconds of denoising, slowest rank, median of the repeats [lowest-highest].
 - **predicted parts**: home (attention, dense, router, cache) + routed experts + exchange + agreements on row counts.
 - **measured parts**: mean of the ranks; their waiting is in exchange and wait, so parts compare only roughly.
+- **machine**: seconds of that work over those when the table was made; the prediction is longer by as much.
 - **others' cores**: how many cores worked for somebody else meanwhile, the kernel's work for the links among it."""
 
 HEADER = ("policy", "ranks", "link", "ms per step", "measured, s", "predicted, s", "error", "predicted parts, s",
-          "measured exchange + wait, s", "others' cores")  # fmt: skip
+          "measured exchange + wait, s", "machine", "others' cores")  # fmt: skip
 
 
 def validation_markdown(
@@ -54,6 +56,7 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['error']:+.1%}",
         " + ".join(f"{parts[name]:.2f}" for name in ("home", "experts", "exchange", "agree")),
         f"{seconds.get('exchange', 0):.2f} + {seconds.get('wait', 0):.2f}",
+        f"{row['slowdown']:.2f}",
         f"{row['cores_used_by_others']:.1f}",
     )
     return "| " + " | ".join(cells) + " |"

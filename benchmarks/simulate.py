@@ -23,7 +23,8 @@ import torch
 from hardware import conditions
 from netns import Link
 from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED, config_path
-from sim_cpu import CpuMachine, available_cores, measure, record
+from sim_cpu import CpuMachine, available_cores
+from sim_measure import measure, record
 from sim_report import validation_markdown
 from sim_step import Mode, Placement, StepTime, simulate_step, simulate_two_batches, traffic_of_steps
 
@@ -122,9 +123,10 @@ def predict_run(
     probe_mbit: float | None = None,
     mode: Mode = "exact",
     placed: PlacementTable | None = None,
+    slowdown: float = 1.0,
 ) -> list[StepTime]:
-    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
-    machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
+    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``. See ``CpuMachine``."""
+    machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit, slowdown)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     placement: Placement = "owner" if policy in AT_OWNERS else "home"
     # The configurations that are simulated on CPU compute in fp32.
@@ -189,10 +191,13 @@ def compare(row: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
             f"the table of {config} is for {trace.num_images} images in {trace.num_steps} steps, the sweep has "
             f"{row['num_images']} in {row['num_steps']}: measure again with --num-images and --set"
         )
+    if row.get("reference_s") is None:
+        raise UserError("the sweep does not say how fast the machine was: measure it again, on CPU")
+    slowdown = row["reference_s"] / table["reference_s"]
     cores = (args.cores or available_cores()) - (row["cores_used_by_others"] if args.busy else 0.0)
     link = None if row["link"] is None else Link(**row["link"])
     probe = None if row["measured_link"] is None else row["measured_link"]["mbit"]
-    steps = predict_run(table, trace, policy, num_ranks, max(cores, 0.1), link, probe)
+    steps = predict_run(table, trace, policy, num_ranks, max(cores, 0.1), link, probe, slowdown=slowdown)
     found = sum(steps, StepTime())
     measured = row["denoise_s"]["median"]
     return {
@@ -209,6 +214,7 @@ def compare(row: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "measured_parts": row["seconds"],
         "ms_per_step": 1000 * measured / row["num_steps"],
         "cores_used_by_others": row["cores_used_by_others"],
+        "slowdown": slowdown,
     }
 
 

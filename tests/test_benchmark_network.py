@@ -40,6 +40,7 @@ def record(cell: str, repeat: int, seconds: float, sent: int = 0) -> dict[str, A
         "peak_bytes_per_rank": [100, 300 + repeat],
         "interface_bytes": sent + 10 - repeat,
         "cores_used_by_others": 0.1 * repeat,
+        "reference_s": 0.01 * (1 + repeat),
     }
 
 
@@ -60,6 +61,7 @@ def test_rows_are_medians_over_paired_repeats(load) -> None:
     assert cached["over_uncached"] == {"median": 4.0, "low": 2.5, "high": 6.0}
     assert cached["over_one_rank"] == 0.5 and uncached["over_one_rank"] == pytest.approx(8 / 12)
     assert cached["bytes_sent"] == 1000 and cached["interface_bytes"] == 1008
+    assert cached["reference_s"] == 0.02
     assert cached["peak_bytes_per_rank"] == 302 and cached["seconds"] == {"attention": 1.0, "exchange": 2.0}
     assert uncached["agrees_with_one_rank"] and cached["agrees_with_one_rank"]
     assert "2 rank(s), 200 Mbit/s, moeca_forecast: 4.00 [3.00-5.00] s" in cached["line"]

@@ -48,6 +48,7 @@ def made_table() -> dict[str, Any]:
         "exchange": {"loopback": exchange, "links": exchange},
     }
     return {
+        "reference_s": 0.04,
         "compute": dict.fromkeys(("uncached", "moeca_forecast", "network_forecast"), compute),
         "micro": {"2": micro, "4": micro},
     }
@@ -168,8 +169,33 @@ def test_two_batches_hide_each_leg_behind_the_other_half(load) -> None:
         assert two[2].total == pytest.approx(one[2].total)
 
 
+def test_tables_are_made_at_one_speed(load) -> None:
+    measuring = load("sim_measure")
+    cell = {"bytes": 10, "seconds": 0.5, "stretch": 1.1}
+    measured = {
+        "experts": {"least_s": 0.1, "per_expert_s": {"1": 0.2}},
+        "shared_s_per_token": 0.3,
+        "exchange": {"agree_s": 0.4, "exact": [cell], "coded": [cell]},
+        "reference_s": {"experts": 0.02, "exchange": 0.08},
+    }
+    found = measuring._at_speed(measured, 0.04)
+    assert found["experts"] == {"least_s": 0.2, "per_expert_s": {"1": 0.4}} and found["shared_s_per_token"] == 0.6
+    half = [{"bytes": 10, "seconds": 0.25, "stretch": 1.1}]
+    assert found["exchange"] == {"agree_s": 0.2, "exact": half, "coded": half}
+    record = {"cpu_s_per_rank": [8.0, 8.0], "reference_s": 0.08, "report": {"wall_s": 10.0}}
+    record["report"]["seconds"] = {"per_step": {"attention": [2.0, 1.0]}}
+    # Four fifths of the seconds were spent on a core, at half the speed.
+    assert measuring._by_step([record], 2, 0.04) == {"attention": pytest.approx([0.8, 0.4])}
+
+
+def test_the_reference_work_takes_its_time(load) -> None:
+    work = load("machine_speed").ReferenceWork()
+    least = min(work.seconds() for _ in range(3))
+    assert 0 < least < 10 and work.seconds() < 20 * least
+
+
 def test_half_of_the_images_has_the_overhead_of_as_many(load) -> None:
-    cpu, trace, table = load("sim_cpu"), made_trace(keeps=False), made_table()
+    cpu, measuring, trace, table = load("sim_cpu"), load("sim_measure"), made_trace(keeps=False), made_table()
     for world in ("2", "4"):
         for images, sections in table["compute"]["network_forecast"][world].items():
             sections["attention"] = [0.1 + 0.01 * int(images)] * 3
@@ -180,9 +206,9 @@ def test_half_of_the_images_has_the_overhead_of_as_many(load) -> None:
     # Two images are halved into one; half an image lies on the line through one and two. Experts: 1 s in either.
     assert homes == {2: pytest.approx([1.11] * 2), 4: pytest.approx([1.105] * 4)}
     both = ["uncached", "network_forecast, two batches"]
-    assert cpu.shares_to_measure(4, 2, both) == {1, 2} and cpu.shares_to_measure(4, 2, both[:1]) == {2}
-    assert cpu.shares_to_measure(4, 4, both) == {1, 2} and cpu.shares_to_measure(4, 1, both) == {4}
-    assert cpu.shares_to_measure(7, 2, both) == {1, 2, 3, 4} and cpu.shares_to_measure(1, 2, both) == {1, 2}
+    assert measuring.shares_to_measure(4, 2, both) == {1, 2} and measuring.shares_to_measure(4, 2, both[:1]) == {2}
+    assert measuring.shares_to_measure(4, 4, both) == {1, 2} and measuring.shares_to_measure(4, 1, both) == {4}
+    assert measuring.shares_to_measure(7, 2, both) == {1, 2, 3, 4} and measuring.shares_to_measure(1, 2, both) == {1, 2}
     del table["compute"]["network_forecast"]["2"]["1"]
     with pytest.raises(UserError, match="no measurement of 1 image"):
         cpu.CpuMachine(table, "network_forecast, two batches", trace, 2, 2.0)
@@ -225,6 +251,7 @@ def test_validation_writes_every_error_and_fails_above_the_target(load, tmp_path
         return {
             "config": "net", "policy": "moeca_forecast", "num_ranks": num_ranks, "link": None, "measured_link": None,
             "num_images": 4, "num_steps": 3, "cores_used_by_others": 0.0, "seconds": {"exchange": 1.0},
+            "reference_s": 0.04,
             "denoise_s": {"median": measured, "low": measured, "high": measured},
         }  # fmt: skip
 
@@ -238,6 +265,13 @@ def test_validation_writes_every_error_and_fails_above_the_target(load, tmp_path
     assert "1 of 1 cells are within 15%" in (tmp_path / "out.md").read_text()
     sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(expected * 1.3)]}))
     assert simulate.main(argv) == 1
+    # A machine that is slower meanwhile takes as much longer, and a sweep that does not know says so.
+    sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(expected * 1.3) | {"reference_s": 0.05}]}))
+    assert simulate.main(argv) == 0
+    (slower,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert slower["slowdown"] == 1.25 and slower["predicted_s"] == pytest.approx(1.25 * expected)
+    sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(1.0) | {"reference_s": None}]}))
+    assert simulate.main(argv) == 2 and "how fast the machine was" in capsys.readouterr().err
     sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(1.0) | {"num_steps": 7}]}))
     assert simulate.main(argv) == 2 and "measure again" in capsys.readouterr().err
 
