@@ -103,7 +103,8 @@ class CpuMachine:
         # One rank alone has the experts' times of some group.
         measured = micro[str(num_ranks) if num_ranks > 1 else min(micro)]
         self._experts = Experts.of(measured)
-        part = 0.5 if policy in TWO_BATCHES else 1.0
+        self._overlaps = policy in TWO_BATCHES
+        part = 0.5 if self._overlaps else 1.0
         self._home_SP = self._home(compute[str(num_ranks)], trace, part)
         _, _, halves, _, positions, _ = trace.expert_ids_SLHBTK.shape
         tokens_P = part * np.array(self._shares(trace.num_images)) * halves * positions
@@ -136,7 +137,8 @@ class CpuMachine:
 
     def agree(self, numbers: int) -> float:
         seconds = self._exchanges.agree_s * self._slowdown
-        self.pass_time(seconds)
+        if not self._overlaps:  # while rows of the other half are under way no link is idle
+            self.pass_time(seconds)
         return seconds
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
@@ -145,8 +147,11 @@ class CpuMachine:
         started = self._exchanges.leg(float(max(out_P.max(), in_P.max()))) * self._slowdown
         if self._links is None:
             return started  # the kernel's copies need the cores themselves: nothing is hidden
-        self.pass_time(started)
+        if not self._overlaps:
+            self.pass_time(started)
         under_way = self._links.transfer_s(*((in_P, out_P) if back else (out_P, in_P)))
+        if self._overlaps:
+            self.pass_time(max(0.0, started + meanwhile_s - under_way))
         return started + max(0.0, under_way - meanwhile_s)
 
     def pass_time(self, seconds: float) -> None:

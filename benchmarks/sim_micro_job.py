@@ -43,12 +43,13 @@ from moeca_dist.types import Routing
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (1, 16, 64, 128, 256, 512)
 SHARED_TOKENS = 128
-MEASURE_S = 0.35
+MEASURE_S = 0.7
 LEAST_CALLS = 8
+ROUNDS = 5
 # What a rank computes between two exchanges: about as long as attention and a shared expert, with as many weights.
 BETWEEN_S = 0.01
 BETWEEN_TOKENS, BETWEEN_LAYERS = 128, 2
-EXCHANGES, WARM_UP = 40, 6
+EXCHANGES, WARM_UP = 80, 6
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
 
 def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
     """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in 8 bits, see ``cells``."""
-    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), Between(spec, group)
+    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), Between(spec)
     for _ in range(EXCHANGES):
         between.compute()
         with agreed.call():
@@ -139,25 +140,26 @@ def cells(
         x_TD = torch.randn(tokens, spec.hidden_size)
         ids_TK = torch.rand(tokens, spec.num_experts).topk(spec.num_experts_per_tok).indices
         routing = Routing(ids_TK, torch.rand(ids_TK.shape))
-        there, back, alone_s, work_s = Ranks(group), Ranks(group), [], []
+        there, back, alone_s, beside_s, apart_s = Ranks(group), Ranks(group), [], [], []
         before = group.traffic.bytes_sent
+        # In turns, so that a slow moment of the machine is in both.
         for _ in range(EXCHANGES):
             with there.call():
                 sent = away.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
             outputs_RD = layer(sent.rows_RD, sent.rows_per_expert_L)
             with back.call():
                 away.combine_sums(outputs_RD, sent, routing).wait()
-            work_s.append(between.compute())
-        for _ in range(EXCHANGES):
-            between.compute()
+            beside_s.append(between.compute())
             started = time.process_time()
             kept = local.dispatch(x_TD, routing.all_branches()).wait()
             local.weighted_sum(kept.rows_RD, kept, routing)
             alone_s.append(time.process_time() - started)
+            apart_s.append(between.compute())
         moved = max(group.gather_objects(group.traffic.bytes_sent - before)) // EXCHANGES
         alone = median(group.gather_objects(median(alone_s[WARM_UP:])))
         seconds = max(0.0, there.median() + back.median() - agree_s - alone)
-        found.append({"bytes": moved, "seconds": seconds, "stretch": between.stretch(work_s[WARM_UP:])})
+        stretch = median(group.gather_objects(median(beside_s[WARM_UP:]) / median(apart_s[WARM_UP:])))
+        found.append({"bytes": moved, "seconds": seconds, "stretch": stretch})
     return found
 
 
@@ -188,14 +190,13 @@ class Ranks:
 class Between:
     """The same work every time."""
 
-    def __init__(self, spec: ModelSpec, group: Exchange) -> None:
-        self._group = group
+    def __init__(self, spec: ModelSpec) -> None:
         width = 4 * spec.hidden_size
         self._layers = [SwiGLU(spec.hidden_size, width) for _ in range(BETWEEN_LAYERS)]
         self._x_TD = torch.randn(BETWEEN_TOKENS, spec.hidden_size)
         self._turns = 1
-        self._turns = max(1, round(BETWEEN_S / self._alone()))
-        self._alone_s = self._alone()
+        once = median([self.compute() for _ in range(WARM_UP)])
+        self._turns = max(1, round(BETWEEN_S / once))
 
     def compute(self) -> float:
         """Core-seconds, of all threads."""
@@ -205,15 +206,6 @@ class Between:
                 layer(self._x_TD)
         return time.process_time() - started
 
-    def stretch(self, seconds: list[float]) -> float:
-        """Of work that took so long with exchanges in between, over that without; median of the ranks."""
-        return median(self._group.gather_objects(median(seconds) / self._alone_s))
-
-    def _alone(self) -> float:
-        """While all ranks compute."""
-        self._group.barrier()
-        return median([self.compute() for _ in range(EXCHANGES)][WARM_UP:])
-
 
 def core_seconds(run: Callable[[], Any], group: Exchange) -> float:
     """CPU time of one call on this rank, all of its threads; every rank makes the same number of calls."""
@@ -221,10 +213,10 @@ def core_seconds(run: Callable[[], Any], group: Exchange) -> float:
     started = time.perf_counter()
     for _ in range(LEAST_CALLS):
         run()
-    calls = max(LEAST_CALLS, int(MEASURE_S / ((time.perf_counter() - started) / LEAST_CALLS) / 3))
+    calls = max(LEAST_CALLS, int(MEASURE_S / ((time.perf_counter() - started) / LEAST_CALLS) / ROUNDS))
     calls = min(group.gather_objects(min(calls, 200)))
     found = []
-    for _ in range(3):
+    for _ in range(ROUNDS):
         started = time.process_time()
         for _ in range(calls):
             run()

@@ -148,7 +148,7 @@ def simulate_two_batches(
     """A step without a cache in exchange mode ``exact``, whose two halves, taken to be alike, go through it in turns.
 
     A half's rows on their way there have the other half's work at home beside them, then that one's experts; on their
-    way back its experts, then its work at home. Ranks' links are never idle for long, so nothing passes at once.
+    way back its experts, then its work at home.
     """
     machine, time = machine_of_half, StepTime()
     home_P = machine.home_P(step)
