@@ -48,7 +48,7 @@ ASSUMPTIONS = (
     (
         "8-bit rows",
         f"one byte per value and {KERNELS_CODING} more kernels per leg, {H100.launch_s * 1e6:.0f} us each",
-        "the format is the runtime's; kernels counted in eager PyTorch, roughly",
+        "the format is the runtime's; passes and kernels counted in its code, roughly",
     ),
     (
         "two batches",

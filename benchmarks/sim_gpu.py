@@ -15,7 +15,7 @@ from moeca_dist.parallel.cost import Level, Topology
 from moeca_dist.parallel.traffic import LayerTraffic
 
 BYTES = 2  # of a value: bfloat16
-KERNELS_CODING = 40  # of a leg whose rows are coded and decoded
+KERNELS_CODING = 16  # of a leg whose rows are coded and decoded: two that code, and what brings rows into order
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class GpuMachine:
         return self._topology.gather_counts_s(self._num_ranks, numbers)
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
-        # Rows are gathered, packed and unpacked on both sides: four reads and writes of each. Codes are half as long,
-        # and are made of, and made into, rows and references.
-        passes = 20 if self._coded else 4
+        # Rows are gathered on both sides: four reads and writes of each. With codes, half as long: three and a half at
+        # either end for rows, references and codes, four where own rows are set apart and joined, one for the keys.
+        passes = 2 * (4 + 7 + 4 + 1) if self._coded else 4
         handled = passes * float(sent_PO.sum(1).max(initial=0)) / (self._gpu.bytes_per_s * self._gpu.memory_share)
         coding_s = KERNELS_CODING * self._gpu.launch_s if self._coded else 0.0
         under_way = self._topology.all_to_all_s(sent_PO * self._scale, owners_O)

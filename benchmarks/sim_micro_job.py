@@ -28,6 +28,7 @@ from machine_speed import ReferenceWork
 from torch import Tensor
 
 from moeca_dist.config import load_config
+from moeca_dist.kernels.row_codes import FORMATS, RowFormat
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
@@ -37,7 +38,6 @@ from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import BlockCoding, Places, RowCoding
-from moeca_dist.parallel.row_codes import FORMATS, RowFormat
 from moeca_dist.types import Routing
 
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)

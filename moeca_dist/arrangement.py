@@ -8,12 +8,12 @@ from moeca_dist.cache.budget import Budget
 from moeca_dist.cache.late import LateRefreshes, shallow_blocks
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.config import CacheConfig, Config
+from moeca_dist.kernels.row_codes import FORMATS
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, budget_groups, budget_rows, choose_placement
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import Places, RowCoding
-from moeca_dist.parallel.row_codes import FORMATS
 
 
 def placement_of_values(

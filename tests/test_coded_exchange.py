@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeca_dist.kernels.row_codes import FORMATS, SCALE_BYTES
 from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
 from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import BlockReferences, Places, RowCoding
-from moeca_dist.parallel.row_codes import FORMATS, SCALE_BYTES
 from moeca_dist.types import Branches, Routing
 from tests.test_budget_exchange import READS, Walk, _noting
 from tests.test_dispatch import EXPERTS, HIDDEN, make_experts

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeca_dist.kernels.row_codes import FORMATS, SCALE_BYTES, RowFormat, decode, encode
 from moeca_dist.parallel.references import Places, References, RowCoding
-from moeca_dist.parallel.row_codes import FORMATS, SCALE_BYTES, RowFormat, decode, encode
 
 NAMES = pytest.mark.parametrize("name", FORMATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.checks import check_config
 from moeca_dist.config import Config
+from moeca_dist.kernels.row_codes import FORMATS
 from moeca_dist.models.two_batches import in_turns
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.references import Places, RowCoding
-from moeca_dist.parallel.row_codes import FORMATS
 from moeca_dist.timing import UNTIMED
 from tests.golden_files import load_golden
 from tests.test_placement_images import difference

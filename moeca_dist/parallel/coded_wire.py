@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeca_dist.kernels.select import kernels_for
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.row_codes import decode, encode
 from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, send
 
 KEY_BYTES = WORD_BYTES  # where the owner finds the pair's references
@@ -34,13 +34,13 @@ class CodedPairs:
 
     def branches_back(self, exchange: Exchange, rows: Tensor, leg: Leg) -> Pending[Tensor]:
         """One row for each branch that ``leg`` brought here, coded by itself: home has many of them for a pair."""
-        form, dtype = self.coding.form, rows.dtype
+        form, width, dtype, kernels = self.coding.form, rows.shape[1], rows.dtype, kernels_for(rows.device)
         return _send_back(
             exchange,
             rows,
             leg,
-            lambda others: encode(others, None, form),
-            lambda coded: decode(coded, None, form, dtype),
+            lambda others: kernels.encode_rows(others, None, form),
+            lambda coded: kernels.decode_rows(coded, None, form, width, dtype),
         )
 
     def sums_back(self, exchange: Exchange, sums_SD: Tensor, leg: Leg) -> Pending[Tensor]:
@@ -67,7 +67,7 @@ def send_pairs(
 
     def arrived(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, CodedPairs]:
         header_RW, packed = parts
-        owner_S = packed[:, :KEY_BYTES].contiguous().view(torch.int32).squeeze(1).long()
+        owner_S = packed[:, :KEY_BYTES].flatten().view(torch.int32).long()
         hidden_SD = sending.decode(packed[:, KEY_BYTES:], owner_S)
         return header_RW, hidden_SD, CodedPairs(coding, sending.home_M, owner_S)
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from moeca_dist.parallel.row_codes import RowFormat, decode, encode
+from moeca_dist.kernels.row_codes import RowFormat
+from moeca_dist.kernels.select import kernels_for
+from moeca_dist.kernels.types import HeldRows
 
 
 class References:
@@ -30,31 +32,23 @@ class References:
 
     def encode(self, rows_ND: Tensor, key_N: Tensor) -> Tensor:
         """uint8 [N, W]; the references of ``key_N``, each of which comes once, become what the receiver decodes."""
-        reference_ND = self._held(key_N, rows_ND.shape[1], rows_ND.dtype)
-        coded_NW = encode(rows_ND, reference_ND, self._form)
-        self._hold(key_N, decode(coded_NW, reference_ND, self._form, rows_ND.dtype))
-        return coded_NW
+        held = self._held(key_N, rows_ND.shape[1], rows_ND.dtype)
+        return kernels_for(rows_ND.device).encode_rows(rows_ND, held, self._form)
 
     def decode(self, coded_NW: Tensor, key_N: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         """[N, ``width``] in ``dtype``: the rows, and from now on the references of ``key_N``."""
-        rows_ND = decode(coded_NW, self._held(key_N, width, dtype), self._form, dtype)
-        self._hold(key_N, rows_ND)
-        return rows_ND
+        held = self._held(key_N, width, dtype)
+        return kernels_for(coded_NW.device).decode_rows(coded_NW, held, self._form, width, dtype)
 
     @property
     def num_bytes(self) -> int:
         return 0 if self.rows_ND is None else self.rows_ND.numel() * self.rows_ND.element_size()
 
-    def _held(self, key_N: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    def _held(self, key_N: Tensor, width: int, dtype: torch.dtype) -> HeldRows:
         if self.rows_ND is None:
             # Against zeros no change is smaller than the row: the first row of a pair goes by itself.
             self.rows_ND = torch.zeros(self._num_rows, width, dtype=dtype, device=key_N.device)
-        return self.rows_ND.index_select(0, key_N)
-
-    def _hold(self, key_N: Tensor, rows_ND: Tensor) -> None:
-        assert self.rows_ND is not None
-        # What is not finite would break all that follows: after it the pair starts anew.
-        self.rows_ND.index_copy_(0, key_N, rows_ND.nan_to_num(0.0, 0.0, 0.0))
+        return HeldRows(self.rows_ND, key_N)
 
 
 @dataclass(frozen=True)

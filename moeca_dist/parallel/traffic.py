@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moeca_dist.kernels.row_codes import SCALE_BYTES
 from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.row_codes import SCALE_BYTES
 
 Returns = Literal["sums", "branches", "owner"]
 """What comes back: sums per pair (nothing is kept), single branches (kept at home), or sums of what owners keep."""

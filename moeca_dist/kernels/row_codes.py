@@ -59,7 +59,7 @@ def encode(rows_ND: Tensor, reference_ND: Tensor | None, form: RowFormat) -> Ten
 
 def decode(coded_NW: Tensor, reference_ND: Tensor | None, form: RowFormat, dtype: torch.dtype) -> Tensor:
     """[N, D] in ``dtype``. Sender and receiver both call it: the same operators, so the same bits."""
-    scale_N1 = coded_NW[:, :SCALE_BYTES].contiguous().view(torch.float32)
+    scale_N1 = coded_NW[:, :SCALE_BYTES].flatten().view(torch.float32)[:, None]
     values_ND = _values(coded_NW[:, SCALE_BYTES:], form).mul_(scale_N1.abs())
     if reference_ND is not None:
         values_ND += reference_ND.float() * (scale_N1 > 0)
