@@ -110,8 +110,9 @@ def write_results(rows: Sequence[dict[str, Any]], setting: Mapping[str, Any], ar
 
 METHOD = f"""\
 Every rank is a process of one thread in a network namespace of its own; a token bucket limits what it sends and what
-it receives. "loopback": the same ranks under torchrun, without namespaces. All rows of a configuration generate the
-same images from the same noise; its policies run in one launch, round by round in an order drawn anew.
+it receives, in frames of 9000 bytes unless --mtu says otherwise. "loopback": the same ranks under torchrun, without
+namespaces. All rows of a configuration generate the same images from the same noise; its policies run in one launch,
+round by round in an order drawn anew.
 
 - **seconds**: of denoising, slowest rank, median of the repeats [lowest-highest], after a warm-up of a few steps.
 - **x uncached**: seconds of the uncached run of the same round over those of the row, median [lowest-highest].
