@@ -14,13 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from hardware import busy_core_seconds
-from machine_speed import ReferenceWork
+from machine_speed import FixedWork, reference_seconds
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,10 +102,10 @@ def run(job: Job, folder: Path) -> None:
         engine_of(cell, job, mesh, model, num_steps=job.warmup_steps).generate(requests)
     records = []
     order = random.Random(0)  # the same on all ranks
-    reference = ReferenceWork() if mesh.device.type == "cpu" else None
+    work = FixedWork() if mesh.device.type == "cpu" else None
     for repeat in range(job.repeats):
         for cell in order.sample(job.cells, len(job.cells)):
-            samples, record = measure(engine_of(cell, job, mesh, model), requests, reference)
+            samples, record = measure_with_speed(engine_of(cell, job, mesh, model), requests, work)
             records.append({"cell": cell.name, "repeat": repeat} | record)
             if mesh.rank == 0 and repeat == 0:
                 np.save(folder / f"{job.cells.index(cell)}.npy", samples)
@@ -127,15 +126,20 @@ def engine_of(cell: Cell, job: Job, mesh: Mesh, model: DiffusionTransformer, num
     return Engine(config.model_copy(update=sections), mesh, model, Unrounded())
 
 
-def measure(
-    engine: Engine, requests: Sequence[Request], reference: ReferenceWork | None
+def measure_with_speed(
+    engine: Engine, requests: Sequence[Request], work: FixedWork | None
 ) -> tuple[NDArray[np.generic], dict[str, Any]]:
-    """One run; its record has the report and, of every rank, peak memory and the bytes that its interface sent.
+    """``measure``; ``reference_s`` says how fast the machine was before and after it, where there is ``work``."""
+    if work is None:
+        return measure(engine, requests)
+    before = reference_seconds(work, engine.mesh.world)
+    samples, record = measure(engine, requests)
+    return samples, record | {"reference_s": (before + reference_seconds(work, engine.mesh.world)) / 2}
 
-    ``reference_s`` says how fast the machine was before and after it, None without ``reference``.
-    """
+
+def measure(engine: Engine, requests: Sequence[Request]) -> tuple[NDArray[np.generic], dict[str, Any]]:
+    """One run; its record has the report and, of every rank, peak memory and the bytes that its interface sent."""
     mesh = engine.mesh
-    before = reference_seconds(mesh, reference)
     forget_peak(mesh.device)
     if mesh.world is not None:
         mesh.world.barrier()
@@ -145,9 +149,7 @@ def measure(
     all_work = busy_core_seconds() - all_work
     mine = (peak_bytes(mesh.device), interface_bytes() - sent, time.process_time() - own_work)
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
-    after = reference_seconds(mesh, reference)
     return samples, {
-        "reference_s": None if before is None or after is None else (before + after) / 2,
         "report": json.loads(report.to_json()),
         "batch_size": engine.config.sampling.batch_size,
         "peak_bytes_per_rank": [peak for peak, *_ in ranks],
@@ -156,16 +158,6 @@ def measure(
         # What the kernel did for these ranks' traffic outside of their system calls counts as others' work too.
         "cores_used_by_others": max(0.0, all_work - sum(work for *_, work in ranks)) / seconds,
     }
-
-
-def reference_seconds(mesh: Mesh, reference: ReferenceWork | None) -> float | None:
-    """While all ranks work at the same; median of the ranks."""
-    if reference is None:
-        return None
-    if mesh.world is None:
-        return reference.seconds()
-    mesh.world.barrier()
-    return median(mesh.world.gather_objects(reference.seconds()))
 
 
 # ---- memory and traffic of this process ------------------------------------------------------------------------------

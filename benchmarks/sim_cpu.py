@@ -80,8 +80,7 @@ class CpuMachine:
     """``num_ranks`` processes that share ``cores``, joined by loopback or by limited links.
 
     ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate. With two-batch overlap
-    its work is that of one half of the images. ``slowdown``: how many times as long the machine takes for everything as
-    it did when the table was made.
+    its work is that of one half of the images.
     """
 
     def __init__(
@@ -93,10 +92,9 @@ class CpuMachine:
         cores: float,
         link: Link | None = None,
         probe_mbit: float | None = None,
-        slowdown: float = 1.0,
     ) -> None:
         """Raises UserError where the table lacks the number of ranks, a rank's number of images, or links."""
-        self._num_ranks, self._cores, self._slowdown = num_ranks, cores, slowdown
+        self._num_ranks, self._cores = num_ranks, cores
         compute, micro = table["compute"][ON_ONE_RANK.get(policy, policy)], table["micro"]
         if str(num_ranks) not in compute:
             raise UserError(f"the table holds no measurement of {num_ranks} rank(s): measure with --ranks {num_ranks}")
@@ -120,13 +118,14 @@ class CpuMachine:
             self._links = LimitedLinks(num_ranks, goodput * 1e6 / 8, link.burst_kb * 1024)
 
     def home_P(self, step: int) -> NDArray[np.float64]:
-        return self._home_SP[step] * self._slowdown
+        return self._home_SP[step]
 
     def experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self._experts_P(rows_PE) * self._slowdown
+        seconds_P = self._experts.of_PE(rows_PE).sum(1)
+        return np.where(rows_PE.any(1), np.maximum(seconds_P, self._experts.least_s), 0.0)
 
     def shared_P(self, full: bool) -> NDArray[np.float64]:
-        return self._shared_P * self._slowdown if full else np.zeros(self._num_ranks)
+        return self._shared_P if full else np.zeros(self._num_ranks)
 
     def stretch(self, traffic: LayerTraffic) -> float:
         sent_PO, back_PO = traffic.there_PO, traffic.back_PO
@@ -136,15 +135,14 @@ class CpuMachine:
         return float(max(work_P.max(), work_P.sum() / self._cores))
 
     def agree(self, numbers: int) -> float:
-        seconds = self._exchanges.agree_s * self._slowdown
         if not self._overlaps:  # while rows of the other half are under way no link is idle
-            self.pass_time(seconds)
-        return seconds
+            self.pass_time(self._exchanges.agree_s)
+        return self._exchanges.agree_s
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
         out_P, in_P = sent_PO.sum(1), np.zeros(self._num_ranks)
         np.add.at(in_P, owners_O, sent_PO.sum(0))
-        started = self._exchanges.leg(float(max(out_P.max(), in_P.max()))) * self._slowdown
+        started = self._exchanges.leg(float(max(out_P.max(), in_P.max())))
         if self._links is None:
             return started  # the kernel's copies need the cores themselves: nothing is hidden
         if not self._overlaps:
@@ -157,10 +155,6 @@ class CpuMachine:
     def pass_time(self, seconds: float) -> None:
         if self._links is not None:
             self._links.wait(seconds)
-
-    def _experts_P(self, rows_PE: NDArray[np.int64]) -> NDArray[np.float64]:
-        seconds_P = self._experts.of_PE(rows_PE).sum(1)
-        return np.where(rows_PE.any(1), np.maximum(seconds_P, self._experts.least_s), 0.0)
 
     def _home(self, measured: Mapping[str, Any], trace: RoutingTrace, part: float) -> NDArray[np.float64]:
         """[S, P]: everything a rank did for such a part of its images, less its routed experts: they move to owners."""
@@ -193,7 +187,7 @@ class CpuMachine:
         for step, layers in enumerate(traffic_of_steps(trace.first_images(images), table, 1, "home")):
             for traffic in layers:
                 if traffic is not None:
-                    found_S[step] -= self._experts_P(traffic.rows_PE)[0]
+                    found_S[step] -= self.experts_P(traffic.rows_PE)[0]
         return np.maximum(found_S, 0.0)
 
 

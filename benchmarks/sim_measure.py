@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine_speed import times
 from netns import Network, require
 from rank_cases import ON_ONE_RANK, TWO_BATCHES, chosen
 from rank_job import Job
@@ -109,16 +110,7 @@ def _at_speed(found: dict[str, Any], reference_s: float) -> dict[str, Any]:
     """What ``sim_micro_job.py`` measured, as it would have been at the speed of ``reference_s``."""
     measured = found.pop("reference_s")
     experts, exchange = (reference_s / measured[name] for name in ("experts", "exchange"))
-    per_expert = {rows: seconds * experts for rows, seconds in found["experts"]["per_expert_s"].items()}
-    exchanges = {
-        kind: [cell | {"seconds": cell["seconds"] * exchange} for cell in found["exchange"][kind]]
-        for kind in ("exact", "coded")
-    }
-    return {
-        "experts": {"least_s": found["experts"]["least_s"] * experts, "per_expert_s": per_expert},
-        "shared_s_per_token": found["shared_s_per_token"] * experts,
-        "exchange": exchanges | {"agree_s": found["exchange"]["agree_s"] * exchange},
-    }
+    return {name: times(value, exchange if name == "exchange" else experts) for name, value in found.items()}
 
 
 def record(path: Path, policy: str, num_images: int, overrides: Sequence[str], seed: int = 0) -> RoutingTrace:

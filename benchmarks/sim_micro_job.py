@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from machine_speed import ReferenceWork
+from machine_speed import FixedWork, reference_seconds
 from torch import Tensor
 
 from moeca_dist.config import load_config
@@ -48,7 +49,7 @@ LEAST_CALLS = 8
 ROUNDS = 5
 # What a rank computes between two exchanges: about as long as attention and a shared expert, with as many weights.
 BETWEEN_S = 0.01
-BETWEEN_TOKENS, BETWEEN_LAYERS = 128, 2
+BETWEEN_LAYERS = 2
 EXCHANGES, WARM_UP = 80, 6
 
 
@@ -59,25 +60,19 @@ def main(config: str, out: str, *overrides: str) -> None:
     spec = check_weights(load_config(config, overrides).model)
     mesh = Mesh.create(LauncherEnv.read(), device_type="cpu")
     assert mesh.expert_group is not None, "an exchange has several ranks"
-    group, reference = mesh.expert_group, ReferenceWork()
-    speeds = [speed(reference, group)]
+    group, reference = mesh.expert_group, FixedWork()
+    speeds = [reference_seconds(reference, group)]
     found: dict[str, Any] = {
         "experts": experts(spec, group),
         "shared_s_per_token": shared(spec, group),
     }
-    speeds.append(speed(reference, group))
+    speeds.append(reference_seconds(reference, group))
     found["exchange"] = exchange(spec, group)
-    speeds.append(speed(reference, group))
+    speeds.append(reference_seconds(reference, group))
     found["reference_s"] = {"experts": sum(speeds[:2]) / 2, "exchange": sum(speeds[1:]) / 2}
     if mesh.rank == 0:
         Path(out).write_text(json.dumps(found))
     mesh.close()
-
-
-def speed(reference: ReferenceWork, group: Exchange) -> float:
-    """Seconds of the reference work while all ranks do it; median of the ranks."""
-    group.barrier()
-    return median(group.gather_objects(reference.seconds()))
 
 
 def experts(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
@@ -114,9 +109,9 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
 
 def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
     """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in 8 bits, see ``cells``."""
-    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), Between(spec)
+    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), work_between(spec)
     for _ in range(EXCHANGES):
-        between.compute()
+        between()
         with agreed.call():
             group.gather_counts(counts)
     agree_s = agreed.median()
@@ -126,7 +121,7 @@ def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
 
 
 def cells(
-    spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: float, between: "Between"
+    spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: float, between: Callable[[], float]
 ) -> list[dict[str, float]]:
     """Bytes that the busiest rank sends in both legs, their seconds, and the ``stretch`` of work between them.
 
@@ -149,12 +144,12 @@ def cells(
             outputs_RD = layer(sent.rows_RD, sent.rows_per_expert_L)
             with back.call():
                 away.combine_sums(outputs_RD, sent, routing).wait()
-            beside_s.append(between.compute())
+            beside_s.append(between())
             started = time.process_time()
             kept = local.dispatch(x_TD, routing.all_branches()).wait()
             local.weighted_sum(kept.rows_RD, kept, routing)
             alone_s.append(time.process_time() - started)
-            apart_s.append(between.compute())
+            apart_s.append(between())
         moved = max(group.gather_objects(group.traffic.bytes_sent - before)) // EXCHANGES
         alone = median(group.gather_objects(median(alone_s[WARM_UP:])))
         seconds = max(0.0, there.median() + back.median() - agree_s - alone)
@@ -187,24 +182,11 @@ class Ranks:
         return median([min(call) for call in zip(*by_rank, strict=True)][WARM_UP:])
 
 
-class Between:
-    """The same work every time."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        width = 4 * spec.hidden_size
-        self._layers = [SwiGLU(spec.hidden_size, width) for _ in range(BETWEEN_LAYERS)]
-        self._x_TD = torch.randn(BETWEEN_TOKENS, spec.hidden_size)
-        self._turns = 1
-        once = median([self.compute() for _ in range(WARM_UP)])
-        self._turns = max(1, round(BETWEEN_S / once))
-
-    def compute(self) -> float:
-        """Core-seconds, of all threads."""
-        started = time.process_time()
-        for _ in range(self._turns):
-            for layer in self._layers:
-                layer(self._x_TD)
-        return time.process_time() - started
+def work_between(spec: ModelSpec) -> Callable[[], float]:
+    """The same work at every call, which gives its core-seconds."""
+    work = FixedWork(spec.hidden_size, 4 * spec.hidden_size, BETWEEN_LAYERS)
+    once = median(work.seconds() for _ in range(WARM_UP))
+    return partial(work.seconds, max(1, round(BETWEEN_S / once)))
 
 
 def core_seconds(run: Callable[[], Any], group: Exchange) -> float:

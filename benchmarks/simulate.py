@@ -21,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from hardware import conditions
+from machine_speed import times
 from netns import Link
 from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores
@@ -123,10 +124,9 @@ def predict_run(
     probe_mbit: float | None = None,
     mode: Mode = "exact",
     placed: PlacementTable | None = None,
-    slowdown: float = 1.0,
 ) -> list[StepTime]:
-    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``. See ``CpuMachine``."""
-    machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit, slowdown)
+    """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
+    machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     placement: Placement = "owner" if policy in AT_OWNERS else "home"
     # The configurations that are simulated on CPU compute in fp32.
@@ -194,10 +194,11 @@ def compare(row: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     if row.get("reference_s") is None:
         raise UserError("the sweep does not say how fast the machine was: measure it again, on CPU")
     slowdown = row["reference_s"] / table["reference_s"]
+    table |= {name: times(table[name], slowdown) for name in ("compute", "micro")}
     cores = (args.cores or available_cores()) - (row["cores_used_by_others"] if args.busy else 0.0)
     link = None if row["link"] is None else Link(**row["link"])
     probe = None if row["measured_link"] is None else row["measured_link"]["mbit"]
-    steps = predict_run(table, trace, policy, num_ranks, max(cores, 0.1), link, probe, slowdown=slowdown)
+    steps = predict_run(table, trace, policy, num_ranks, max(cores, 0.1), link, probe)
     found = sum(steps, StepTime())
     measured = row["denoise_s"]["median"]
     return {

@@ -188,10 +188,13 @@ def test_tables_are_made_at_one_speed(load) -> None:
     assert measuring._by_step([record], 2, 0.04) == {"attention": pytest.approx([0.8, 0.4])}
 
 
-def test_the_reference_work_takes_its_time(load) -> None:
-    work = load("machine_speed").ReferenceWork()
-    least = min(work.seconds() for _ in range(3))
-    assert 0 < least < 10 and work.seconds() < 20 * least
+def test_fixed_work_takes_as_long_as_it_is(load) -> None:
+    speed = load("machine_speed")
+    little, much = (speed.FixedWork(num_layers=layers) for layers in (1, 8))
+    # The best of some, so that a slow moment says nothing; twice the work would be between these bounds too.
+    least = [min(work.seconds(turns) for _ in range(5)) for work, turns in ((little, 1), (little, 8), (much, 1))]
+    assert all(4 * least[0] < other < 16 * least[0] for other in least[1:])
+    assert 0 < speed.reference_seconds(much, None) < 10 * least[2]
 
 
 def test_half_of_the_images_has_the_overhead_of_as_many(load) -> None:
