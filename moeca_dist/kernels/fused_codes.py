@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeca_dist.kernels.launch import rows_apart
 from moeca_dist.kernels.row_codes import SCALE_BYTES, RowFormat
 from moeca_dist.kernels.types import HeldRows
 
@@ -132,7 +133,7 @@ def encode_rows(rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tens
     num_rows, width = rows_ND.shape
     coded_NW = torch.empty(num_rows, SCALE_BYTES + width, dtype=torch.uint8, device=rows_ND.device)
     if num_rows:
-        rows_ND = rows_ND if rows_ND.stride(1) == 1 else rows_ND.contiguous()
+        rows_ND = rows_apart(rows_ND)
         held_SD, key_N = _places(held, rows_ND)
         _encode[(num_rows,)](
             rows_ND, held_SD, key_N, coded_NW, width, rows_ND.stride(0), form.largest,
@@ -145,7 +146,7 @@ def encode_rows(rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tens
 def decode_rows(coded_NW: Tensor, held: HeldRows | None, form: RowFormat, width: int, dtype: torch.dtype) -> Tensor:
     rows_ND = torch.empty(coded_NW.shape[0], width, dtype=dtype, device=coded_NW.device)
     if rows_ND.shape[0]:
-        coded_NW = coded_NW if coded_NW.stride(1) == 1 else coded_NW.contiguous()
+        coded_NW = rows_apart(coded_NW)
         held_SD, key_N = _places(held, rows_ND)
         _decode[(rows_ND.shape[0],)](
             coded_NW, held_SD, key_N, rows_ND, width, coded_NW.stride(0),

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeca_dist.kernels.launch import rows_apart
 from moeca_dist.kernels.types import RoutedTokens, RouterWeights
 
 _TOKENS, _WIDTH = 16, 64  # of one program, and of one step through the hidden size
@@ -107,7 +108,7 @@ def route_tokens(x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: T
     entry_TK = torch.empty(shape, dtype=torch.int64, device=device)
     found_TK = torch.empty(shape, dtype=torch.uint8, device=device)
     if tokens:
-        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+        x_TD = rows_apart(x_TD)
         _route[(triton.cdiv(tokens, _TOKENS),)](
             x_TD, router.weight_ED, router.weight_ED if router.bias_E is None else router.bias_E, ids_TJ, used_TJ,
             scores_TE, ids_TK, gates_TK, entry_TK, found_TK,
