@@ -29,8 +29,8 @@ PREFIX = "moecanet"
 INTERFACE = "eth0"
 BRIDGE = "br0"
 RUN_DIRECTORY = Path("/run/netns")
-# Cluster networks use jumbo frames, and network cards cut and join them. Here every frame costs the cores that compute:
-# with 1500 bytes, a transfer at 200 Mbit/s takes 40% of a core in the kernel's virtual cables, bridge and buckets.
+# Cluster networks use jumbo frames, and network cards cut and join them. Here every frame costs the cores that compute
+# time in the kernel's virtual cables, bridge and buckets: with 1500 bytes, what overlaps a transfer is held up by it.
 JUMBO_MTU = 9000
 LEAST_MTU = 576
 FRAME_HEADER_BYTES = 14

@@ -88,7 +88,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    if args.rates:
+    links = [Link(rate, args.burst_kb, args.queue_ms, args.mtu) for rate in args.rates]
+    if links:
         require()
     paths = [config_path(name) for name in args.configs]
     for path in paths:
@@ -104,8 +105,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rows += report(
                     path, ep_size, None, None, run_with_torchrun(jobs[ep_size], ep_size, "cpu", args.timeout), alone
                 )
-            for rate in args.rates:
-                link = Link(rate, args.burst_kb, args.queue_ms, args.mtu)
+            for link in links:
                 with Network(ep_size, link) as network:
                     probe = asdict(network.probe())
                     outcome = run_in_network(jobs[ep_size], network, args.timeout)

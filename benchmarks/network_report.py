@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from log_axes import plain_log
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from netns import JUMBO_MTU
 from rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED
 from rank_launch import Outcome
 from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, psnr_db, relative_l2, shown, spread
@@ -110,9 +112,9 @@ def write_results(rows: Sequence[dict[str, Any]], setting: Mapping[str, Any], ar
 
 METHOD = f"""\
 Every rank is a process of one thread in a network namespace of its own; a token bucket limits what it sends and what
-it receives, in frames of 9000 bytes unless --mtu says otherwise. "loopback": the same ranks under torchrun, without
-namespaces. All rows of a configuration generate the same images from the same noise; its policies run in one launch,
-round by round in an order drawn anew.
+it receives, in frames of {JUMBO_MTU} bytes unless --mtu says otherwise. "loopback": the same ranks under torchrun,
+without namespaces. All rows of a configuration generate the same images from the same noise; its policies run in one
+launch, round by round in an order drawn anew.
 
 - **seconds**: of denoising, slowest rank, median of the repeats [lowest-highest], after a warm-up of a few steps.
 - **x uncached**: seconds of the uncached run of the same round over those of the row, median [lowest-highest].
@@ -201,9 +203,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         draw_gain(gain, mine)
         for axes in (speed, gain):
             axes.set_title(config, fontsize=10)
-            axes.set_yscale("log")
-            for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatter("{x:g}")
+            plain_log(axes)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             if axes.lines:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from log_axes import plain_log
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -145,9 +146,7 @@ def plot(rows: Sequence[Mapping[str, Any]], mode: str, path: Path) -> None:
         draw_lines(throughput, mine, lambda row: row["images_per_s"]["median"])
         draw_lines(efficiency, mine, lambda row: row["efficiency"])
         throughput.set_ylabel("images/s")
-        throughput.set_yscale("log")
-        for formatter in (throughput.yaxis.set_major_formatter, throughput.yaxis.set_minor_formatter):
-            formatter("{x:g}")
+        plain_log(throughput)
         if throughput.lines:
             throughput.legend(frameon=False, fontsize=7)
         efficiency.set_ylabel("parallel efficiency")

@@ -135,14 +135,14 @@ def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None
     command = [sys.executable, "benchmarks/network.py", "--configs", "demo", "--ranks", "2", "--rates", "100"]
     command += ["--no-loopback", "--num-images", "4", "--repeats", "1", "--set", "sampling.num_steps=16"]
     policies = ("uncached", "uncached, two batches", "network_forecast", "network_forecast, int8 rows")
-    policies += ("moeca_forecast", "moeca_forecast, owner")
+    policies += ("moeca_forecast", "moeca_forecast, owner", "taylorseer")
     command += ["--policies", *policies, "--out", str(tmp_path / "net")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "net.json").read_text())
     alone = {row["policy"]: row for row in results["rows"] if row["num_ranks"] == 1}
     apart = {row["policy"]: row for row in results["rows"] if row["num_ranks"] == 2}
-    assert set(alone) == {"uncached", "network_forecast", "moeca_forecast"} and set(apart) == {*policies}
+    assert set(alone) == {"uncached", "network_forecast", "moeca_forecast", "taylorseer"} and set(apart) == {*policies}
     for row in apart.values():
         assert 85 < row["measured_link"]["mbit"] < 102 and row["link"]["rate_mbit"] == 100
         # Rows travel as payload of what the interfaces send, and not faster than two links let them.
@@ -154,7 +154,7 @@ def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None
     assert apart["uncached, two batches"]["bytes_sent"] == apart["uncached"]["bytes_sent"]
     assert apart["network_forecast, int8 rows"]["bytes_sent"] < 0.3 * apart["network_forecast"]["bytes_sent"]
     assert apart["moeca_forecast"]["bytes_sent"] < apart["uncached"]["bytes_sent"]
-    # One round of a second each: only the policy with a wide margin is held to its time.
+    assert apart["moeca_forecast"]["over_uncached"]["median"] > 1
     assert apart["network_forecast"]["over_uncached"]["median"] > 1
     assert results["conditions"]["torch"] and results["conditions"]["commit"]
     assert (tmp_path / "net.png").stat().st_size > 1000
