@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from moeca_dist.config.former_keys import explain_refused_value, explain_unknown_key
 from moeca_dist.config.sections import Config, PathField
 from moeca_dist.config.yaml_file import parse_yaml, read_sections
 from moeca_dist.errors import UserError
@@ -108,11 +109,13 @@ def _explain(details: ErrorDetails) -> str:
         case "value_error":  # from _check_combinations, which names its keys
             return details["msg"].removeprefix("Value error, ")
         case "extra_forbidden":
-            return f"unknown key {key}; {_nearest(key)}"
+            return explain_unknown_key(key) or f"unknown key {key}; {_nearest(key)}"
         case "model_type":
             allowed = f"must be a section of keys ({', '.join(_SECTIONS[key].model_fields)})"
         case "path_type":
             allowed = "must be a path"
+        case "literal_error" if (gone := explain_refused_value(key, details["input"])) is not None:
+            return gone
         case "int_type":
             allowed = "must be an integer"
         case _:
