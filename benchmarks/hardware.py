@@ -19,7 +19,7 @@ def conditions(device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
+        "command": command(),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "cores": os.cpu_count(),
         "load_average_1min": round(os.getloadavg()[0], 2),
@@ -27,6 +27,13 @@ def conditions(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
     }
+
+
+def command() -> str:
+    """The command line of this process, as one gives it in the checkout's root."""
+    module = sys.modules["__main__"].__spec__
+    program = [os.path.relpath(sys.argv[0], REPOSITORY)] if module is None else ["-m", module.name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def busy_core_seconds() -> float:

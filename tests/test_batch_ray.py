@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.ray_chaos import BatchRun, Phase, Target, TwoRaylets, plain_run, problems, strike, wait_for
+from benchmarks.ray.chaos import BatchRun, Phase, Target, TwoRaylets, plain_run, problems, strike, wait_for
 from moeca_dist import Request
 from moeca_dist.batch.start import Options, start_batch
 from moeca_dist.cli import batch_main, generate_main

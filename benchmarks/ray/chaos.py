@@ -1,6 +1,6 @@
 """A real Ray cluster of two raylets on this machine, a batch running on it, and blows to any of its processes.
 
-Shared by the tests of the batch runner and the soak (``ray_soak.py``). Processes are found below the cluster's own
+Shared by the tests of the batch runner and the soak (``soak.py``). Processes are found below the cluster's own
 raylets and killed by their id; other clusters on the machine are left alone.
 """
 
@@ -25,7 +25,8 @@ from typing import Any, Literal
 import psutil
 from ray.cluster_utils import Cluster
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.hardware import REPOSITORY
+
 OBJECT_STORE_BYTES = 100_000_000
 POLL_S = 0.002
 

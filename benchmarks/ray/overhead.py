@@ -1,6 +1,6 @@
 """What Ray costs: images/s of one gang of one rank against the plain engine, and a supervisor with a million requests.
 
-    python benchmarks/ray_overhead.py [--num-images 3000] [--repeats 2] [--requests 1000000] [--out .../ray_overhead]
+    python -m benchmarks.ray.overhead [--num-images 3000] [--repeats 2] [--requests 1000000] [--out .../ray_overhead]
 
 Both sides generate the same images with the shipped model, in alternating order, each in fresh processes. Starting Ray
 and loading the model count on neither side: the plain engine is timed from the first request to the last image written,
@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from hardware import conditions
 
+from benchmarks.hardware import REPOSITORY, conditions
 from moeca_dist.batch.jobs import LabelCycle
 from moeca_dist.batch.ledger import Plan
 from moeca_dist.batch.manifest import MANIFEST, read_records
 from moeca_dist.batch.supervisor import Supervisor
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 50
 MIB = 2**20
 

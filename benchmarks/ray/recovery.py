@@ -1,6 +1,6 @@
 """From a killed rank to its gang generating again: one long batch on two raylets, hit once it works, again and again.
 
-    python benchmarks/ray_recovery.py [--kills 20] [--seed 0] [--out benchmarks/results/ray_recovery]
+    python -m benchmarks.ray.recovery [--kills 20] [--seed 0] [--out benchmarks/results/ray_recovery]
 
 Rank 0, rank 1 and the whole gang in turn, while a second gang goes on generating on the same cores. The next kill waits
 until the gang has recovered. Writes OUT.json and OUT.md. About twenty seconds a kill.
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hardware import conditions
-from ray_chaos import REPOSITORY, BatchRun, Blow, Target, TwoRaylets, strike, wait_for
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.ray.chaos import BatchRun, Blow, Target, TwoRaylets, strike, wait_for
 
 # More than can be generated while this runs.
 ARGUMENTS = ["--config", "configs/demo.yaml", "--num-images", "100000", "--gangs", "2", "--gang-size", "2"]

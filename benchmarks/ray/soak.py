@@ -1,6 +1,6 @@
 """Batches on a two-raylet cluster while their processes are killed at random: does every image come out right, once?
 
-    python benchmarks/ray_soak.py [--kills 200] [--seed 0] [--out benchmarks/results/ray_soak]
+    python -m benchmarks.ray.soak [--kills 200] [--seed 0] [--out benchmarks/results/ray_soak]
 
 Every batch gets up to eight kills of its ranks, gangs, a raylet, its supervisor and at most one of its driver, at
 start, in mid-chunk and during commit, all drawn at random; it must then end with exit code 0 after at most one
@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hardware import conditions
-from ray_chaos import (
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.ray.chaos import (
     PHASES,
-    REPOSITORY,
     TARGETS,
     BatchRun,
     Blow,
