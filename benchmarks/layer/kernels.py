@@ -1,6 +1,6 @@
 """The kernels of a cached step on published shapes: time, bytes and FLOP, and how near each is to the device's limits.
 
-    python benchmarks/kernels.py --device cuda --out benchmarks/results/kernels_cuda
+    python -m benchmarks.layer.kernels --device cuda --out benchmarks/results/kernels_cuda
 
 Bytes are those that must move once, FLOP those of the router's product; both are counted from the shapes. The limits
 are measured in the same run. With guidance, so a batch of B images has 2B.
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_timing import measure_roofline, median_seconds
-from hardware import conditions
 
+from benchmarks.common.device_timing import measure_roofline, median_seconds
+from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
 from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.row_codes import FORMATS, SCALE_BYTES

@@ -1,11 +1,11 @@
-"""From the rounds of ``benchmarks/layer.py`` to its JSON file and Markdown table."""
+"""From the rounds of ``layer.py`` to its JSON file and Markdown table."""
 
 import argparse
 import json
 from statistics import median, quantiles
 from typing import Any
 
-from layer_cases import SPARSE_SHARE, TOKENS_PER_IMAGE, Case
+from benchmarks.layer.layer_cases import SPARSE_SHARE, TOKENS_PER_IMAGE, Case
 
 OTHERS = ("classic", "autoep", "naive")
 

@@ -1,6 +1,6 @@
 """What one denoising step must at least move and multiply, counted from published shapes: the two floors of its time.
 
-    python benchmarks/floors.py
+    python -m benchmarks.layer.floors
 
 Divided by a device's measured copy bandwidth and matrix-product rate they are seconds that no implementation of the
 same step gets under. Bytes in bf16: weights once per step, activations as often as the kernels of a cached step pass
@@ -9,8 +9,7 @@ over them (``docs/performance.md`` lists the passes).
 
 import argparse
 
-from kernels import BATCHES, FRESH, MODELS
-
+from benchmarks.layer.kernels import BATCHES, FRESH, MODELS
 from moeca_dist.models.flops import forward_flops
 from moeca_dist.models.registry import published_spec
 from moeca_dist.models.spec import ModelSpec

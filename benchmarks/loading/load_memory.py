@@ -1,6 +1,6 @@
 """How much memory loading a published-size checkpoint takes, per rank, for several expert-parallel sizes.
 
-    python benchmarks/load_memory.py [--model DSMoE-B-E16] [--ep-sizes 1 2 4] [--folder TMP] [--out benchmarks/results]
+    python -m benchmarks.loading.load_memory [--model DSMoE-B-E16] [--ep-sizes 1 2 4] [--folder TMP]
 
 Writes a random fp32 checkpoint as a training run saves it ({"model", "ema", "args"}), loads each rank's part in a
 fresh process without any process group, and reports resident expert bytes and peak memory. Memory mapped from the
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hardware import REPOSITORY, command, commit, cpu_model
 from moeca_dist import __version__
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.checkpoint import load_model
@@ -136,9 +137,9 @@ def worker(step: str, arguments: list[str]) -> None:
 
 def in_process(step: str, *arguments: object) -> dict[str, Any]:
     """Run one step in a fresh interpreter and return what it printed last."""
-    command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
+    worker = [sys.executable, "-m", "benchmarks.loading.load_memory", "--step", step, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    finished = subprocess.run(worker, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = finished.stdout.strip().splitlines()
     return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
 
@@ -176,26 +177,17 @@ def run(model: str, ep_sizes: Sequence[int], folder: Path | None) -> dict[str, A
 
 
 def conditions() -> dict[str, Any]:
-    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ":")
     return {
-        "command": "python " + " ".join([os.path.relpath(__file__), *sys.argv[1:]]),
+        "command": command(),
         "date": time.strftime("%Y-%m-%d"),
-        "processor": f"{processor.split(':')[1].strip() or platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{cpu_model()}, {os.cpu_count()} cores",
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": {"moeca_dist": __version__}
         | {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
-        "commit": _commit(),
+        "commit": commit(),
         "page_cache": "warm: the file has just been written",
     }
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
-
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with local changes" if git("status", "-s") else "")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -246,7 +238,7 @@ def main() -> None:
     parser.add_argument("--model", default="DSMoE-B-E16", help="published size")
     parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--folder", type=Path, help="where the temporary files go (3.5 GiB for DSMoE-B-E16)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:

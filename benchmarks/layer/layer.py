@@ -1,6 +1,6 @@
 """One expert-parallel MoE layer against DeepSpeed's two and a naive loop: dispatch, experts, combine; router given.
 
-    python benchmarks/layer.py --ranks 1 2 --out benchmarks/results/layer_cpu
+    python -m benchmarks.layer.layer --ranks 1 2 --out benchmarks/results/layer_cpu
 
 Every round runs each contender once, in an order drawn anew, on the same weights, tokens and routing. A round's time is
 that of the slowest rank. All outputs are compared before anything is timed.
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from hardware import busy_core_seconds, conditions
-from layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
-from layer_contenders import CONTENDERS, Layer, Setup, classic_gate
-from layer_report import summarise, write_results
 from torch.multiprocessing import spawn
 
+from benchmarks.hardware import REPOSITORY, busy_core_seconds, conditions
+from benchmarks.layer.layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
+from benchmarks.layer.layer_contenders import CONTENDERS, Layer, Setup, classic_gate
+from benchmarks.layer.layer_report import summarise, write_results
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 
@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.images = args.images or (32 if args.device == "cuda" else 4)
     args.repeats = 3 if args.quick else args.repeats
-    args.out = args.out or Path(__file__).parent / "results" / f"layer_{args.device}"
+    args.out = args.out or REPOSITORY / f"benchmarks/results/layer_{args.device}"
     return args
 
 

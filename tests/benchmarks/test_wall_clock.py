@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_it_reports_every_policy(tmp_path: Path) -> None:
     command = [
-        sys.executable, "benchmarks/wall_clock.py", "--batch-size", "1", "--num-steps", "4", "--threads", "1",
+        sys.executable, "-m", "benchmarks.layer.wall_clock", "--batch-size", "1", "--num-steps", "4", "--threads", "1",
         "--policies", "fora", "moeca_forecast", "--out", str(tmp_path / "clock"),
     ]  # fmt: skip
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""The layers that ``benchmarks/layer.py`` compares: same expert weights (shared storage), same routing, router given.
+"""The layers that ``layer.py`` compares: same expert weights (shared storage), same routing, router given.
 
 A contender is a callable [T, D] -> [T, D] that every rank of the group calls together: dispatch, experts, combine.
 
@@ -16,10 +16,10 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate, top2gating, topkgating
-from layer_cases import Case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.layer.layer_cases import Case
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
 from moeca_dist.parallel.dispatch import LocalDispatcher

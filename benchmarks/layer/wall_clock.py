@@ -1,6 +1,6 @@
 """Wall clock against FLOPs of cached runs of a large network with random weights, and where the seconds went.
 
-    python benchmarks/wall_clock.py --threads 2
+    python -m benchmarks.layer.wall_clock --threads 2
 
 One process, DSMoE-S-E16's shape, random weights: nothing is learnt about quality. The exact run and every policy sample
 the same noise one after the other; full steps are 0, 1 and every fifth (11 of 50). Writes OUT.json and OUT.md.
@@ -17,8 +17,8 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from hardware import commit, conditions
 
+from benchmarks.hardware import REPOSITORY, commit, conditions
 from moeca_dist import Engine, Report, Request
 from moeca_dist.config import Config
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--num-steps", type=int, default=50, help="the sampler's steps (default: %(default)s)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wall_clock_cpu")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/wall_clock_cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     exact = run(args, "none")

@@ -1,4 +1,4 @@
-"""What ``benchmarks/layer.py`` measures: layer shapes, token counts, routings, and the tensors they stand for.
+"""What ``layer.py`` measures: layer shapes, token counts, routings, and the tensors they stand for.
 
 Shape suffixes: T tokens of one rank, D hidden size, I expert width, E experts, L experts held here, K routed experts
 per token.

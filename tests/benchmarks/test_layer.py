@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.layer_cases import HOT_EXPERTS, PUBLISHED, Case, Shape, draw_experts
+from benchmarks.layer.layer_cases import HOT_EXPERTS, PUBLISHED, Case, Shape, draw_experts
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 CONTENDERS = {"ours", "classic", "autoep", "naive"}
 
 
 def test_quick_run_reports_every_contender(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/layer.py", "--quick", "--ranks", "1", "2", "--out", str(tmp_path / "layer")]
+    options = ["--quick", "--ranks", "1", "2", "--out", str(tmp_path / "layer")]
+    command = [sys.executable, "-m", "benchmarks.layer.layer", *options]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "layer.json").read_text())
-    assert "layer.py --quick" in results["conditions"]["command"]
+    assert "benchmarks.layer.layer --quick" in results["conditions"]["command"]
     assert [case["num_ranks"] for case in results["cases"]] == [1] * 8 + [2] * 8
     for case in results["cases"]:
         assert set(case["relative_error"]) == CONTENDERS

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def quick(script: str, out: Path) -> dict[str, Any]:
-    command = [sys.executable, f"benchmarks/{script}.py", "--device", "cpu", "--quick", "--out", str(out / script)]
+    options = ["--device", "cpu", "--quick", "--out", str(out / script)]
+    command = [sys.executable, "-m", f"benchmarks.layer.{script}", *options]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert (out / f"{script}.md").read_text().count("| DSMoE-S-E16 | 1 |") > 0

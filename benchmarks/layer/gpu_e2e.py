@@ -1,6 +1,6 @@
 """Whole denoising runs on published shapes with random weights: seconds, work and memory of every way to cache.
 
-    python benchmarks/gpu_e2e.py --device cuda --out benchmarks/results/gpu_e2e_cuda
+    python -m benchmarks.layer.gpu_e2e --device cuda --out benchmarks/results/gpu_e2e_cuda
 
 Every row is a whole run after runs to warm up; the figure is the median of ``--repeats``. The exact path is eager
 PyTorch without a cache; TaylorSeer and FORA are this package's own policies. "Of the limit" is the work that was
@@ -14,10 +14,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from device_timing import Roofline, measure_roofline
-from hardware import conditions
-from kernels import BATCHES, MODELS, write
 
+from benchmarks.common.device_timing import Roofline, measure_roofline
+from benchmarks.hardware import conditions
+from benchmarks.layer.kernels import BATCHES, MODELS, write
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config
 
