@@ -11,7 +11,7 @@ from log_axes import plain_log
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from netns import JUMBO_MTU
-from rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED
+from rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
 from rank_launch import Outcome
 from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, psnr_db, relative_l2, shown, spread
 
@@ -71,9 +71,8 @@ def summarise(
             "reference_s": median(record["reference_s"] for record in mine),
         }
         # Placement owner forecasts sums in place of branches where nothing is refreshed: other images by design.
-        # With random weights routes lie near ties: noise of 1e-3 moves samples as far as codes do (rows.py), and other
-        # sizes of the products, as two batches have them, can change a route by rounding alone.
-        comparable = trained if cell in CODED | TWO_BATCHES else cell not in AT_OWNERS
+        # With random weights routes lie near ties: noise of 1e-3 moves samples as far as codes do (rows.py).
+        comparable = trained if cell in CODED else cell not in AT_OWNERS
         row["agrees_with_one_rank"] = agrees(row) if comparable else None
         row["line"] = (
             f"{config}, {num_ranks} rank(s), {link_name(row)}, {cell}: {shown(row['denoise_s'])} s, "
@@ -130,7 +129,7 @@ launch, round by round in an order drawn anew.
   {EXACT_REL_L2:g} without a cache and {CACHED_PSNR_DB:g} dB PSNR (of the range of the samples) with one, where a route
   near a tie may fall the other way; not in placement owner, which forecasts sums where one rank forecasts branches.
   Coded rows ("int8 rows", "fp8 rows"), compared with one rank where nothing travels: {CODED_PSNR_DB:g} dB. No claim
-  on coded rows and two batches with random weights, where tiny differences change routes.
+  on coded rows with random weights, where tiny differences change routes.
   **to uncached**: to the uncached samples of the same launch; on random weights it says nothing about quality.
 - **others' cores**: how many cores worked for somebody else, the kernel's network work for these ranks among it."""
 

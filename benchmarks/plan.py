@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from hardware import conditions
 from plan_report import plan_markdown, plot
 from sim_gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
-from sim_step import Mode, StepTime, simulate_step, simulate_two_batches
+from sim_step import Mode, StepTime, simulate_step
 
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
 from moeca_dist.parallel.cost import Topology
@@ -37,18 +36,6 @@ SHAPES = (
         "1024 x 1024 and 256 text tokens; keys and values of a quarter of the heads; writing text is not counted", 0.25,
     ),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class How:
-    """Options of steps without a cache."""
-
-    coded: bool = False
-    two_batches: bool = False
-
-
-PLAIN = How()
-HOWS = {"coded": How(coded=True), "two_batches": How(two_batches=True), "both": How(coded=True, two_batches=True)}
 MODES: tuple[Mode, ...] = ("exact", "planned", "budget")
 GPUS = (8, 64, 512, 4096)
 ZIPF = 0.3
@@ -95,10 +82,10 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
     share = full_steps / shape.num_steps
     groups = min(gpus // ep_size, 4)
 
-    def mean_step(mode: Mode, returns: Returns, how: How = PLAIN) -> StepTime:
+    def mean_step(mode: Mode, returns: Returns, coded: bool = False) -> StepTime:
         """Of the slowest of some groups, which draw their own routing."""
         found = [
-            _step(shape, H100, NVLINK_AND_400G, ep_size, args, mode, returns, share, seed, how)
+            _step(shape, H100, NVLINK_AND_400G, ep_size, args, mode, returns, share, seed, coded)
             for seed in range(groups)
         ]
         return max(found, key=lambda time: time.total)
@@ -124,7 +111,7 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
         "uncached_wait_share": exact.wait / exact.total,
         "network_ms": 1000 * network(exact),
         "network_gain": exact.total / network(exact),
-        **{f"network_{name}_ms": 1000 * network(mean_step("exact", "sums", how)) for name, how in HOWS.items()},
+        "network_coded_ms": 1000 * network(mean_step("exact", "sums", coded=True)),
         **{f"branches_{mode}_ms": 1000 * time.total for mode, time in found.items()},
         "branches_gain": exact.total / found["exact"].total,
         "uncached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * exact.total),
@@ -149,21 +136,17 @@ def share_of_exchange(shape: Shape, gpu: Gpu, topology: Topology, ranks: int, zi
 
 def _step(
     shape: Shape, gpu: Gpu, topology: Topology, ep_size: int, args: argparse.Namespace, mode: Mode,
-    returns: Returns, full_share: float, seed: int, how: How = PLAIN,
+    returns: Returns, full_share: float, seed: int, coded: bool = False,
 ) -> StepTime:  # fmt: skip
     """The mean step of a run: full and cache steps in their proportion, or where nothing is kept a full step."""
     tokens = max(8, SAMPLED_TOKENS // ep_size)
-    if how.two_batches:
-        shape = replace(shape, sequences_per_image=1)
     scale = shape.rank_tokens / tokens
-    machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums", coded=how.coded)
+    machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums", coded=coded)
     placement = ExpertPlacement.contiguous(shape.num_experts, ep_size)
     # Some layers are drawn and stand for all.
-    drawn = [_layers(shape, placement, tokens, args, returns, mode, seed * 100 + layer, how.coded)
+    drawn = [_layers(shape, placement, tokens, args, returns, mode, seed * 100 + layer, coded)
              for layer in range(min(SAMPLED_LAYERS, shape.moe_blocks))]  # fmt: skip
     full, cache = ([drawn[layer % len(drawn)][kind] for layer in range(shape.moe_blocks)] for kind in ("full", "cache"))
-    if how.two_batches:
-        return simulate_two_batches(0, full, machine)
     # A budget replaces the exchange of cache steps only: full steps send what they send.
     computed = simulate_step(0, full, machine, "exact" if mode == "budget" else mode)
     if returns == "sums":

@@ -21,13 +21,6 @@ CELLS: tuple[Cell, ...] = (
     Cell("uncached, int8 rows", {"policy": "none"}, {"rows": "int8"}),
     Cell("network_forecast, int8 rows", {"policy": "network_forecast"}, {"rows": "int8"}),
     Cell("network_forecast, fp8 rows", {"policy": "network_forecast"}, {"rows": "fp8"}),
-    Cell("uncached, two batches", {"policy": "none"}, {"two_batch_overlap": True}),
-    Cell("network_forecast, two batches", {"policy": "network_forecast"}, {"two_batch_overlap": True}),
-    Cell(
-        "network_forecast, int8 rows, two batches",
-        {"policy": "network_forecast"},
-        {"rows": "int8", "two_batch_overlap": True},
-    ),
 )
 # On one rank there is nothing to place and nothing travels: what stands for these cells there.
 ON_ONE_RANK = {
@@ -35,12 +28,8 @@ ON_ONE_RANK = {
     "uncached, int8 rows": UNCACHED,
     "network_forecast, int8 rows": DEFAULT,
     "network_forecast, fp8 rows": DEFAULT,
-    "uncached, two batches": UNCACHED,
-    "network_forecast, two batches": DEFAULT,
-    "network_forecast, int8 rows, two batches": DEFAULT,
 }
 CODED = frozenset(cell.name for cell in CELLS if "rows" in cell.parallel)
-TWO_BATCHES = frozenset(cell.name for cell in CELLS if "two_batch_overlap" in cell.parallel)
 AT_OWNERS = frozenset(cell.name for cell in CELLS if cell.cache.get("placement") == "owner")
 # What is measured where nothing else is asked for.
 COMMON = (UNCACHED, DEFAULT, BRANCHES, "moeca_forecast, owner", "taylorseer")

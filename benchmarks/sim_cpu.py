@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from netns import FRAME_HEADER_BYTES, Link
 from numpy.typing import NDArray
-from rank_cases import CODED, ON_ONE_RANK, TWO_BATCHES
+from rank_cases import CODED, ON_ONE_RANK
 from sim_step import traffic_of_steps
 
 from moeca_dist.errors import UserError
@@ -79,8 +79,7 @@ class Exchanges:
 class CpuMachine:
     """``num_ranks`` processes that share ``cores``, joined by loopback or by limited links.
 
-    ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate. With two-batch overlap
-    its work is that of one half of the images.
+    ``probe_mbit``: what one TCP flow got over such a link; None takes the headers off its rate.
     """
 
     def __init__(
@@ -101,12 +100,9 @@ class CpuMachine:
         # One rank alone has the experts' times of some group.
         measured = micro[str(num_ranks) if num_ranks > 1 else min(micro)]
         self._experts = Experts.of(measured)
-        self._overlaps = policy in TWO_BATCHES
-        part = 0.5 if self._overlaps else 1.0
-        self._home_SP = self._home(compute[str(num_ranks)], trace, part)
+        self._home_SP = self._home(compute[str(num_ranks)], trace)
         _, _, halves, _, positions, _ = trace.expert_ids_SLHBTK.shape
-        tokens_P = part * np.array(self._shares(trace.num_images)) * halves * positions
-        self._shared_P = tokens_P * measured["shared_s_per_token"]
+        self._shared_P = np.array(self._shares(trace.num_images)) * halves * positions * measured["shared_s_per_token"]
         kind = "loopback" if link is None else "links"
         if kind not in measured["exchange"]:
             raise UserError("the table holds no measurement of virtual links: measure with sudo, which can make them")
@@ -135,8 +131,7 @@ class CpuMachine:
         return float(max(work_P.max(), work_P.sum() / self._cores))
 
     def agree(self, numbers: int) -> float:
-        if not self._overlaps:  # while rows of the other half are under way no link is idle
-            self.pass_time(self._exchanges.agree_s)
+        self.pass_time(self._exchanges.agree_s)
         return self._exchanges.agree_s
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
@@ -145,20 +140,17 @@ class CpuMachine:
         started = self._exchanges.leg(float(max(out_P.max(), in_P.max())))
         if self._links is None:
             return started  # the kernel's copies need the cores themselves: nothing is hidden
-        if not self._overlaps:
-            self.pass_time(started)
+        self.pass_time(started)
         under_way = self._links.transfer_s(*((in_P, out_P) if back else (out_P, in_P)))
-        if self._overlaps:
-            self.pass_time(max(0.0, started + meanwhile_s - under_way))
         return started + max(0.0, under_way - meanwhile_s)
 
     def pass_time(self, seconds: float) -> None:
         if self._links is not None:
             self._links.wait(seconds)
 
-    def _home(self, measured: Mapping[str, Any], trace: RoutingTrace, part: float) -> NDArray[np.float64]:
-        """[S, P]: everything a rank did for such a part of its images, less its routed experts: they move to owners."""
-        shares = [part * share for share in self._shares(trace.num_images)]
+    def _home(self, measured: Mapping[str, Any], trace: RoutingTrace) -> NDArray[np.float64]:
+        """[S, P]: everything a rank did on its own, less its routed experts, which move to their owners."""
+        shares = self._shares(trace.num_images)
         by_count = {share: self._without_experts(measured, trace, share) for share in set(shares)}
         return np.stack([by_count[share] for share in shares], 1)
 
@@ -167,20 +159,11 @@ class CpuMachine:
         starts = [rank * images // self._num_ranks for rank in range(self._num_ranks + 1)]
         return [end - start for start, end in pairwise(starts)]
 
-    def _without_experts(self, measured: Mapping[str, Any], trace: RoutingTrace, share: float) -> NDArray[np.float64]:
-        if not share:
+    def _without_experts(self, measured: Mapping[str, Any], trace: RoutingTrace, images: int) -> NDArray[np.float64]:
+        if not images:
             return np.zeros(trace.num_steps)
-        counts = around(share)
-        found = [self._measured_without_experts(measured, trace, count) for count in counts]
-        return found[0] + (share - counts[0]) * (found[-1] - found[0])
-
-    def _measured_without_experts(
-        self, measured: Mapping[str, Any], trace: RoutingTrace, images: int
-    ) -> NDArray[np.float64]:
-        if str(images) not in measured or images > trace.num_images:
-            raise UserError(
-                f"the table holds no measurement of {images} image(s) per rank: measure with these ranks and policies"
-            )
+        if str(images) not in measured:
+            raise UserError(f"the table holds no measurement of {images} image(s) per rank: measure with these ranks")
         sections = measured[str(images)]
         found_S = np.sum([sections[name] for name in OWN_SECTIONS if name in sections], 0)
         table = PlacementTable.same(ExpertPlacement((0,) * trace.num_experts, 1), trace.blocks)
@@ -189,13 +172,6 @@ class CpuMachine:
                 if traffic is not None:
                     found_S[step] -= self.experts_P(traffic.rows_PE)[0]
         return np.maximum(found_S, 0.0)
-
-
-def around(images: float) -> tuple[int, ...]:
-    """The numbers of images on whose line so many lie: a half has more overhead for each image than the whole."""
-    if images.is_integer():
-        return (int(images),)
-    return max(1, int(images)), max(1, int(images)) + 1
 
 
 def available_cores() -> int:

@@ -40,12 +40,11 @@ class Shape:
     parameters: float
     remark: str
     kv_share: float = 1.0
-    sequences_per_image: int = 2  # guidance halves
 
     @property
     def sequences(self) -> int:
-        """Of a rank."""
-        return self.sequences_per_image * self.images_per_gpu
+        """Of a rank, with both guidance halves."""
+        return 2 * self.images_per_gpu
 
     @property
     def rank_tokens(self) -> int:

@@ -17,10 +17,10 @@ from typing import Any
 
 from machine_speed import times
 from netns import Network, require
-from rank_cases import ON_ONE_RANK, TWO_BATCHES, chosen
+from rank_cases import ON_ONE_RANK, chosen
 from rank_job import Job
 from rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
-from sim_cpu import OWN_SECTIONS, around
+from sim_cpu import OWN_SECTIONS
 
 from moeca_dist.config import load_config
 from moeca_dist.engine import Engine
@@ -39,7 +39,7 @@ def measure(
 ) -> dict[str, Any]:
     """The table for ``num_images`` images dealt to 1 and to each number of ``ranks``."""
     counts = sorted({1, *ranks})
-    jobs = sorted({(count, images) for count in counts for images in shares_to_measure(num_images, count, policies)})
+    jobs = sorted({(count, images) for count in counts for images in shares_to_measure(num_images, count)})
     compute: dict[str, dict[str, Any]] = {}
     launches = {job: _generate(path, policies, *job, repeats, overrides) for job in jobs}
     reference_s = median(record["reference_s"] for records in launches.values() for record in records)
@@ -51,12 +51,9 @@ def measure(
     return {"num_images": num_images, "reference_s": reference_s, "compute": compute, "micro": micro}
 
 
-def shares_to_measure(num_images: int, num_ranks: int, policies: Sequence[str]) -> set[int]:
-    """How many images one rank has; with two-batch overlap also what half of that is taken from."""
-    whole = {share for share in (num_images // num_ranks, -(-num_images // num_ranks)) if share}
-    if num_ranks == 1 or TWO_BATCHES.isdisjoint(policies):
-        return whole
-    return whole.union(*(around(share / 2) for share in whole))
+def shares_to_measure(num_images: int, num_ranks: int) -> set[int]:
+    """How many images one rank has."""
+    return {share for share in (num_images // num_ranks, -(-num_images // num_ranks)) if share}
 
 
 def _generate(

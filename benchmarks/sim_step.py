@@ -142,39 +142,8 @@ def simulate_step(
     return time
 
 
-def simulate_two_batches(
-    step: int, layers_of_half: Sequence[LayerTraffic | None], machine_of_half: Machine
-) -> StepTime:
-    """A step without a cache in exchange mode ``exact``, whose two halves, taken to be alike, go through it in turns.
-
-    A half's rows on their way there have the other half's work at home beside them, then that one's experts; on their
-    way back its experts, then its work at home.
-    """
-    machine, time = machine_of_half, StepTime()
-    home_P = machine.home_P(step)
-    for traffic in layers_of_half:
-        stretch = 1.0 if traffic is None else machine.stretch(traffic)
-        at_home_P = home_P / len(layers_of_half) * stretch
-        for _ in range(2):
-            _work(time, "home", at_home_P, machine)
-        if traffic is None:
-            continue
-        experts_P = machine.experts_P(traffic.rows_PE) * stretch
-        beside = machine.together(at_home_P), machine.together(experts_P)
-        for meanwhile, other in (beside, beside[::-1]):
-            _work(time, "experts", experts_P, machine)
-            time.agree += machine.agree(2 * len(home_P))
-            time.exchange += machine.send(traffic.there_PO, traffic.owners_O, back=False, meanwhile_s=meanwhile)
-            time.exchange += machine.send(traffic.back_PO, traffic.owners_O, back=True, meanwhile_s=other)
-    return time
-
-
 def _phase(time: StepTime, name: str, work_P: NDArray[np.float64], machine: Machine) -> None:
-    machine.pass_time(_work(time, name, work_P, machine))
-
-
-def _work(time: StepTime, name: str, work_P: NDArray[np.float64], machine: Machine) -> float:
     seconds = machine.together(work_P)
     setattr(time, name, getattr(time, name) + seconds)
     time.wait += seconds - float(work_P.mean()) if len(work_P) > 1 else 0.0
-    return seconds
+    machine.pass_time(seconds)

@@ -23,11 +23,11 @@ import torch
 from hardware import conditions
 from machine_speed import times
 from netns import Link
-from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, TWO_BATCHES, UNCACHED, config_path
+from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
 from sim_cpu import CpuMachine, available_cores
 from sim_measure import measure, record
 from sim_report import validation_markdown
-from sim_step import Mode, Placement, StepTime, simulate_step, simulate_two_batches, traffic_of_steps
+from sim_step import Mode, Placement, StepTime, simulate_step, traffic_of_steps
 
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -132,9 +132,6 @@ def predict_run(
     # The configurations that are simulated on CPU compute in fp32.
     row = RowBytes.coded(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
     steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
-    if policy in TWO_BATCHES:
-        halves = ([None if layer is None else layer.halved() for layer in layers] for layers in steps)
-        return [simulate_two_batches(step, layers, machine) for step, layers in enumerate(halves)]
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
 

@@ -42,8 +42,8 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode, compiling or two-batch overlap without effect, CUDA graphs of steps
-    that follow the data, a calibration or expert placement that is none, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode or compiling without effect, CUDA graphs of steps that follow the
+    data, a calibration or expert placement that is none, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
@@ -66,16 +66,12 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
 
 
 def check_without_cache(config: Config, policy: Policy | None) -> None:
-    """Raise UserError for options of blocks without a cache where every block goes through it."""
-    if policy is None or policy.unit == "network":
-        return
-    stated = {"model.compile": config.model.compile, "parallel.two_batch_overlap": config.parallel.two_batch_overlap}
-    for option, is_on in stated.items():
-        if is_on:
-            raise UserError(
-                f"{option} has no effect with cache.policy {config.cache.policy}, with which every block goes through "
-                "the cache: it is for none, network_forecast and teacache"
-            )
+    """Raise UserError for compiled blocks without a cache if every block goes through it."""
+    if config.model.compile and policy is not None and policy.unit != "network":
+        raise UserError(
+            f"model.compile has no effect with cache.policy {config.cache.policy}, with which every block goes through "
+            "the cache: it is for none, network_forecast and teacache"
+        )
 
 
 def check_guard(config: CacheConfig, policy: Policy | None, num_steps: int, calibration: Calibration | None) -> None:

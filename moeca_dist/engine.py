@@ -265,8 +265,7 @@ class Engine:
         return bound(session, timer), partial(counters.end_round, session, coding)
 
     def _bound(self, coding: RowCoding | None, session: CacheSession | None, timer: Timer) -> Network:
-        two_batches = self.config.parallel.two_batch_overlap and self.mesh.expert_group is not None
-        model = partial(self.model, timer=timer, coding=coding, two_batches=two_batches)
+        model = partial(self.model, timer=timer, coding=coding)
         return exact(model) if session is None else cached(model, session)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
@@ -294,7 +293,6 @@ _EXACT_EXCHANGE = {
     "budget_groups": None,
     "budget_fill": False,
     "rows": "exact",
-    "two_batch_overlap": False,
 }
 
 

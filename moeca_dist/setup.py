@@ -53,8 +53,8 @@ class Setup:
     ) -> "Setup":
         """``calibration``: of this cache and network, where there is no file of it.
 
-        Raises UserError, on all ranks alike, for an exchange mode, compiling, two-batch overlap, late refreshes or a
-        guard without effect, and for a file of another calibration.
+        Raises UserError, on all ranks alike, for an exchange mode, compiling, late refreshes or a guard
+        without effect, and for a file of another calibration.
         """
         spec, guided = model.spec, config.sampling.cfg_scale != 1
         halves = HALVES if guided else HALVES[:1]

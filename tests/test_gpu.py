@@ -69,13 +69,12 @@ def test_two_ranks_share_one_gpu(two_cuda_ranks: RankPool, ep_size: int) -> None
 @pytest.mark.parametrize(
     ("section", "options", "most"),
     [
-        ("parallel", {"two_batch_overlap": True}, 1e-4),
         ("model", {"compile": True}, 1e-4),
         # Random weights: routes lie near ties, so codes move some of them.
         ("parallel", {"rows": "int8"}, 0.2),
         ("parallel", {"rows": "fp8"}, 0.2),
     ],
-    ids=["two batches", "compiled", "int8 rows", "fp8 rows"],
+    ids=["compiled", "int8 rows", "fp8 rows"],
 )
 def test_options_of_steps_without_a_cache(
     two_cuda_ranks: RankPool, section: str, options: dict[str, Any], most: float

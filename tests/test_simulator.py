@@ -129,13 +129,6 @@ def test_coded_rows_are_shorter_and_take_less(load) -> None:
     assert times[1] < 0.5 * times[0]
 
 
-class Slow(Counted):
-    """Four seconds for what travels."""
-
-    def send(self, sent_PO: np.ndarray, owners_O: np.ndarray, back: bool, meanwhile_s: float) -> float:
-        return 4.0 - meanwhile_s
-
-
 def test_work_takes_longer_beside_an_exchange(load) -> None:
     simulate, netns = load("simulate"), load("netns")
     trace, table = made_trace(keeps=False), made_table()
@@ -145,28 +138,6 @@ def test_work_takes_longer_beside_an_exchange(load) -> None:
     more = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900))
     assert (more[0].home, more[0].experts) == pytest.approx((1.5 * once[0].home, 1.5 * once[0].experts))
     assert more[2] == once[2]  # nothing travels
-
-
-def test_two_batches_hide_each_leg_behind_the_other_half(load) -> None:
-    sim, simulate, netns = load("sim_step"), load("simulate"), load("netns")
-    trace = made_trace(keeps=False)
-    steps = sim.traffic_of_steps(trace, PlacementTable.contiguous((1, 3), 8, 2), 2, "home")
-    times = [sim.simulate_two_batches(step, layers, Slow()) for step, layers in enumerate(steps)]
-    # Two layers, two halves: each has 2 s at home and 3 s of experts, and hides them of the 4 s on their way.
-    assert (times[0].home, times[0].experts, times[0].agree) == (8.0, 12.0, 1.0)
-    assert times[0].exchange == 2 * ((4 - 2) + (4 - 3)) * 2
-    assert (times[2].home, times[2].total) == (8.0, 8.0)
-    table = made_table()
-    for images, sections in table["compute"]["network_forecast"]["2"].items():
-        sections["experts"] = [0.1 * int(images)] * 3  # no overhead that a half would have too
-    for link, hides in ((None, False), (netns.Link(1.0, burst_kb=1, mtu=900), True)):
-        one, two = (
-            simulate.predict_run(table, trace, policy, 2, 2.0, link)
-            for policy in ("network_forecast", "network_forecast, two batches")
-        )
-        assert (two[0].total < one[0].total) is hides
-        assert (two[0].home, two[0].experts) == pytest.approx((one[0].home, one[0].experts), rel=0.05)
-        assert two[2].total == pytest.approx(one[2].total)
 
 
 def test_tables_are_made_at_one_speed(load) -> None:
@@ -197,24 +168,10 @@ def test_fixed_work_takes_as_long_as_it_is(load) -> None:
     assert 0 < speed.reference_seconds(much, None) < 10 * least[2]
 
 
-def test_half_of_the_images_has_the_overhead_of_as_many(load) -> None:
-    cpu, measuring, trace, table = load("sim_cpu"), load("sim_measure"), made_trace(keeps=False), made_table()
-    for world in ("2", "4"):
-        for images, sections in table["compute"]["network_forecast"][world].items():
-            sections["attention"] = [0.1 + 0.01 * int(images)] * 3
-    homes = {
-        ranks: cpu.CpuMachine(table, "network_forecast, two batches", trace, ranks, 2.0).home_P(2).tolist()
-        for ranks in (2, 4)
-    }
-    # Two images are halved into one; half an image lies on the line through one and two. Experts: 1 s in either.
-    assert homes == {2: pytest.approx([1.11] * 2), 4: pytest.approx([1.105] * 4)}
-    both = ["uncached", "network_forecast, two batches"]
-    assert measuring.shares_to_measure(4, 2, both) == {1, 2} and measuring.shares_to_measure(4, 2, both[:1]) == {2}
-    assert measuring.shares_to_measure(4, 4, both) == {1, 2} and measuring.shares_to_measure(4, 1, both) == {4}
-    assert measuring.shares_to_measure(7, 2, both) == {1, 2, 3, 4} and measuring.shares_to_measure(1, 2, both) == {1, 2}
-    del table["compute"]["network_forecast"]["2"]["1"]
-    with pytest.raises(UserError, match="no measurement of 1 image"):
-        cpu.CpuMachine(table, "network_forecast, two batches", trace, 2, 2.0)
+def test_a_rank_is_measured_with_each_number_of_images_that_it_may_have(load) -> None:
+    measuring = load("sim_measure")
+    shares = {(images, ranks): measuring.shares_to_measure(images, ranks) for images in (1, 4, 7) for ranks in (1, 2)}
+    assert shares == {(1, 1): {1}, (1, 2): {1}, (4, 1): {4}, (4, 2): {2}, (7, 1): {7}, (7, 2): {3, 4}}
 
 
 def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
@@ -299,6 +256,4 @@ def test_the_plan_keeps_to_what_must_hold(load, tmp_path: Path, monkeypatch) -> 
         assert widest["uncached_ms"] > island["uncached_ms"]
         coded = [row["uncached_ms"] / row["network_coded_ms"] for row in (island, widest)]
         assert coded[1] > max(widest["network_gain"], coded[0])
-        assert widest["network_both_ms"] < min(widest["network_coded_ms"], widest["network_two_batches_ms"])
-        assert widest["network_two_batches_ms"] < widest["network_ms"]
     assert (tmp_path / "plan.png").stat().st_size > 1000 and "predictions" in (tmp_path / "plan.md").read_text()

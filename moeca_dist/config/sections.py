@@ -65,9 +65,6 @@ class ParallelConfig(_Section):
     rows: Literal["exact", "fp8", "int8"] = "exact"
     """How rows travel between ranks: as computed, or as 8-bit codes of how they changed; where all experts are on one
     rank nothing travels."""
-    two_batch_overlap: bool = False
-    """Whether blocks without a cache run over two halves of the images in turns, so that rows of one travel while the
-    other is computed; where all experts are on one rank nothing travels."""
     expert_placement: PathField | None = None
     """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"

@@ -13,7 +13,6 @@ from moeca_dist.cache.session import StepCache
 from moeca_dist.models.attention import RotaryTable
 from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.models.two_batches import in_turns
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.parallel.references import RowCoding
 from moeca_dist.timing import UNTIMED, Timer
@@ -57,14 +56,13 @@ class DiffusionTransformer(nn.Module):
         cache: StepCache | None = None,
         timer: Timer = UNTIMED,
         coding: RowCoding | None = None,
-        two_batches: bool = False,
     ) -> Tensor:
         """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=coding=None``.
 
         ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
         class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
         ``timer`` measures blocks that run without a cache; a cache brings its own. ``coding``: that of the batch, for
-        rows between ranks. ``two_batches``: whether blocks without a cache run over two halves of the images in turns.
+        rows between ranks.
         """
         patch = self.spec.patch_size
         rows, columns = x_BCHW.shape[-2] // patch, x_BCHW.shape[-1] // patch
@@ -83,11 +81,10 @@ class DiffusionTransformer(nn.Module):
                     None,
                     timer,
                     None if coding is None else coding.of_images(images),
-                    two_batches,
                 ),
             )
         else:
-            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer, coding, two_batches)
+            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer, coding)
         return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
 
     def _through_blocks(
@@ -98,10 +95,7 @@ class DiffusionTransformer(nn.Module):
         cache: StepCache | None,
         timer: Timer,
         coding: RowCoding | None,
-        two_batches: bool,
     ) -> Tensor:
-        if two_batches and cache is None:
-            return in_turns(self.adaln_blocks(), tokens_BTD, c_BD, rotary, timer, coding)
         for index, block in enumerate(self.blocks):
             here = None if cache is None else cache.block(index)
             coded = None if coding is None else coding.block(index)

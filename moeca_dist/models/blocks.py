@@ -17,7 +17,6 @@ from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
 from moeca_dist.models.modulation import Modulation, modulate, normalise, residual
 from moeca_dist.moe.layer import MoELayer
-from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import UNTIMED, Timer
 
@@ -150,34 +149,16 @@ class AdaLNBlock(nn.Module):
         coding: BlockCoding | None = None,
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path, measured with ``timer``."""
-        if cache is None:
-            return self.start(x_BTD, c_BD, rotary, timer, coding).wait().wait()
-        modulation = self.modulation(c_BD)
-        return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
-
-    def start(
-        self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer, coding: BlockCoding | None
-    ) -> Pending[Pending[Tensor]]:
-        """Without a cache, until rows have left for their experts: waited for as ``MoELayer.start``."""
+        if cache is not None:
+            modulation = self.modulation(c_BD)
+            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
         parts = self.parts if self.parts.serves(x_BTD) else EAGER
         x_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(self, x_BTD, c_BD, rotary, timer)
         if not isinstance(self.feed_forward, MoELayer):
             with timer.section("dense"):
-                after_BTD = parts.after_dense(self.feed_forward, x_BTD, entering_BTD, gate_BD)
-            return Pending.ready(Pending.ready(after_BTD))
+                return parts.after_dense(self.feed_forward, x_BTD, entering_BTD, gate_BD)
         with timer.section("experts"):
-            coming = self.feed_forward.start(entering_BTD, coding)
-
-        def computed() -> Pending[Tensor]:
-            with timer.section("experts"):
-                returning = coming.wait()
-            return Pending(lambda: summed(returning))
-
-        def summed(returning: Pending[Tensor]) -> Tensor:
-            with timer.section("experts"):
-                return residual(x_BTD, gate_BD, returning.wait())
-
-        return Pending(computed)
+            return residual(x_BTD, gate_BD, self.feed_forward(entering_BTD, coding=coding))
 
 
 class FinalLayer(nn.Module):

@@ -57,29 +57,17 @@ class MoELayer(nn.Module):
         """``cache=None`` computes every branch, and ``coding=None`` sends rows as they are: the exact path."""
         if cache is not None:
             return self.compute(x_BTD, self.decide(x_BTD, cache), cache, coding=coding)
-        return self.start(x_BTD, coding).wait().wait()
-
-    def start(self, x_BTD: Tensor, coding: BlockCoding | None) -> Pending[Pending[Tensor]]:
-        """Without a cache, until hidden rows have left and the shared expert is computed.
-
-        The first wait computes what arrived here, and sends it back; the second sums up what returned. Who has
-        something else to compute does it before each: layers of other images may be started meanwhile, in the same
-        order on all ranks.
-        """
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
-        # Nothing is kept: what returns is summed up where the experts are.
+        # Nothing is kept, so outputs are summed up where the experts are.
         dispatcher = self.dispatcher.coded(coding)
         coming = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
         shared_TD = self._shared(x_TD)  # while rows travel
-
-        def computed(dispatched: DispatchedRows) -> Pending[Tensor]:
-            outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-            returning = self.dispatcher.combine_sums(outputs_RD, dispatched, routing)
-            return returning.then(lambda routed_TD: (routed_TD + shared_TD).view_as(x_BTD))
-
-        return coming.then(computed)
+        dispatched = coming.wait()
+        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
+        returning = self.dispatcher.combine_sums(outputs_RD, dispatched, routing)
+        return (returning.wait() + shared_TD).view_as(x_BTD)
 
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""

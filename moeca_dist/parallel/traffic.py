@@ -53,10 +53,6 @@ class LayerTraffic:
     owners_O: NDArray[np.int64]
     rows_PE: NDArray[np.int64]
 
-    def halved(self) -> "LayerTraffic":
-        """Of half the tokens, taken to be as the others."""
-        return LayerTraffic(self.there_PO // 2, self.back_PO // 2, self.owners_O, self.rows_PE // 2)
-
     @property
     def bytes_sent(self) -> int:
         """Of all ranks together, as ``Traffic.bytes_sent`` counts them."""
