@@ -10,7 +10,17 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor, nn
 
-from benchmarks.adapter import NUM_IMAGES, NUM_STEPS, TEXT, TOP_K, cached, exact, relative, sample, small_hidream
+from benchmarks.quality.adapter import (
+    NUM_IMAGES,
+    NUM_STEPS,
+    TEXT,
+    TOP_K,
+    cached,
+    exact,
+    relative,
+    sample,
+    small_hidream,
+)
 from moeca_dist import Request, UserError
 from moeca_dist.adapters.adapter import Adapter, branch_counts
 from moeca_dist.adapters.hidream import adapt_hidream

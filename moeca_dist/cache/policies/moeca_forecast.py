@@ -16,8 +16,8 @@ from moeca_dist.config import CacheConfig
 
 OPTIONS = SCHEDULE_OPTIONS | {"order", "extra_entries", "attention_sync"}
 DEFAULT_ORDER = 1  # a second order was worse
-# Eleven of fifty steps, found on the shipped model by
-# `benchmarks/search_schedule.py --conditional 0,1,4,11,17,23,28,33,39,43,48 --seconds 480` (20 images of seed 7).
+# Eleven of fifty steps, found on the shipped model (20 images of seed 7) by `python -m
+# benchmarks.quality.search_schedule --conditional 0,1,4,11,17,23,28,33,39,43,48 --seconds 480`.
 DEFAULT_FRACTIONS = tuple(step / 50 for step in (0, 4, 6, 11, 16, 21, 27, 33, 39, 44, 48))
 
 

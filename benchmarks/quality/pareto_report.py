@@ -1,4 +1,4 @@
-"""From the records of ``benchmarks/pareto.py`` to its JSON file, Markdown table and plot.
+"""From the records of ``pareto.py`` to its JSON file, Markdown table and plot.
 
 Shape suffixes: N images.
 """

@@ -1,4 +1,4 @@
-"""Runs of ``benchmarks/pareto.py``: one batch of noise through the exact network and through every configuration.
+"""Runs of ``pareto.py``: one batch of noise through the exact network and through every configuration.
 
 Shape suffixes: B images of one batch, C channels, H and W pixels.
 """

@@ -1,6 +1,6 @@
 """The branch cache under diffusers' HiDream-I1 transformer: what policies compute, and how far their results are off.
 
-    python benchmarks/adapter.py
+    python -m benchmarks.quality.adapter
 
 A small network with random weights, two images in a few Euler steps with guidance; the model's own forward is the
 reference. It shows that the adapter works, not what a cache does to pictures. Prints a table. Needs ``[hidream]``.

@@ -1,16 +1,16 @@
-"""What ``benchmarks/pareto.py`` compares: every caching policy over its knobs, and fewer steps as the control."""
+"""What ``pareto.py`` compares: every caching policy over its knobs, and fewer steps as the control."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
+from benchmarks.hardware import REPOSITORY
 from moeca_dist.cache.policies import POLICIES, build_policy
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
 from moeca_dist.config import QUALITY_NAMES, CacheConfig, load_config
 from moeca_dist.errors import UserError
 
-TUNED = Path(__file__).parents[1] / "configs" / "tuned"
+TUNED = REPOSITORY / "configs" / "tuned"
 # Full steps of 50, for runs of 50 steps.
 DEFAULT_STEPS = tuple(scaled_steps(50))  # those of moeca_forecast, for the others too
 

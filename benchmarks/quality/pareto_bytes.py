@@ -1,4 +1,4 @@
-"""Bytes that the configurations of ``benchmarks/pareto.py`` send between two expert-parallel ranks, counted."""
+"""Bytes that the configurations of ``pareto.py`` send between two expert-parallel ranks, counted."""
 
 import json
 import os

@@ -1,10 +1,10 @@
 """Where the full steps of the demo's default policy sit: coordinate search from a given start, on its own seed.
 
-    OMP_NUM_THREADS=1 python benchmarks/search_schedule.py --conditional 0,1,4,11,17,23,28,33,39,43,48
+    OMP_NUM_THREADS=1 python -m benchmarks.quality.search_schedule --conditional 0,1,4,11,17,23,28,33,39,43,48
 
 The number of full steps stays; single steps move by a few places, for both guidance halves together or, with
 ``--unconditional``, for each on its own. A move is kept if it raises the mean PSNR against the exact images of the same
-noise. Prints the best lists and their PSNR on the search seed; judge them on other seeds (``benchmarks/pareto.py``).
+noise. Prints the best lists and their PSNR on the search seed; judge them on other seeds (``pareto.py``).
 """
 
 import argparse

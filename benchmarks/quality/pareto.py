@@ -1,6 +1,6 @@
 """Every caching policy over its knobs on the shipped digits model: compute, time and bytes against quality.
 
-    python benchmarks/pareto.py --workers 2
+    python -m benchmarks.quality.pareto --workers 2
 
 Every configuration samples the same noise as the exact network, in batches; each batch also has fresh exact runs in
 between, and wall-clock ratios are taken against the nearest of them in the same process. An interrupted run goes on
@@ -25,14 +25,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from hardware import commit, conditions
-from pareto_bytes import bytes_sent
-from pareto_calibration import check_seeds, with_calibrations
-from pareto_cases import CASES, EXACT, QUICK, STORAGE, checked
-from pareto_report import summarise, write_results
-from pareto_run import EXACT_EVERY, Job, Record, Settings, Unit, records, seconds_per_run, sha256
 from tqdm import tqdm
 
+from benchmarks.hardware import REPOSITORY, commit, conditions
+from benchmarks.quality.pareto_bytes import bytes_sent
+from benchmarks.quality.pareto_calibration import check_seeds, with_calibrations
+from benchmarks.quality.pareto_cases import CASES, EXACT, QUICK, STORAGE, checked
+from benchmarks.quality.pareto_report import summarise, write_results
+from benchmarks.quality.pareto_run import EXACT_EVERY, Job, Record, Settings, Unit, records, seconds_per_run, sha256
 from moeca_dist.config import CacheConfig
 from moeca_dist.demo.evaluate import SHIPPED_CHECKPOINT
 from moeca_dist.errors import UserError
@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="4 images, 1 seed, 3 configurations: does it run?")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pareto")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/pareto")
     args = parser.parse_args(argv)
     if args.quick:
         args.num_images, args.seeds, args.bytes_images = 4, args.seeds[:1], 0

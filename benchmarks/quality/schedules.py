@@ -1,6 +1,6 @@
 """Tuned against hand-set and uniform full steps on the shipped model, with plain guidance and calibrated.
 
-    OMP_NUM_THREADS=1 python benchmarks/schedules.py --tuned configs/tuned/demo_balanced.yaml --out OUT.md
+    OMP_NUM_THREADS=1 python -m benchmarks.quality.schedules --tuned configs/tuned/demo_balanced.yaml --out OUT.md
 
 Every schedule runs under the tuned file's policy and gets a calibration of its own, fitted on images of one seed;
 figures are of other seeds, which the tuning did not see either.
@@ -22,7 +22,7 @@ from moeca_dist.types import Request
 
 FIT_SEED = 7
 HAND_SET = (0, 1, 4, 9, 15, 22, 29, 35, 40, 44, 47)
-# Searched with single real runs of moeca_forecast, without calibration (benchmarks/search_schedule.py).
+# Searched with single real runs of moeca_forecast, without calibration (benchmarks/quality/search_schedule.py).
 SEARCHED = (0, 4, 6, 11, 16, 21, 27, 33, 39, 44, 48)
 
 

@@ -1,6 +1,6 @@
 """How much each module's output changes from step to step, and how much each expert matters to the images.
 
-    OMP_NUM_THREADS=1 python benchmarks/drift.py --config configs/demo.yaml --out docs/images/drift
+    OMP_NUM_THREADS=1 python -m benchmarks.quality.drift --config configs/demo.yaml --out docs/images/drift
 
 Drift: the relative L2 distance of a module's output from that of the step before, on exact runs. Sensitivity: the
 relative change of the final samples where the output of one expert is 1% larger in every step, over 1%. Writes OUT.png

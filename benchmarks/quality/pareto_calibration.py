@@ -1,4 +1,4 @@
-"""Calibrations for ``benchmarks/pareto.py``: one file per configuration that wants one, fitted beforehand.
+"""Calibrations for ``pareto.py``: one file per configuration that wants one, fitted beforehand.
 
 They are fitted on a seed of their own, which must not be among those that the benchmark measures.
 """

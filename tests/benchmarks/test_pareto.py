@@ -16,27 +16,26 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.pareto_bytes import count
-from benchmarks.pareto_cases import CASES, QUICK, STORAGE, Case, checked
-from benchmarks.pareto_report import mark_frontier, unpacked
-from benchmarks.pareto_run import Job, Settings, packed
+from benchmarks.quality.pareto_bytes import count
+from benchmarks.quality.pareto_cases import CASES, QUICK, STORAGE, Case, checked
+from benchmarks.quality.pareto_report import mark_frontier, unpacked
+from benchmarks.quality.pareto_run import Job, Settings, packed
 from moeca_dist import UserError
 from moeca_dist.config import CacheConfig
 from moeca_dist.demo.evaluate import SHIPPED_CHECKPOINT
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 26  # half of a real run
 
 
 @pytest.fixture
 def pareto(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module, in this process: importing torch once more would take longer than the run."""
+    """The program in this process: importing torch once more would take longer than the run."""
     for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, {"OMP_NUM_THREADS": "1"}.get(name, "cpu"))
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     threads = torch.get_num_threads()
-    yield importlib.import_module("pareto")
+    yield importlib.import_module("benchmarks.quality.pareto")
     torch.set_num_threads(threads)
 
 
@@ -93,8 +92,9 @@ def check_quick_rows(rows: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_two_workers_and_counted_bytes(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/pareto.py", "--num-images", "4", "--seeds", "1", "2", "--batch-size", "2"]
-    command += ["--only", "every 5", "--workers", "2", "--bytes-images", "2", "--out", str(tmp_path / "pareto")]
+    command = [sys.executable, "-m", "benchmarks.quality.pareto", "--num-images", "4", "--seeds", "1", "2"]
+    command += ["--batch-size", "2", "--only", "every 5", "--workers", "2", "--bytes-images", "2"]
+    command += ["--out", str(tmp_path / "pareto")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "pareto.json").read_text())["rows"]
@@ -172,7 +172,7 @@ def test_pictures_survive_the_partial_file() -> None:
 
 
 def test_calibrated_configurations_get_a_file_of_their_own(pareto, tmp_path: Path, monkeypatch) -> None:
-    fitting = importlib.import_module("pareto_calibration")
+    fitting = importlib.import_module("benchmarks.quality.pareto_calibration")
     monkeypatch.setattr(fitting, "NUM_IMAGES", 4)
     plain = CacheConfig(policy="network_forecast", interval=4)
     configs = {"net, calibrated: every 4": plain, "net: every 4": plain}
