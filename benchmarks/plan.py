@@ -36,7 +36,7 @@ SHAPES = (
         "1024 x 1024 and 256 text tokens; keys and values of a quarter of the heads; writing text is not counted", 0.25,
     ),
 )  # fmt: skip
-MODES: tuple[Mode, ...] = ("exact", "planned", "budget")
+MODES: tuple[Mode, ...] = ("exact", "budget")
 GPUS = (8, 64, 512, 4096)
 ZIPF = 0.3
 REFRESH_SHARE = 0.022  # of the branches in a cache step: measured on the shipped model

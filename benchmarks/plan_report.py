@@ -71,7 +71,7 @@ ASSUMPTIONS = (
 
 HEADER = ("GPUs", "EP x DP", "uncached, ms/step", "exchange share", "slowest-rank wait", "network_forecast, ms/step",
           "gain", "8-bit rows", "gain", "moeca_forecast", "gain", "its owner",
-          "planned", "budget",
+          "budget",
           "images/s uncached", "images/s network_forecast", "weights + moeca_forecast's cache, GiB/GPU")  # fmt: skip
 
 
@@ -114,7 +114,6 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['branches_exact_ms']:.1f}",
         f"{row['branches_gain']:.2f}x",
         f"{row['branches_owner_ms']:.1f}",
-        f"{row['branches_planned_ms']:.1f}",
         f"{row['branches_budget_ms']:.1f}",
         f"{row['uncached_images_per_s']:.1f}",
         f"{row['network_images_per_s']:.1f}",

@@ -20,7 +20,7 @@ from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
-Mode = Literal["exact", "planned", "budget"]
+Mode = Literal["exact", "budget"]
 Placement = Literal["home", "owner"]
 
 
@@ -115,21 +115,18 @@ def simulate_step(
     mode: Mode = "exact",
     full: bool = True,
 ) -> StepTime:
-    """One step. ``full``: everything is computed, so that mode ``planned`` agrees layer by layer as ``exact`` does.
+    """One step; ``full``: everything is computed.
 
     Mode ``budget`` agrees on nothing: its rows are those of the traffic, its shapes are fixed.
     """
     home_P = machine.home_P(step)
     num_ranks, time = len(home_P), StepTime()
-    planned = mode == "planned" and not full
-    if planned and num_ranks > 1:
-        time.agree += machine.agree(len(layers) * (2 * num_ranks + 4))
     for traffic in layers:
         stretch = 1.0 if traffic is None or num_ranks == 1 else machine.stretch(traffic)
         _phase(time, "home", home_P / len(layers) * stretch, machine)
         if traffic is None:
             continue
-        if num_ranks > 1 and (mode == "exact" or (mode == "planned" and full)):
+        if num_ranks > 1 and mode == "exact":
             time.agree += machine.agree(2 * num_ranks)
         if not traffic.rows_PE.any():
             continue

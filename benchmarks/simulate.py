@@ -27,7 +27,7 @@ from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, 
 from sim_cpu import CpuMachine, available_cores
 from sim_measure import measure, record
 from sim_report import validation_markdown
-from sim_step import Mode, Placement, StepTime, simulate_step, traffic_of_steps
+from sim_step import Placement, StepTime, simulate_step, traffic_of_steps
 
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -67,7 +67,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", choices=[cell.name for cell in CELLS], default=DEFAULT_POLICIES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--rates", type=float, nargs="*", default=[1000, 200, 50], help="Mbit/s; default: 1000 200 50")
-    parser.add_argument("--exchange", choices=("exact", "planned"), default="exact")
     parser.add_argument("--num-images", type=int, help="of all ranks together (default: 4, demo 40)")
     parser.add_argument("--repeats", type=int, default=2, help="of --measure; default: %(default)s")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
@@ -122,7 +121,6 @@ def predict_run(
     cores: float,
     link: Link | None = None,
     probe_mbit: float | None = None,
-    mode: Mode = "exact",
     placed: PlacementTable | None = None,
 ) -> list[StepTime]:
     """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
@@ -133,7 +131,7 @@ def predict_run(
     row = RowBytes.coded(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
     steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
-    return [simulate_step(step, layers, machine, mode, bool(full_S[step])) for step, layers in enumerate(steps)]
+    return [simulate_step(step, layers, machine, full=bool(full_S[step])) for step, layers in enumerate(steps)]
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -147,7 +145,7 @@ def predict(args: argparse.Namespace) -> None:
             trace = RoutingTrace.read(trace_path(args.tables, config, policy))
             for num_ranks in args.ranks:
                 for link in (None, *(Link(rate) for rate in args.rates)):
-                    steps = predict_run(table, trace, policy, num_ranks, cores, link, mode=args.exchange)
+                    steps = predict_run(table, trace, policy, num_ranks, cores, link)
                     mean = sum(steps, StepTime()) * (1000 / len(steps))
                     parts = (mean.total, mean.home, mean.experts, mean.exchange, mean.agree, mean.wait)
                     rate = "loopback" if link is None else f"{link.rate_mbit:g} Mbit/s"

@@ -37,7 +37,7 @@ class CacheSize:
     routing; with late refreshes so does how many there are; and with a guard, which keeps the step of every row, 4
     bytes each, from when it adds the first image.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
-    block. ``planned``: each step decides for the next one. ``budgeted``: rows are, and branches wait for room.
+    block. ``budgeted``: rows are, and branches wait for room.
     ``guarded``: single images may be computed in any step. ``late_share``: of an image's branches in one layer and
     guidance half, those that may be under way between two steps; ``late_blocks``: in so many layers.
     ``coded``: rows travel as codes, and both ends keep references.
@@ -54,7 +54,6 @@ class CacheSize:
     placement: Placement | None
     ep_size: int
     experts_per_owner: int
-    planned: bool
     budgeted: bool
     guarded: bool
     late_share: float
@@ -105,8 +104,6 @@ class CacheSize:
                 yield self._kept_rows(half, self.guarded)
             return
         yield from (self._modules(half, block) for block in range(self.spec.depth))
-        if self.planned:
-            yield self._plans(half)
         if self.budgeted:
             yield self._backlogs(half)
 
@@ -148,16 +145,6 @@ class CacheSize:
                 kept = min(kept + 1, self._values)
             held.append(kept * self._row + (4 if by_rows and not full else 0))
         return held
-
-    def _plans(self, half: Half) -> list[int]:
-        """Bytes per token of all blocks' plans after each step: its own and the next one's."""
-        expert_id, entry, found, reason = 8, 8, 1, 1
-        branches = len(self.spec.moe_blocks) * self.spec.num_experts_per_tok
-        served = [not self._is_full(index, half) for index in range(self.num_steps)]
-        return [
-            branches * (expert_id + entry + found + reason) * sum(both)
-            for both in zip(served, [*served[1:], False], strict=True)
-        ]
 
     def _backlogs(self, half: Half) -> list[int]:
         """Bytes per token of what waits for room, in all blocks, after each step."""
@@ -245,7 +232,6 @@ def cache_size(
         placement,
         ep_size,
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
-        planned=config.parallel.exchange == "planned",
         budgeted=config.parallel.exchange == "budget",
         guarded=config.cache.guard,
         late_share=config.cache.late_refresh or 0.0,

@@ -27,7 +27,7 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
     """Generate ``requests`` and return their trace on rank 0, None elsewhere; the images are thrown away.
 
     A collective of the world. Raises UserError for what leaves no complete trace: placement ``owner``, exchange mode
-    ``planned``, and policies that compute single tokens of a module.
+    ``budget``, and policies that compute single tokens of a module.
     """
     _check(engine)
     recorder = RoutingRecorder(engine.model)
@@ -152,14 +152,6 @@ class _RecordingDispatcher:
 
     def __init__(self, inner: Dispatcher, recorder: RoutingRecorder, block: int) -> None:
         self._inner, self._recorder, self._block = inner, recorder, block
-
-    @property
-    def rank(self) -> int:
-        return self._inner.rank
-
-    @property
-    def num_counts(self) -> int:
-        return self._inner.num_counts
 
     def coded(self, coding: BlockCoding | None) -> "_RecordingDispatcher":
         return _RecordingDispatcher(self._inner.coded(coding), self._recorder, self._block)

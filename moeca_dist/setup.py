@@ -137,7 +137,6 @@ class Setup:
             timer=timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
-            planned=self.config.parallel.exchange == "planned",
             budget=budget_of_round(self.config, self.budget_rows, self.spec, self.mesh, len(share)),
             late=late_refreshes(self.config.cache, self.spec),
             storage=storage_of(self.config.cache.dtype),

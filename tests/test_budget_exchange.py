@@ -312,7 +312,7 @@ def test_a_cached_step_never_waits_for_the_device(two_ranks, model) -> None:
     [
         ({"exchange": "budget"}, "needs parallel.budget"),
         ({"budget": 3}, "parallel.budget has no effect with parallel.exchange exact"),
-        ({"exchange": "planned", "budget_groups": 2}, "parallel.budget_groups has no effect"),
+        ({"exchange": "exact", "budget_groups": 2}, "parallel.budget_groups has no effect"),
         ({"budget_fill": True}, "parallel.budget_fill has no effect"),
         ({"exchange": "budget", "budget": 0}, "budget"),
         ({"exchange": "budget", "budget": 1.5}, "budget"),

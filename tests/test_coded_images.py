@@ -45,7 +45,6 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({"policy": "dice_skip", "full_steps": FULL_STEPS}, EXACT, {"hidden"}),
     ({"policy": "moeca_forecast", "full_steps": FULL_STEPS, **OWNER}, EXACT, {*LEGS}),
     ({"policy": "random", "full_steps": APART, **OWNER}, EXACT, {*LEGS}),
-    ({"policy": "random", "full_steps": FULL_STEPS}, {"exchange": "planned"}, {"hidden"}),
     ({"policy": "moeca_forecast", "full_steps": APART}, {"exchange": "budget", "budget": 3}, {"hidden"}),
 ]
 # Relative L2 to the samples of exact rows; measured: 2e-5 to 2e-4 and 1e-4 to 5e-4.

@@ -145,7 +145,7 @@ def test_a_trace_of_four_ranks_is_that_of_one(model, cache, four_ranks, tmp_path
     ("cache", "parallel", "message"),
     [
         ({"policy": "toca"}, {}, "routes only some tokens"),
-        ({"policy": "moeca_forecast"}, {"exchange": "planned"}, "parallel.exchange exact"),
+        ({"policy": "moeca_forecast"}, {"exchange": "budget", "budget": 0.5}, "parallel.exchange exact"),
     ],
 )
 def test_incomplete_traces_are_refused(model, cache, parallel, message) -> None:

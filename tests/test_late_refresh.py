@@ -220,7 +220,7 @@ def test_the_last_third_is_never_late(blocks: tuple[int, ...], shallow: tuple[in
     [
         ({"policy": "moeca_forecast"}, {}, "cache.late_refresh has no effect with cache.policy moeca_forecast"),
         ({"policy": "random", "placement": "owner"}, {}, "keeps branch values at home"),
-        ({"policy": "random"}, {"exchange": "planned"}, "is for parallel.exchange exact, not planned"),
+        ({"policy": "random"}, {"exchange": "budget", "budget": 2}, "is for parallel.exchange exact, not budget"),
         ({"policy": "random"}, {"exchange": "budget", "budget": 3}, "is for parallel.exchange exact, not budget"),
         ({"policy": "random", "full_steps": [0, 2, 4, 6]}, {}, "no two steps in a row"),
     ],

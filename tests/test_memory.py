@@ -64,18 +64,6 @@ def test_the_prediction_is_the_peak(knobs: dict[str, Any], network: str, tmp_pat
         assert report.cache.bytes_peak == predicted[2]  # two rounds, of two images and of one
 
 
-@pytest.mark.parametrize("full_steps", [[0], [0, 1, 4], [0, 2, 4, 6], APART], ids=str)
-@pytest.mark.parametrize("policy", ["moeca_forecast", "moeca", "random", "dice_skip"])
-def test_plans_for_the_next_step_are_predicted(policy: str, full_steps: Any, two_ranks: Any, tmp_path: Path) -> None:
-    config = make_config(tmp_path, policy=policy, full_steps=full_steps)
-    at_once = generate(config, 3)[1][2]
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"exchange": "planned"})})
-    report, predicted = generate(config, 3)
-    assert report.cache.bytes_peak == predicted[2] > at_once
-    report, predicted = two_ranks.run(generate, config, 3)[0]
-    assert report.cache.bytes_peak == predicted[1] + predicted[2]
-
-
 @pytest.mark.parametrize("full_steps", [[0], [0, 1, 4], [0, 1, 2, 3, 7], APART], ids=str)
 @pytest.mark.parametrize("network", ["dsmoe_e12", "dit_moe_flash"])
 @pytest.mark.parametrize("policy", ["network_forecast", "moeca_forecast", "fora"])

@@ -31,7 +31,6 @@ CASES = [
     ({"policy": "dice_skip", "full_steps": FULL_STEPS}, {}),
     ({"policy": "random", "full_steps": FULL_STEPS, "placement": "owner"}, {}),
     ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5, "late_refresh": 0.6}, {}),
-    ({"policy": "random", "full_steps": FULL_STEPS}, {"exchange": "planned"}),
     ({"policy": "moeca_forecast", "full_steps": FULL_STEPS}, {"exchange": "budget", "budget": 3}),
 ]
 

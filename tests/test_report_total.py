@@ -42,7 +42,7 @@ def in_parts(config: Config) -> tuple[Report, list[Report]]:
     [
         ("exact", {}),
         ("exact", {"policy": "moeca_forecast", "full_steps": [0, 1, 4]}),
-        ("planned", {"policy": "moeca", "full_steps": [0, 3]}),
+        ("exact", {"policy": "moeca", "full_steps": [0, 3]}),
         ("budget", {"policy": "moeca", "full_steps": [0, 3]}),
         ("exact", {"policy": "dice_skip"}),
         ("exact", {"policy": "toca"}),
@@ -75,7 +75,7 @@ def test_counts_of_the_parts_are_those_of_the_whole(exchange: str, cache: dict[s
 
 
 def test_ranks_add_up_too(two_ranks: Any, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "planned", policy="moeca_forecast", full_steps=[0, 2])
+    config = make_config(tmp_path, "exact", policy="moeca_forecast", full_steps=[0, 2])
     whole, parts = two_ranks.run(in_parts_of_two, config)[0]
     total = ReportTotal()
     for part in parts:

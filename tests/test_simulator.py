@@ -87,7 +87,7 @@ class Counted:
         self.idle += seconds
 
 
-@pytest.mark.parametrize(("mode", "agreements"), [("exact", [2, 2, 2]), ("planned", [2, 1, 1]), ("budget", [0, 0, 0])])
+@pytest.mark.parametrize(("mode", "agreements"), [("exact", [2, 2, 2]), ("budget", [0, 0, 0])])
 def test_a_step_is_its_phases(load, mode: str, agreements: list[int]) -> None:
     sim = load("sim_step")
     trace, table = made_trace(), PlacementTable.contiguous((1, 3), 8, 2)
@@ -245,7 +245,7 @@ def test_the_plan_keeps_to_what_must_hold(load, tmp_path: Path, monkeypatch) -> 
     assert {row["model"] for row in rows} == {shape.name for shape in plan.SHAPES}
     for row in rows:
         assert row["ep_size"] * row["dp_size"] == row["gpus"] and 0 < row["uncached_exchange_share"] < 1
-        assert row["branches_planned_ms"] <= row["branches_exact_ms"] < row["uncached_ms"]
+        assert row["branches_exact_ms"] < row["uncached_ms"]
         assert 3.5 < row["network_gain"] < 50 / 11
     for shape in plan.SHAPES:
         widest, island = (

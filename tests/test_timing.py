@@ -85,13 +85,8 @@ def test_sections_add_up_to_the_denoising(policy: str, tmp_path: Path) -> None:
         assert seconds.per_step["attention"][2] == 0 < seconds.per_step["bookkeeping"][2]
 
 
-@pytest.mark.parametrize(
-    ("cache", "exchange"),
-    [("none", "exact"), ("moeca_forecast", "exact"), ("random", "exact"), ("moeca_forecast", "planned")],
-)
-def test_ranks_also_exchange_and_wait(two_ranks: Any, cache: str, exchange: str, tmp_path: Path) -> None:
-    config = make_config(tmp_path, cache)
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"exchange": exchange})})
-    results = two_ranks.run(run, config)
+@pytest.mark.parametrize("cache", ["none", "moeca_forecast", "random"])
+def test_ranks_also_exchange_and_wait(two_ranks: Any, cache: str, tmp_path: Path) -> None:
+    results = two_ranks.run(run, make_config(tmp_path, cache))
     assert results[0][0] == results[1][0]
     assert {"exchange", "wait"} <= set(results[0][0].slowest)

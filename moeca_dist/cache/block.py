@@ -17,7 +17,6 @@ from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.budget import Backlog, Budget
 from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.owned import HomeTable, OwnedBlock
-from moeca_dist.cache.planned import Ahead
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
@@ -76,9 +75,8 @@ class Followed:
 class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
-    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``ahead``: decisions made a step
-    ahead, None where each step decides for itself. ``budget``: None where the number of rows follows from the data.
-    ``late``: None where every refreshed branch lands in its step.
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``budget``: None where the number of
+    rows follows from the data. ``late``: None where every refreshed branch lands in its step.
     """
 
     block: int
@@ -90,7 +88,6 @@ class BlockStep:
     statistics: CacheStatistics
     followed: Followed
     owned: OwnedBlock | None = None
-    ahead: Ahead | None = None
     timer: Timer = UNTIMED
     budget: Budget | None = None
     late: LateRefreshes | None = None

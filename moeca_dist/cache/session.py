@@ -17,7 +17,6 @@ from moeca_dist.cache.guard import Watch, relative_error
 from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
-from moeca_dist.cache.planned import Ahead, StepPlans
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.rows import RowCache, Rows
 from moeca_dist.cache.statistics import CacheStatistics
@@ -34,9 +33,9 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``. ``planned``: each step decides for the next one. ``budget``: the
-    rows that a cache step computes at most, in exchange mode ``budget``. ``late``: of this session alone; None where
-    every refreshed branch lands in its step. ``watch`` sees forecasts of the whole network.
+    sessions together; None in placement ``home``. ``budget``: the rows that a cache step computes at most, in exchange
+    mode ``budget``. ``late``: of this session alone; None where every refreshed branch lands in its step. ``watch``
+    sees forecasts of the whole network.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
-        planned: bool = False,
         budget: Budget | None = None,
         late: LateRefreshes | None = None,
         storage: Storage = AS_COMPUTED,
@@ -75,8 +73,6 @@ class CacheSession:
         ]
         self.network = NetworkCache(storage)
         self.changes = tuple(RowCache(policy.order, storage) for _ in self._halves)  # of the whole network, by schedule
-        # By step: of the current one and the next.
-        self._plans: dict[int, StepPlans] | None = {} if planned else None
         self._owned = [
             None
             if owner_ranks is None
@@ -100,13 +96,7 @@ class CacheSession:
             )
             for index, half in enumerate(self._halves)
         )
-        return StepCache(step, self, segments, self._image_ids_B, ahead=self._ahead(step.index))
-
-    def _ahead(self, step: int) -> Ahead | None:
-        if self._plans is None:
-            return None
-        self._plans = {step: self._plans.get(step, StepPlans()), step + 1: StepPlans()}
-        return Ahead(self._plans[step], self._plans[step + 1])
+        return StepCache(step, self, segments, self._image_ids_B)
 
     def block(self, index: int) -> tuple[SegmentCache, ...]:
         return self._blocks[index]
@@ -119,9 +109,7 @@ class CacheSession:
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(change.num_bytes for change in self.changes)
         held += 0 if self.late is None else self.late.num_bytes
-        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None)
-        # At the end of a step both its own plans and the next one's are held.
-        held += sum(plans.num_bytes for plans in (self._plans or {}).values()) + self._bytes_beside()
+        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None) + self._bytes_beside()
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
 
@@ -134,7 +122,6 @@ class StepCache:
     segments: tuple[Segment, ...]
     image_ids_B: Tensor
     followed: Followed = field(default_factory=Followed)
-    ahead: Ahead | None = None
 
     def block(self, index: int) -> BlockStep:
         session = self.session
@@ -148,7 +135,6 @@ class StepCache:
             session.statistics,
             self.followed,
             session.owned(index),
-            self.ahead,
             session.timer,
             session.budget,
             session.late,

@@ -19,7 +19,7 @@ RENAMED_KEYS: Mapping[str, str] = MappingProxyType(
 )
 REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
-        # (section.key, value): what to do instead
+        ("parallel.exchange", "planned"): "remove it, the ranks agree in every layer on what travels",
     }
 )
 

@@ -51,9 +51,9 @@ class ParallelConfig(_Section):
 
     ep_size: int | None = Field(None, ge=1)
     """None: the whole world."""
-    exchange: Literal["exact", "planned", "budget"] = "exact"
-    """When the ranks agree on what travels: in every layer, once per step on what the step before decided, or never,
-    because a cache step computes a fixed number of rows."""
+    exchange: Literal["exact", "budget"] = "exact"
+    """When the ranks agree on what travels: in every layer, or never, because a cache step computes a fixed number of
+    rows."""
     budget: BudgetRows | list[BudgetRows] | None = None
     """Rows that each image and guidance half may have computed by each rank in a layer of a cache step, for all MoE
     blocks or one by one: a number (1, 2, ...) or a share of the image's branches (above 0, up to 1.0, which is all)."""
@@ -262,7 +262,7 @@ def _check_budget(parallel: ParallelConfig) -> None:
         if parallel.expert_placement is not None:
             raise ValueError(
                 "parallel.exchange budget gives every rank rows for an equal run of consecutive experts: remove "
-                "parallel.expert_placement, or use exact or planned"
+                "parallel.expert_placement, or use exact"
             )
         return
     for name in ("budget", "budget_groups", "budget_fill"):

@@ -84,7 +84,7 @@ def _decide(part: Part, mine: Routing, match: Match, cache: BlockStep, is_fixed:
     branches = part.kept.branches
     if part.segment.full:
         return _Room(computed(match), mine.expert_ids_TK, None)
-    reason_TK, plan = judge(part, mine, match, cache.step, cache)
+    reason_TK, plan = judge(part, mine, match, cache)
     waited_TK = part.kept.backlog.waited(mine.expert_ids_TK)
     priority_TK = mine.gates_TK.float() if plan.priority_TK is None else plan.priority_TK
     if plan.priority_TK is None and (plan.judges_matched or budget.fill):

@@ -19,7 +19,7 @@ from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import FreshRows
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatch import FixedRows
-from moeca_dist.types import Routing, StepContext, positions
+from moeca_dist.types import Routing, positions
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,13 @@ class BudgetedRows:
 class LayerPlan:
     """What a layer does in one step; decided before anything is computed. No decisions where all segments are full.
 
-    In exchange mode ``planned`` the ``routing`` of served segments is one step old and ``current`` is what the router
-    chooses now; ``traffic`` is what all ranks send, where they have agreed on it already. In mode ``budget`` the
-    ``routing`` is what tokens have while branches wait, and ``fixed`` the rows that travel where no segment is full.
+    In exchange mode ``budget`` the ``routing`` is what tokens have while branches wait, and ``fixed`` the rows that
+    travel where no segment is full.
     """
 
     routing: Routing
     parts: Sequence[Part]
     decisions: Sequence[Decision]
-    current: Routing | None = None
-    traffic: Tensor | None = None
     fixed: BudgetedRows | None = None
 
     def refreshed_branches(self) -> Tensor:
@@ -178,7 +175,7 @@ def decide(part: Part, routing: Routing, match: Match, cache: BlockStep, delay: 
     observe(part, mine)
     if part.segment.full:
         return computed(match)
-    reason_TK = choose(part, mine, match, cache.step, cache)
+    reason_TK, _ = judge(part, mine, match, cache)
     if delay is not None:
         reason_TK = delay(part, mine, reason_TK, cache)
     if cache.owned is not None:
@@ -193,12 +190,11 @@ def computed(match: Match) -> Decision:
     return Decision(match, refresh_TK, reason_TK, refresh_TK.numel())
 
 
-def served(match: Match, reason_TK: Tensor, num_refreshed: int | None = None) -> Decision:
-    """The branches of a segment in a cache step, kept at home; ``num_refreshed`` where the host knows it already."""
-    refresh_TK, num_late = refreshed(reason_TK), 0
-    if num_refreshed is None:
-        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-        num_refreshed, num_late = torch.stack([refresh_TK.sum(), (reason_TK == Reason.LATE).sum()]).tolist()
+def served(match: Match, reason_TK: Tensor) -> Decision:
+    """The branches of a segment in a cache step, kept at home."""
+    refresh_TK = refreshed(reason_TK)
+    # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
+    num_refreshed, num_late = torch.stack([refresh_TK.sum(), (reason_TK == Reason.LATE).sum()]).tolist()
     return Decision(match, refresh_TK, reason_TK, num_refreshed, num_late)
 
 
@@ -207,15 +203,10 @@ def refreshed(reason_TK: Tensor) -> Tensor:
     return reason_TK < Reason.LATE
 
 
-def choose(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> Tensor:
-    """uint8 [T, K]: which branches of a segment the policy refreshes in ``step``, this one or the next, and why."""
-    return judge(part, mine, match, step, cache)[0]
-
-
-def judge(part: Part, mine: Routing, match: Match, step: StepContext, cache: BlockStep) -> tuple[Tensor, RefreshPlan]:
-    """As ``choose``, and what the policy said."""
+def judge(part: Part, mine: Routing, match: Match, cache: BlockStep) -> tuple[Tensor, RefreshPlan]:
+    """uint8 [T, K]: which branches of a segment the policy refreshes, and why; and what the policy said."""
     found_TK = match.found_TK
-    plan = cache.policy.plan(step, _view(part, mine, match, cache))
+    plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == found_TK.shape
     reason_TK = torch.full_like(found_TK, Reason.SERVED, dtype=torch.uint8)
     reason_TK.masked_fill_(plan.refresh_TK, Reason.SCORE)

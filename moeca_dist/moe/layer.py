@@ -26,7 +26,6 @@ from moeca_dist.moe.cached import (
 )
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.owner import routed_at_owners
-from moeca_dist.moe.planned import plan_next, planned_layer
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
 from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, LocalDispatcher
@@ -70,14 +69,12 @@ class MoELayer(nn.Module):
         return (returning.wait() + shared_TD).view_as(x_BTD)
 
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
-        """Route, and ask the policy which branches are computed now, or take what it decided in the last step."""
+        """Route, and ask the policy which branches are computed now."""
         x_TD = x_BTD.flatten(0, 1)
         if cache.late is not None:
             cache.late.advance()
             cache.late.land(cache.block)
-        if cache.ahead is not None:
-            plan = planned_layer(x_TD, self.gate, cache, self.dispatcher)
-        elif cache.budget is not None:
+        if cache.budget is not None:
             plan = budgeted_layer(x_TD, self.gate, cache, self.dispatcher)
         else:
             plan = self._plan(x_TD, cache)
@@ -119,9 +116,6 @@ class MoELayer(nn.Module):
         coming = self._routed(x_TD, plan, cache, coding)
         shared_BTD = self._shared_output(x_BTD, cache, rows)  # while rows travel
         routed_TD = coming.wait()
-        if cache.ahead is not None:
-            with cache.timer.section("bookkeeping"):
-                plan_next(plan, cache, self.dispatcher)
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
 
     def _shared_output(self, x_BTD: Tensor, cache: BlockStep, rows: Rows | None) -> Tensor:
@@ -195,7 +189,7 @@ class MoELayer(nn.Module):
         with cache.timer.section("bookkeeping"):
             branch_N = plan.refreshed_branches()
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        traffic_PC, late_PC = plan.traffic, None
+        traffic_PC = late_PC = None
         if late.may_be_late_here(cache):
             traffic_PC, late_PC = late.agree(plan, dispatcher)
 

@@ -37,7 +37,7 @@ def check_exchange(config: Config, policy: Policy | None) -> None:
     if mode == "budget" and config.parallel.expert_placement is not None:
         raise UserError(
             "parallel.exchange budget gives rows to equal runs of experts, not to those of parallel.expert_placement: "
-            "remove it, or use parallel.exchange exact or planned"
+            "remove it, or use parallel.exchange exact"
         )
 
 

@@ -52,18 +52,11 @@ class AllToAllDispatcher:
         view.coding = coding
         return view
 
-    @property
-    def rank(self) -> int:
-        return self.exchange.rank
-
-    @property
-    def num_counts(self) -> int:
-        return 2 * self.num_ranks
-
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         branches_P, pairs_P = self.counts(routing.expert_ids_TK, torch.ones_like(routing.expert_ids_TK)).chunk(2)
-        away = branches_P.sum() - branches_P[self.rank]
-        away_pairs = pairs_P.sum() - pairs_P[self.rank]
+        rank = self.exchange.rank
+        away = branches_P.sum() - branches_P[rank]
+        away_pairs = pairs_P.sum() - pairs_P[rank]
         # Every branch that lives elsewhere has a header, every pair a hidden row there and a sum back. Stays on the
         # device, unread.
         rows = away_pairs * (2 * x_TD.shape[1] * x_TD.element_size())
@@ -87,7 +80,7 @@ class AllToAllDispatcher:
             pairs = paired(owner_N, branches.token_N)
             traffic = self.exchange.gather_counts(pairs.counts(self.num_ranks).flatten())
         else:
-            pairs = paired(owner_N, branches.token_N, int(traffic[self.rank, self.num_ranks :].sum()))
+            pairs = paired(owner_N, branches.token_N, int(traffic[self.exchange.rank, self.num_ranks :].sum()))
         return self._dispatch(x_TD, branches, gates_N, pairs, traffic.view(self.num_ranks, 2, self.num_ranks))
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:

@@ -70,13 +70,7 @@ class FixedRows:
 
 
 class Dispatcher(Protocol):
-    """``rank``: this rank in its group; ``num_counts``: how many numbers ``counts`` returns."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def num_counts(self) -> int: ...
+    """How a MoE layer reaches the experts."""
 
     def coded(self, coding: BlockCoding | None) -> "Dispatcher":
         """The same exchange with its rows coded, but those of ``dispatch_fixed``; None: all rows as they are."""
@@ -126,9 +120,6 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     """All experts are here: order the rows by expert, nothing travels."""
-
-    rank = 0
-    num_counts = 0
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
