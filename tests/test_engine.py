@@ -117,7 +117,7 @@ def fail_to_load_on_rank_one(config: Config, missing: str) -> str:
 
 def test_a_threshold_without_effect_is_said_once(checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     config = make_config(checkpoints["dsmoe_e8"])
-    cache = config.cache.model_copy(update={"policy": "moeca", "interval": 2, "tau0": 1e9})
+    cache = config.cache.model_copy(update={"policy": "moeca", "interval": 2, "refresh_ratio": 1e-6})
     generate(config.model_copy(update={"cache": cache}), make_requests(5))  # two batches
-    said = [record.message for record in caplog.records if "cache.tau0" in record.message]
-    assert len(said) == 1 and "never fired" in said[0]
+    said = [record.message for record in caplog.records if "cache.refresh_ratio" in record.message]
+    assert len(said) == 1 and "chose nothing" in said[0]

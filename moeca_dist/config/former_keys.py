@@ -10,6 +10,14 @@ REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         # section.key: what to do instead
         "parallel.two_batch_overlap": "remove it; on slow links parallel.rows=int8 wins more",
+        "cache.schedule": "remove it, or state cache.full_steps",
+        "cache.tau0": "state cache.refresh_ratio, from which the threshold follows",
+        "cache.drift_weight": "remove it; policy moeca has the paper's weights",
+        "cache.norm_weight": "remove it; policy moeca has the paper's weights",
+        "cache.gate_scale": "remove it; gates are scored as the model gives them",
+        "cache.alpha": "remove it; policy moeca has the paper's value, 0.6",
+        "cache.decay": "remove it; policy moeca has the paper's value, 0.65",
+        "cache.statistics": "remove it; expert usage is that of each image on its own",
     }
 )
 RENAMED_KEYS: Mapping[str, str] = MappingProxyType(

@@ -109,26 +109,10 @@ class CacheConfig(_Section):
     """Share of the stored branches that a cache step refreshes, those of low gate, which land one step late."""
     attention_sync: bool | None = None
     """Whether a token with a refreshed branch refreshes its attention row, shared expert and dense blocks with it."""
-    schedule: Literal["uniform", "toca"] | None = None
-    """How ``interval`` places the full steps: evenly, or denser towards the image as ToCa does."""
-    tau0: float | None = Field(None, ge=0)
-    """Raw threshold of the refresh score; the scale of gates differs between models, so calibrate it."""
     refresh_ratio: float | None = Field(None, ge=0, le=1)
     """Share of the branches to refresh by score: the threshold follows from it."""
     drift: Literal["signed", "absolute"] | None = None
     """Whether a gate that fell lowers the refresh score or raises it."""
-    drift_weight: float | None = Field(None, ge=0)
-    """Weight of the gate's change in the refresh score."""
-    norm_weight: float | None = Field(None, ge=0)
-    """Weight of the branch's share in the norms of the token's stored branches."""
-    gate_scale: Literal["model", "unit"] | None = None
-    """Gates as the model gives them, or divided by their sum, in the refresh score."""
-    alpha: float | None = Field(None, ge=0, lt=1)
-    """How much an expert's threshold depends on how widely its tokens spread; 0: not at all."""
-    decay: float | None = Field(None, ge=0, lt=1)
-    """Of the moving average of expert usage."""
-    statistics: Literal["sample", "batch"] | None = None
-    """Expert usage of each image on its own, or averaged over the rank's batch."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
     calibration: PathField | None = None

@@ -26,9 +26,7 @@ FORMAT = 1
 NORM_TOLERANCE = 1e-3
 # Options of the cache section that change what is computed where, how full steps are named, or what happens to images
 # unlike those of the calibration, but nothing that weights are fitted to.
-_WITHOUT_EFFECT_ON_VALUES = frozenset(
-    {"calibration", "guard", "placement", "memory_limit", "interval", "full_steps", "schedule"}
-)
+_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "guard", "placement", "memory_limit", "interval", "full_steps"})
 
 
 @dataclass(frozen=True)

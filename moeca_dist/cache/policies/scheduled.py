@@ -23,8 +23,8 @@ class Defaults:
     extra_entries: int = 0
     attention_sync: bool = False
     delta: float | None = None
-    usage_decay: float | None = None
 
+    usage_decay: ClassVar[float | None] = None
     computes_modules: ClassVar[bool] = False
     refreshes_rows: ClassVar[bool] = False
 
