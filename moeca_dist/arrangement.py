@@ -1,41 +1,16 @@
-"""How a configuration is carried out on the ranks: where branch values are kept, how many rows travel, and when."""
-
-from collections.abc import Sequence
+"""How a configuration is carried out on the ranks: how many rows travel, when, and in which form."""
 
 import torch
 
 from moeca_dist.cache.budget import Budget
 from moeca_dist.cache.late import LateRefreshes, shallow_blocks
-from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.kernels.row_codes import FORMATS
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, budget_groups, budget_rows, choose_placement
+from moeca_dist.moe.placement import budget_groups, budget_rows
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import Places, RowCoding
-
-
-def placement_of_values(
-    config: Config,
-    spec: ModelSpec,
-    policy: Policy | None,
-    num_steps: int,
-    halves: Sequence[Half],
-    ep_size: int,
-    element_bytes: int,
-) -> Placement | None:
-    """Which side of the exchange keeps branch values, the same on all ranks; None where it is moot.
-
-    ``element_bytes``: of a value as the network computes it.
-    """
-    if policy is None:
-        return None
-    row_bytes = spec.hidden_size * element_bytes
-    experts = ExpertPlacement.contiguous(spec.num_experts, ep_size)
-    return choose_placement(
-        config.cache, policy, num_steps, tuple(halves), spec.num_experts_per_tok, row_bytes, experts
-    )
 
 
 def late_refreshes(config: CacheConfig, spec: ModelSpec) -> LateRefreshes | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moeca_dist.arrangement import placement_of_values
 from moeca_dist.cache.late import shallow_blocks
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
@@ -19,7 +18,7 @@ from moeca_dist.config import CacheConfig, Config, parse_size
 from moeca_dist.errors import UserError
 from moeca_dist.models.options import parse_dtype
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement
+from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.report import scaled
 from moeca_dist.sampling.calibration import Calibration, read_calibration
@@ -219,7 +218,7 @@ def cache_size(
         return None
     halves = HALVES if guided else HALVES[:1]
     element_bytes = parse_dtype(config.model.dtype).itemsize
-    placement = placement_of_values(config, spec, policy, num_steps, halves, ep_size, element_bytes)
+    placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, ep_size)
     if calibration is None and config.cache.calibration is not None:
         calibration = read_calibration(config.cache.calibration)
     return CacheSize(

@@ -6,7 +6,7 @@ Everything here follows from the configuration, the network and the ranks; a bat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeca_dist.arrangement import budget_of_round, late_refreshes, placement_of_values, rows_of_budget
+from moeca_dist.arrangement import budget_of_round, late_refreshes, rows_of_budget
 from moeca_dist.cache.guard import Guard, Watch
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
@@ -18,7 +18,7 @@ from moeca_dist.config import Config
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.late import check_late
-from moeca_dist.moe.placement import Placement, check_exchange
+from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.references import RowCoding
@@ -62,8 +62,7 @@ class Setup:
         check_exchange(config, policy)
         check_without_cache(config, policy)
         check_late(config, policy, spec.moe_blocks, num_steps, halves)
-        element_bytes = next(model.parameters()).element_size()
-        placement = placement_of_values(config, spec, policy, num_steps, halves, mesh.ep_size, element_bytes)
+        placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, mesh.ep_size)
         rows = rows_of_budget(config, spec, mesh.ep_size)
         path = config.cache.calibration
         if calibration is None and path is not None:

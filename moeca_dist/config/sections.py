@@ -127,7 +127,7 @@ class CacheConfig(_Section):
     On CPU a share of the host's. What would keep more is refused before sampling.
     """
     placement: Literal["home", "owner", "auto"] | None = None
-    """Which side of the exchange keeps branch values; ``auto`` takes the one that should send fewer bytes.
+    """Which side of the exchange keeps branch values; ``auto``: ``owner`` on two ranks, else ``home``.
 
     None: ``home``, with which the images are those of one rank whatever the policy.
     """

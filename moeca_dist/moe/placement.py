@@ -5,17 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from moeca_dist.cache.policy import Half, Policy
+from moeca_dist.cache.policy import Policy
 from moeca_dist.config import CacheConfig, Config, ParallelConfig
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.predict import Load, home_bytes, owner_bytes
-from moeca_dist.types import StepContext
 
 Placement = Literal["home", "owner"]
-
-TYPICAL_REFRESH_SHARE = 0.02
-"""Share of its branches that a cache step finds unmatched, as on the shipped model with the default schedule."""
 
 
 def check_exchange(config: Config, policy: Policy | None) -> None:
@@ -81,22 +76,17 @@ def budget_rows(
     return {block: min(most, value) for block, value in zip(blocks, rows, strict=True)}
 
 
-def choose_placement(
-    config: CacheConfig, policy: Policy, num_steps: int, halves: tuple[Half, ...], k: int, row_bytes: int,
-    experts: ExpertPlacement,
-) -> Placement | None:  # fmt: skip
-    """None where it is moot: one rank holds all experts, or the policy keeps no branches.
+def choose_placement(config: CacheConfig, policy: Policy | None, k: int, ep_size: int) -> Placement | None:
+    """Choose which side of the exchange keeps branch values; None if nothing travels or no branches are kept.
 
-    ``k``: routed experts per token; ``row_bytes``: size of a hidden row. Follows from the configuration and the
-    model alone, so all ranks choose the same.
+    ``k``: routed experts per token. The choice is the same on all ranks.
     """
-    if experts.num_ranks == 1 or policy.unit != "branch":
+    if policy is None or policy.unit != "branch" or ep_size == 1:
         return None
     if policy.usage_decay is not None:
-        return "home"
+        return "home"  # the score reads the stored branches
     if config.placement != "auto":
         return config.placement or "home"
-    full = [policy.is_full(StepContext(step, num_steps, 0.0), half) for step in range(num_steps) for half in halves]
-    share = TYPICAL_REFRESH_SHARE if config.ratio is None else max(config.ratio, TYPICAL_REFRESH_SHARE)
-    load = Load(k, row_bytes, sum(full) / len(full), share)
-    return "owner" if owner_bytes(load, experts) < home_bytes(load, experts) else "home"
+    # With two ranks a token has one other owner at most, whose one sum stands for several branches in a full step.
+    # With more ranks a single refreshed branch makes every owner of its token answer.
+    return "owner" if ep_size == 2 and k > 1 else "home"

@@ -52,7 +52,3 @@ class ExpertPlacement:
             return self.owner_of_expert
         here = set(self.replicated)
         return tuple(home if expert in here else owner for expert, owner in enumerate(self.owner_of_expert))
-
-    def served_to_others(self, rank: int) -> int:
-        """How many experts other ranks reach at ``rank``."""
-        return len(self.experts_of(rank)) - len(self.replicated)
