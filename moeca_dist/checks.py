@@ -42,7 +42,7 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode or compiling without effect, CUDA graphs of steps that follow the
+    that the model does not have, an exchange mode without effect, CUDA graphs of steps that follow the
     data, a calibration or expert placement that is none, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
@@ -53,7 +53,6 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_exchange(config, policy)
     check_late(config, policy, spec.moe_blocks, num_steps, HALVES if config.sampling.cfg_scale != 1 else HALVES[:1])
     check_graphs(config, policy, spec, num_steps)
-    check_without_cache(config, policy)
     path = config.cache.calibration
     calibration = None if path is None else read_calibration(path)
     check_guard(config.cache, policy, num_steps, calibration)
@@ -63,15 +62,6 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     check_decoder(config, spec)
     return spec
-
-
-def check_without_cache(config: Config, policy: Policy | None) -> None:
-    """Raise UserError for compiled blocks without a cache if every block goes through it."""
-    if config.model.compile and policy is not None and policy.unit != "network":
-        raise UserError(
-            f"model.compile has no effect with cache.policy {config.cache.policy}, with which every block goes through "
-            "the cache: it is for none, network_forecast and teacache"
-        )
 
 
 def check_guard(config: CacheConfig, policy: Policy | None, num_steps: int, calibration: Calibration | None) -> None:

@@ -178,12 +178,11 @@ class Engine:
     def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
         """Another cache over the same network and ranks, with a ``calibration`` of it if there is no file.
 
-        Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone. A
-        network that was compiled stays so.
+        Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone.
         """
         parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
         graphs = self.config.model.cuda_graphs and cache.policy == "none"
-        model = self.config.model.model_copy(update={"cuda_graphs": graphs, "compile": False})
+        model = self.config.model.model_copy(update={"cuda_graphs": graphs})
         changes = {"model": model, "cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
         config = self.config.model_copy(update=changes)
         return Engine(config, self.mesh, self.model, self.decoder, calibration)

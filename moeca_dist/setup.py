@@ -13,7 +13,7 @@ from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.checks import check_guard, check_without_cache
+from moeca_dist.checks import check_guard
 from moeca_dist.config import Config
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.spec import ModelSpec
@@ -53,14 +53,13 @@ class Setup:
     ) -> "Setup":
         """``calibration``: of this cache and network, where there is no file of it.
 
-        Raises UserError, on all ranks alike, for an exchange mode, compiling, late refreshes or a guard
-        without effect, and for a file of another calibration.
+        Raises UserError, on all ranks alike, for an exchange mode, late refreshes or a guard without
+        effect, and for a file of another calibration.
         """
         spec, guided = model.spec, config.sampling.cfg_scale != 1
         halves = HALVES if guided else HALVES[:1]
         policy = build_policy(config.cache, num_steps, guided=guided)
         check_exchange(config, policy)
-        check_without_cache(config, policy)
         check_late(config, policy, spec.moe_blocks, num_steps, halves)
         placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, mesh.ep_size)
         rows = rows_of_budget(config, spec, mesh.ep_size)

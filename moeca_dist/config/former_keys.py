@@ -9,6 +9,7 @@ from types import MappingProxyType
 REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         # section.key: what to do instead
+        "model.compile": "remove it; the malloc variables of docs/running.md bring more on a CPU",
         "parallel.two_batch_overlap": "remove it; on slow links parallel.rows=int8 wins more",
         "cache.schedule": "remove it, or state cache.full_steps",
         "cache.tau0": "state cache.refresh_ratio, from which the threshold follows",

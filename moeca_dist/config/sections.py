@@ -42,8 +42,6 @@ class ModelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cuda_graphs: bool = False
     """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
-    compile: bool = False
-    """Whether ``torch.compile`` makes kernels of what lies between the large products of blocks without a cache."""
 
 
 class ParallelConfig(_Section):
@@ -199,8 +197,6 @@ class Config(_Section):
             raise ValueError("model.family has no effect with model.random_init, where model.name decides: remove it")
         if model.cuda_graphs and model.device == "cpu":
             raise ValueError("model.cuda_graphs needs a CUDA device, not model.device cpu: remove one of them")
-        if model.cuda_graphs and model.compile:
-            raise ValueError("model.compile and model.cuda_graphs exclude each other: keep one of them")
         if self.cache.dtype == model.dtype:
             raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
         _check_budget(self.parallel)

@@ -6,7 +6,6 @@ Shape suffixes: B images, C channels, H and W pixels, T tokens of one image, D h
 """
 
 import math
-from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
-from moeca_dist.models.modulation import Modulation, modulate, normalise, residual
+from moeca_dist.models.modulation import Modulation, modulate, normalise
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import UNTIMED, Timer
@@ -77,50 +76,10 @@ class DenseMLP(nn.Module):
         return self.fc2(F.silu(self.fc1(x_BTD)))
 
 
-class BlockParts(Protocol):
-    """What a block without a cache computes beside its experts."""
-
-    def serves(self, x_BTD: Tensor) -> bool:
-        """Whether it is made for so many images."""
-        ...
-
-    def enter_feed_forward(
-        self, block: "AdaLNBlock", x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream after attention and the input of the feed-forward [B, T, D], and the gate of its output [B, D]."""
-        ...
-
-    def after_dense(self, dense: nn.Module, x_BTD: Tensor, entering_BTD: Tensor, gate_BD: Tensor) -> Tensor:
-        """[B, T, D]: the stream with the gated output of a dense feed-forward added."""
-        ...
-
-
-class EagerParts:
-    """``BlockParts``, operator by operator."""
-
-    def serves(self, x_BTD: Tensor) -> bool:
-        return True
-
-    def enter_feed_forward(
-        self, block: "AdaLNBlock", x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        modulation = block.modulation(c_BD)
-        with timer.section("attention"):
-            attended_BTD = block.attn(modulation.to_attention(x_BTD), rotary)
-        return *modulation.enter_feed_forward(x_BTD, attended_BTD), modulation.gate_feed_forward_BD
-
-    def after_dense(self, dense: nn.Module, x_BTD: Tensor, entering_BTD: Tensor, gate_BD: Tensor) -> Tensor:
-        return residual(x_BTD, gate_BD, dense(entering_BTD))
-
-
-EAGER: Final = EagerParts()
-
-
 class AdaLNBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition c = time + label.
 
-    ``feed_forward_name`` is the attribute name under which published files keep the feed-forward. ``parts``: how what
-    lies beside the experts is computed.
+    ``feed_forward_name`` is the attribute name under which published files keep the feed-forward.
     """
 
     def __init__(self, hidden_size: int, attention: Attention, feed_forward: nn.Module, feed_forward_name: str) -> None:
@@ -129,7 +88,6 @@ class AdaLNBlock(nn.Module):
         self.add_module(feed_forward_name, feed_forward)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self._feed_forward_name = feed_forward_name
-        self.parts: BlockParts = EAGER
 
     @property
     def feed_forward(self) -> nn.Module:
@@ -149,16 +107,18 @@ class AdaLNBlock(nn.Module):
         coding: BlockCoding | None = None,
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path, measured with ``timer``."""
+        modulation = self.modulation(c_BD)
         if cache is not None:
-            modulation = self.modulation(c_BD)
             return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
-        parts = self.parts if self.parts.serves(x_BTD) else EAGER
-        x_BTD, entering_BTD, gate_BD = parts.enter_feed_forward(self, x_BTD, c_BD, rotary, timer)
-        if not isinstance(self.feed_forward, MoELayer):
-            with timer.section("dense"):
-                return parts.after_dense(self.feed_forward, x_BTD, entering_BTD, gate_BD)
-        with timer.section("experts"):
-            return residual(x_BTD, gate_BD, self.feed_forward(entering_BTD, coding=coding))
+        with timer.section("attention"):
+            attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
+        after_BTD, entering_BTD = modulation.enter_feed_forward(x_BTD, attended_BTD)
+        if isinstance(self.feed_forward, MoELayer):
+            with timer.section("experts"):
+                fed_BTD = self.feed_forward(entering_BTD, coding=coding)
+                return modulation.after_feed_forward(after_BTD, fed_BTD)
+        with timer.section("dense"):
+            return modulation.after_feed_forward(after_BTD, self.feed_forward(entering_BTD))
 
 
 class FinalLayer(nn.Module):

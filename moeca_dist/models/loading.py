@@ -8,7 +8,6 @@ from moeca_dist.config import ModelConfig
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.checkpoint import check_fits, infer_spec, load_model, shard_for
-from moeca_dist.models.compiled import compile_blocks
 from moeca_dist.models.options import MODEL_OPTIONS, parse_dtype
 from moeca_dist.models.random_init import randomise
 from moeca_dist.models.registry import build_model, override, published_spec
@@ -47,16 +46,8 @@ def check_weights(config: ModelConfig) -> ModelSpec:
 def load_weights(config: ModelConfig, mesh: Mesh, table: PlacementTable | None = None) -> DiffusionTransformer:
     """This rank's part of the network, ready for inference; ``table`` None: equal runs of experts.
 
-    Raises UserError as ``check_weights`` does, for a table of another network or number of ranks, and where
-    ``config.compile`` finds no compiler.
+    Raises UserError as ``check_weights`` does, and for a table of another network or number of ranks.
     """
-    model = _load(config, mesh, table)
-    if config.compile:
-        compile_blocks(model)
-    return model
-
-
-def _load(config: ModelConfig, mesh: Mesh, table: PlacementTable | None) -> DiffusionTransformer:
     spec = check_weights(config)
     if config.checkpoint is not None:
         return load_model(config.checkpoint, mesh=mesh, placement=table, dtype=config.dtype, **_stated(config))
