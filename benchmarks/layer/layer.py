@@ -9,18 +9,17 @@ that of the slowest rank. All outputs are compared before anything is timed.
 import argparse
 import os
 import random
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing import spawn
 
+from benchmarks.common.local_ranks import become_rank, free_port
 from benchmarks.hardware import REPOSITORY, busy_core_seconds, conditions
 from benchmarks.layer.layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
 from benchmarks.layer.layer_contenders import CONTENDERS, Layer, Setup, classic_gate
@@ -89,16 +88,9 @@ def worker_environment(args: argparse.Namespace) -> dict[str, str]:
     return environment
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_rank(rank: int, num_ranks: int, port: int, args: argparse.Namespace, out: Path) -> None:
     """One worker process: joins the others, runs every case, and on rank 0 saves the results."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    become_rank(rank, num_ranks, port)
     torch.set_num_threads(args.threads)
     mesh = Mesh.create(LauncherEnv.read(), device_type=args.device)
     shapes = [shape for shape in (TINY if args.quick else PUBLISHED) if args.only in shape.name]

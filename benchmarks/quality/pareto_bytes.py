@@ -2,15 +2,14 @@
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.local_ranks import become_rank, free_port
 from moeca_dist.config import Config
 from moeca_dist.engine import Engine
 from moeca_dist.models.checkpoint import load_model
@@ -22,18 +21,14 @@ NUM_RANKS = 2
 def bytes_sent(settings: Any, jobs: Sequence[Any], num_images: int) -> dict[str, int]:
     """Payload bytes of every job, both ranks together, for the first images of the first seed."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bytes.json"
-        torch.multiprocessing.spawn(_rank, (port, settings, jobs, num_images, out), nprocs=NUM_RANKS)
+        torch.multiprocessing.spawn(_rank, (free_port(), settings, jobs, num_images, out), nprocs=NUM_RANKS)
         return dict(json.loads(out.read_text()))
 
 
 def _rank(rank: int, port: int, settings: Any, jobs: Sequence[Any], num_images: int, out: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(NUM_RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    become_rank(rank, NUM_RANKS, port)
     torch.set_num_threads(1)
     mesh = Mesh.create(LauncherEnv.read(), device_type="cpu")
     sent = count(mesh, settings, jobs, num_images)

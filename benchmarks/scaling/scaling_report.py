@@ -1,18 +1,18 @@
-"""From the launches of ``benchmarks/scaling.py`` to its JSON file, Markdown tables and plots."""
+"""From the launches of ``scaling.py`` to its JSON file, Markdown tables and plots."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from log_axes import plain_log
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rank_cases import DEFAULT, ON_ONE_RANK, UNCACHED
-from rank_launch import Outcome
-from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, shown, spread
 
+from benchmarks.common.log_axes import plain_log
+from benchmarks.common.repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, shown, spread
+from benchmarks.scaling.rank_cases import DEFAULT, ON_ONE_RANK, UNCACHED
+from benchmarks.scaling.rank_launch import Outcome
 from moeca_dist.report import scaled
 from moeca_dist.timing import SECTIONS
 

@@ -3,7 +3,7 @@
 A MoE layer of a step is: work at home (attention, router, cache, shared expert), an agreement on row counts, the rows'
 way to the owners of their experts, part of which the shared expert hides, the experts, the way back. After every
 collective all ranks go on together, so each phase takes as long as its slowest rank. What work and links take is the
-machine's affair: see ``sim_cpu.py`` and ``sim_gpu.py``.
+machine's affair: see ``cpu.py`` and ``gpu.py``.
 
 Shape suffixes: P ranks, O owners among them, L MoE layers, E experts.
 """

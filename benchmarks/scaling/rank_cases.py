@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from rank_job import Cell
+from benchmarks.hardware import REPOSITORY
+from benchmarks.scaling.rank_job import Cell
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = REPOSITORY / "configs"
 
 UNCACHED = "uncached"
 DEFAULT = "network_forecast"

@@ -1,6 +1,6 @@
 """What a placement table from `moeca place` saves against equal runs of experts, measured on running ranks.
 
-    python benchmarks/placement.py --ranks 2 4 --configs demo bench-dsmoe-s-e48
+    python -m benchmarks.scaling.expert_placement --ranks 2 4 --configs demo bench-dsmoe-s-e48
 
 The table is chosen from the routing of some images and measured on others, uncached and with the default policy: bytes
 that the exchange counted, and the branches that the busiest rank computed over the mean of the ranks. The samples must
@@ -20,13 +20,13 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from hardware import conditions
-from rank_cases import BRANCHES, UNCACHED, chosen, config_path
-from rank_job import Job
-from rank_launch import run_with_torchrun
-from repeats import relative_l2
-from sim_measure import record
 
+from benchmarks.common.repeats import relative_l2
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.scaling.rank_cases import BRANCHES, UNCACHED, chosen, config_path
+from benchmarks.scaling.rank_job import Job
+from benchmarks.scaling.rank_launch import run_with_torchrun
+from benchmarks.simulator.measure import record
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.assign import DEFAULT_BALANCE, PlacementEffect, assign_experts, placement_effect
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--balance", type=float, default=DEFAULT_BALANCE, help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/placement")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:

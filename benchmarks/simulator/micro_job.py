@@ -1,6 +1,6 @@
 """Measures on all ranks of a job what the simulator's CPU table needs: experts by rows, and the exchange by bytes.
 
-    python -m torch.distributed.run --standalone --nproc_per_node=2 benchmarks/sim_micro_job.py CONFIG OUT.json
+    python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.simulator.micro_job CONFIG OUT.json
 
 Rank 0 writes seconds of a core (CPU time of the process, so that a busy machine disturbs them less than the clock) for
 the routed experts of one MoE layer with so many rows for each; and seconds by the clock of an exchange, as a layer has
@@ -25,9 +25,9 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from machine_speed import FixedWork, reference_seconds
 from torch import Tensor
 
+from benchmarks.common.machine_speed import FixedWork, reference_seconds
 from moeca_dist.config import load_config
 from moeca_dist.kernels.row_codes import FORMATS, RowFormat
 from moeca_dist.models.loading import check_weights

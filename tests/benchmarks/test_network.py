@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from benchmarks.scaling import network_report, rank_cases, rank_launch
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The benchmark's modules import each other as scripts do."""
+def network(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program, which chooses the accelerator of its own process."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    yield importlib.import_module
+    return importlib.import_module("benchmarks.scaling.network")
 
 
 def record(cell: str, repeat: int, seconds: float, sent: int = 0) -> dict[str, Any]:
@@ -44,16 +44,15 @@ def record(cell: str, repeat: int, seconds: float, sent: int = 0) -> dict[str, A
     }
 
 
-def outcome(module: ModuleType, seconds: dict[str, list[float]], shift: float) -> Any:
+def outcome(seconds: dict[str, list[float]], shift: float) -> Any:
     records = [record(cell, n, s, 1000) for cell, found in seconds.items() for n, s in reversed(list(enumerate(found)))]
     samples = {cell: np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4) + shift for cell in seconds}
-    return module.Outcome(records, samples)
+    return rank_launch.Outcome(records, samples)
 
 
-def test_rows_are_medians_over_paired_repeats(load) -> None:
-    launch, network_report = load("rank_launch"), load("network_report")
-    alone = outcome(launch, {"uncached": [8.0, 8.0, 9.0], "moeca_forecast": [2.0, 2.0, 2.0]}, 0.0)
-    found = outcome(launch, {"uncached": [12.0, 10.0, 30.0], "moeca_forecast": [3.0, 4.0, 5.0]}, 1e-7)
+def test_rows_are_medians_over_paired_repeats() -> None:
+    alone = outcome({"uncached": [8.0, 8.0, 9.0], "moeca_forecast": [2.0, 2.0, 2.0]}, 0.0)
+    found = outcome({"uncached": [12.0, 10.0, 30.0], "moeca_forecast": [3.0, 4.0, 5.0]}, 1e-7)
     link = {"rate_mbit": 200.0}, {"mbit": 100.0, "round_trip_ms": 0.1}
     uncached, cached = network_report.summarise("demo", 2, *link, found, alone)
     assert cached["link_s"] == pytest.approx(500 * 8 / 100e6)
@@ -67,31 +66,29 @@ def test_rows_are_medians_over_paired_repeats(load) -> None:
     assert "2 rank(s), 200 Mbit/s, moeca_forecast: 4.00 [3.00-5.00] s" in cached["line"]
 
 
-def test_samples_that_differ_from_one_rank_are_told(load) -> None:
-    launch, network_report = load("rank_launch"), load("network_report")
+def test_samples_that_differ_from_one_rank_are_told() -> None:
     names = ("uncached", "moeca_forecast", "moeca_forecast, owner")
-    alone = outcome(launch, {name: [1.0] for name in names[:2]}, 0.0)
-    found = outcome(launch, {name: [1.0] for name in names}, 1e-3)
+    alone = outcome({name: [1.0] for name in names[:2]}, 0.0)
+    found = outcome({name: [1.0] for name in names}, 1e-3)
     rows = network_report.summarise("demo", 2, None, None, found, alone)
     # 1e-3 of a range of 2 is 66 dB: too far for the exact path, near enough for forecasts, no claim for owner.
     assert [row["agrees_with_one_rank"] for row in rows] == [False, True, None]
-    rows = network_report.summarise("demo", 2, None, None, outcome(launch, {n: [1.0] for n in names}, 1e-2), alone)
+    rows = network_report.summarise("demo", 2, None, None, outcome({n: [1.0] for n in names}, 1e-2), alone)
     assert [row["agrees_with_one_rank"] for row in rows] == [False, False, None]
 
 
-def test_coded_rows_have_a_bound_of_their_own(load) -> None:
-    launch, network_report, cases = load("rank_launch"), load("network_report"), load("rank_cases")
+def test_coded_rows_have_a_bound_of_their_own() -> None:
     names = ("uncached", "uncached, int8 rows", "network_forecast, fp8 rows")
-    alone = outcome(launch, {"uncached": [1.0], "network_forecast": [1.0]}, 0.0)
+    alone = outcome({"uncached": [1.0], "network_forecast": [1.0]}, 0.0)
     for shift, agrees in ((5e-3, True), (1e-2, False)):  # 52 and 46 dB
-        found = outcome(launch, {name: [1.0] for name in names}, shift)
+        found = outcome({name: [1.0] for name in names}, shift)
         rows = network_report.summarise("demo", 2, None, None, found, alone)
         assert [row["agrees_with_one_rank"] for row in rows] == [False, agrees, agrees]
     rows = network_report.summarise("bench-dsmoe-s-e48", 2, None, None, found, alone, trained=False)
     assert [row["agrees_with_one_rank"] for row in rows] == [False, None, None]
-    assert {cell.name for cell in cases.chosen([*names], 1)} == {"uncached", "network_forecast"}
-    assert [cell.parallel for cell in cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "fp8"}]
-    assert not cases.CODED & {*cases.COMMON}
+    assert {cell.name for cell in rank_cases.chosen([*names], 1)} == {"uncached", "network_forecast"}
+    assert [cell.parallel for cell in rank_cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "fp8"}]
+    assert not rank_cases.CODED & {*rank_cases.COMMON}
 
 
 @pytest.mark.parametrize(
@@ -104,25 +101,25 @@ def test_coded_rows_have_a_bound_of_their_own(load) -> None:
         (["--set", "sampling.steps=3"], "did you mean sampling.num_steps"),
     ],
 )
-def test_bad_arguments_are_refused(load, argv: list[str], message: str, tmp_path: Path, capsys, monkeypatch) -> None:
-    network = load("network")
+def test_bad_arguments_are_refused(network, argv: list[str], message: str, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(network, "require", lambda: None)
     assert network.main([*argv, "--out", str(tmp_path / "net")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0] and not list(tmp_path.iterdir())
 
 
-def test_without_root_nothing_starts(load, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_without_root_nothing_starts(network, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert load("network").main(["--out", str(tmp_path / "net")]) == 2
+    assert network.main(["--out", str(tmp_path / "net")]) == 2
     assert capsys.readouterr().err == "error: network namespaces need root: run the same command with sudo\n"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.netns
 def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/network.py", "--configs", "demo", "--ranks", "2", "--rates", "100"]
-    command += ["--no-loopback", "--num-images", "4", "--repeats", "1", "--set", "sampling.num_steps=16"]
+    command = [sys.executable, "-m", "benchmarks.scaling.network", "--configs", "demo", "--ranks", "2"]
+    command += ["--rates", "100", "--no-loopback", "--num-images", "4", "--repeats", "1"]
+    command += ["--set", "sampling.num_steps=16"]
     policies = ("uncached", "network_forecast", "network_forecast, int8 rows")
     policies += ("moeca_forecast", "moeca_forecast, owner", "taylorseer")
     command += ["--policies", *policies, "--out", str(tmp_path / "net")]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import netns
-from benchmarks.netns import Link, Network, namespaces, remove_stale, require
+from benchmarks.scaling import netns
+from benchmarks.scaling.netns import Link, Network, namespaces, remove_stale, require
 from moeca_dist import UserError
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
-from benchmarks.netns import Link, Network, sigterm_as_exit
+from benchmarks.scaling.netns import Link, Network, sigterm_as_exit
 with sigterm_as_exit(), Network(2, Link(100)) as network:
     print(network.start(1, ["sleep", "600"]).pid, flush=True)
     time.sleep(600)

@@ -1,4 +1,4 @@
-"""The table of ranks that are CPU processes of this machine, from which ``sim_cpu.py`` predicts.
+"""The table of ranks that are CPU processes of this machine, from which ``cpu.py`` predicts.
 
 It holds, for one configuration and each number of ranks: seconds by section and step of so many single ranks that
 generate side by side, the routed experts by rows, and what an exchange takes, over loopback and over unlimited virtual
@@ -15,13 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine_speed import times
-from netns import Network, require
-from rank_cases import ON_ONE_RANK, chosen
-from rank_job import Job
-from rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
-from sim_cpu import OWN_SECTIONS
-
+from benchmarks.common.machine_speed import times
+from benchmarks.scaling.netns import Network, require
+from benchmarks.scaling.rank_cases import ON_ONE_RANK, chosen
+from benchmarks.scaling.rank_job import Job
+from benchmarks.scaling.rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
+from benchmarks.simulator.cpu import OWN_SECTIONS
 from moeca_dist.config import load_config
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
@@ -30,7 +29,7 @@ from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.record import record_routing
 from moeca_dist.types import Request
 
-MICRO = Path(__file__).with_name("sim_micro_job.py")
+MICRO = "benchmarks.simulator.micro_job"
 TIMEOUT_S = 3600
 
 
@@ -88,10 +87,10 @@ def _micro(path: Path, num_ranks: int, overrides: Sequence[str], reference_s: fl
         with tempfile.TemporaryDirectory(prefix="moeca-micro-") as name:
             folder = Path(name)
             out = folder / "micro.json"
-            finish(start([str(MICRO), str(path), str(out), *overrides], folder), TIMEOUT_S, folder)
+            finish(start([MICRO, str(path), str(out), *overrides], folder), TIMEOUT_S, folder)
             return _at_speed(json.loads(out.read_text()), reference_s)
 
-    found = measured(lambda script, logs: start_with_torchrun(script, num_ranks, "cpu", logs))
+    found = measured(lambda module, logs: start_with_torchrun(module, num_ranks, "cpu", logs))
     exchange = {"loopback": found["exchange"]}
     try:
         require()
@@ -99,12 +98,12 @@ def _micro(path: Path, num_ranks: int, overrides: Sequence[str], reference_s: fl
         print(f"no table of virtual links: {error}", file=sys.stderr)
     else:
         with Network(num_ranks) as network:
-            exchange["links"] = measured(lambda script, logs: start_in_network(script, network, logs))["exchange"]
+            exchange["links"] = measured(lambda module, logs: start_in_network(module, network, logs))["exchange"]
     return found | {"exchange": exchange}
 
 
 def _at_speed(found: dict[str, Any], reference_s: float) -> dict[str, Any]:
-    """What ``sim_micro_job.py`` measured, as it would have been at the speed of ``reference_s``."""
+    """What ``micro_job.py`` measured, as it would have been at the speed of ``reference_s``."""
     measured = found.pop("reference_s")
     experts, exchange = (reference_s / measured[name] for name in ("experts", "exchange"))
     return {name: times(value, exchange if name == "exchange" else experts) for name, value in found.items()}

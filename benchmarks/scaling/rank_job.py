@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hardware import busy_core_seconds
-from machine_speed import FixedWork, reference_seconds
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.common.machine_speed import FixedWork, reference_seconds
+from benchmarks.hardware import busy_core_seconds
 from moeca_dist.config import CacheConfig, load_config
 from moeca_dist.engine import Engine, join, read_placement
 from moeca_dist.errors import PeerLostError, UserError

@@ -2,27 +2,28 @@
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.common import machine_speed
+from benchmarks.scaling import netns
+from benchmarks.simulator import cpu, measure, plan
+from benchmarks.simulator.step import simulate_step, traffic_of_steps
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.parallel.traffic import RowBytes
 
-REPOSITORY = Path(__file__).parent.parent
-
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The benchmark's modules import each other as scripts do."""
+def simulate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program, which chooses the accelerator of its own process."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    yield importlib.import_module
+    return importlib.import_module("benchmarks.simulator.simulate")
 
 
 def made_trace(keeps: bool = True) -> RoutingTrace:
@@ -88,12 +89,11 @@ class Counted:
 
 
 @pytest.mark.parametrize(("mode", "agreements"), [("exact", [2, 2, 2]), ("budget", [0, 0, 0])])
-def test_a_step_is_its_phases(load, mode: str, agreements: list[int]) -> None:
-    sim = load("sim_step")
+def test_a_step_is_its_phases(mode: str, agreements: list[int]) -> None:
     trace, table = made_trace(), PlacementTable.contiguous((1, 3), 8, 2)
-    for step, layers in enumerate(sim.traffic_of_steps(trace, table, 2, "home")):
+    for step, layers in enumerate(traffic_of_steps(trace, table, 2, "home")):
         machine = Counted()
-        time = sim.simulate_step(step, layers, machine, mode, full=step == 0)
+        time = simulate_step(step, layers, machine, mode, full=step == 0)
         assert len(machine.agreed) == agreements[step] and time.agree == 0.25 * agreements[step]
         if step == 2:  # nothing travels
             assert (time.home, time.experts, time.exchange) == (4.0, 0.0, 0.0)
@@ -107,18 +107,16 @@ def test_a_step_is_its_phases(load, mode: str, agreements: list[int]) -> None:
         )
 
 
-def test_module_policies_agree_on_nothing_where_no_router_ran(load) -> None:
-    sim = load("sim_step")
-    layers = list(sim.traffic_of_steps(made_trace(keeps=False), PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
+def test_module_policies_agree_on_nothing_where_no_router_ran() -> None:
+    layers = list(traffic_of_steps(made_trace(keeps=False), PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
     assert layers[2] == [None, None] and None not in layers[0]
 
 
-def test_coded_rows_are_shorter_and_take_less(load) -> None:
-    sim, simulate, netns = load("sim_step"), load("simulate"), load("netns")
+def test_coded_rows_are_shorter_and_take_less(simulate) -> None:
     trace, table = made_trace(keeps=False), PlacementTable.contiguous((1, 3), 8, 2)
     # 16 values in fp32; in 8 bits they have a scale, and a key on the way there.
     (exact, *_), (coded, *_) = (
-        next(sim.traffic_of_steps(trace, table, 2, "home", row)) for row in (None, RowBytes.coded(16))
+        next(traffic_of_steps(trace, table, 2, "home", row)) for row in (None, RowBytes.coded(16))
     )
     assert np.array_equal(exact.back_PO / 64, coded.back_PO / 20)
     assert np.array_equal(exact.there_PO - coded.there_PO, exact.back_PO / 64 * (64 - 24))
@@ -129,8 +127,7 @@ def test_coded_rows_are_shorter_and_take_less(load) -> None:
     assert times[1] < 0.5 * times[0]
 
 
-def test_work_takes_longer_beside_an_exchange(load) -> None:
-    simulate, netns = load("simulate"), load("netns")
+def test_work_takes_longer_beside_an_exchange(simulate) -> None:
     trace, table = made_trace(keeps=False), made_table()
     once = simulate.predict_run(table, trace, "network_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900))
     for cell in table["micro"]["2"]["exchange"]["links"]["exact"]:
@@ -140,8 +137,7 @@ def test_work_takes_longer_beside_an_exchange(load) -> None:
     assert more[2] == once[2]  # nothing travels
 
 
-def test_tables_are_made_at_one_speed(load) -> None:
-    measuring = load("sim_measure")
+def test_tables_are_made_at_one_speed() -> None:
     cell = {"bytes": 10, "seconds": 0.5, "stretch": 1.1}
     measured = {
         "experts": {"least_s": 0.1, "per_expert_s": {"1": 0.2}},
@@ -149,33 +145,30 @@ def test_tables_are_made_at_one_speed(load) -> None:
         "exchange": {"agree_s": 0.4, "exact": [cell], "coded": [cell]},
         "reference_s": {"experts": 0.02, "exchange": 0.08},
     }
-    found = measuring._at_speed(measured, 0.04)
+    found = measure._at_speed(measured, 0.04)
     assert found["experts"] == {"least_s": 0.2, "per_expert_s": {"1": 0.4}} and found["shared_s_per_token"] == 0.6
     half = [{"bytes": 10, "seconds": 0.25, "stretch": 1.1}]
     assert found["exchange"] == {"agree_s": 0.2, "exact": half, "coded": half}
     record = {"cpu_s_per_rank": [8.0, 8.0], "reference_s": 0.08, "report": {"wall_s": 10.0}}
     record["report"]["seconds"] = {"per_step": {"attention": [2.0, 1.0]}}
     # Four fifths of the seconds were spent on a core, at half the speed.
-    assert measuring._by_step([record], 2, 0.04) == {"attention": pytest.approx([0.8, 0.4])}
+    assert measure._by_step([record], 2, 0.04) == {"attention": pytest.approx([0.8, 0.4])}
 
 
-def test_fixed_work_takes_as_long_as_it_is(load) -> None:
-    speed = load("machine_speed")
-    little, much = (speed.FixedWork(num_layers=layers) for layers in (1, 8))
+def test_fixed_work_takes_as_long_as_it_is() -> None:
+    little, much = (machine_speed.FixedWork(num_layers=layers) for layers in (1, 8))
     # The best of some, so that a slow moment says nothing; twice the work would be between these bounds too.
     least = [min(work.seconds(turns) for _ in range(5)) for work, turns in ((little, 1), (little, 8), (much, 1))]
     assert all(4 * least[0] < other < 16 * least[0] for other in least[1:])
-    assert 0 < speed.reference_seconds(much, None) < 10 * least[2]
+    assert 0 < machine_speed.reference_seconds(much, None) < 10 * least[2]
 
 
-def test_a_rank_is_measured_with_each_number_of_images_that_it_may_have(load) -> None:
-    measuring = load("sim_measure")
-    shares = {(images, ranks): measuring.shares_to_measure(images, ranks) for images in (1, 4, 7) for ranks in (1, 2)}
+def test_a_rank_is_measured_with_each_number_of_images_that_it_may_have() -> None:
+    shares = {(images, ranks): measure.shares_to_measure(images, ranks) for images in (1, 4, 7) for ranks in (1, 2)}
     assert shares == {(1, 1): {1}, (1, 2): {1}, (4, 1): {4}, (4, 2): {2}, (7, 1): {7}, (7, 2): {3, 4}}
 
 
-def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
-    cpu, netns, simulate = load("sim_cpu"), load("netns"), load("simulate")
+def test_ranks_share_cores_and_links_take_what_the_bytes_need(simulate) -> None:
     trace, table = made_trace(), made_table()
     # Nothing is refreshed in the last step: it is all of the table.
     assert simulate.predict_run(table, trace, "moeca_forecast", 1, 2.0)[2].total == pytest.approx(0.04 + 1.0)
@@ -185,7 +178,7 @@ def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
     slow = simulate.predict_run(
         table, trace, "moeca_forecast", 2, 2.0, netns.Link(1.0, burst_kb=1, mtu=900), probe_mbit=0.8
     )
-    step = next(load("sim_step").traffic_of_steps(trace, PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
+    step = next(traffic_of_steps(trace, PlacementTable.contiguous((1, 3), 8, 2), 2, "home"))
     most = sum(max(traffic.there_PO.sum(1).max(), traffic.there_PO.sum(0).max()) for traffic in step) / 1e5
     most += sum(max(traffic.back_PO.sum(1).max(), traffic.back_PO.sum(0).max()) for traffic in step) / 1e5
     # Beyond what the exchange takes without a limit, of which a bucket lets some bytes pass at once.
@@ -199,8 +192,7 @@ def test_ranks_share_cores_and_links_take_what_the_bytes_need(load) -> None:
         cpu.CpuMachine(table, "uncached", trace, 2, 2.0, netns.Link(100.0))
 
 
-def test_validation_writes_every_error_and_fails_above_the_target(load, tmp_path: Path, capsys) -> None:
-    simulate = load("simulate")
+def test_validation_writes_every_error_and_fails_above_the_target(simulate, tmp_path: Path, capsys) -> None:
     trace, table = made_trace(), made_table() | {"conditions": {}}
     (tmp_path / "net.json").write_text(json.dumps(table))
     for policy in ("uncached", "moeca_forecast"):
@@ -236,8 +228,7 @@ def test_validation_writes_every_error_and_fails_above_the_target(load, tmp_path
     assert simulate.main(argv) == 2 and "measure again" in capsys.readouterr().err
 
 
-def test_the_plan_keeps_to_what_must_hold(load, tmp_path: Path, monkeypatch) -> None:
-    plan = load("plan")
+def test_the_plan_keeps_to_what_must_hold(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(plan, "SAMPLED_TOKENS", 2048)
     monkeypatch.setattr(plan, "SAMPLED_LAYERS", 1)
     assert plan.main(["--gpus", "8", "64", "--out", str(tmp_path / "plan")]) == 0

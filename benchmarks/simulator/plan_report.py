@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from sim_gpu import H100, KERNELS_CODING, NVLINK_AND_400G, Shape
+
+from benchmarks.simulator.gpu import H100, KERNELS_CODING, NVLINK_AND_400G, Shape
 
 _ISLAND, _NIC = NVLINK_AND_400G.levels
 

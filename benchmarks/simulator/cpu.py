@@ -1,6 +1,6 @@
 """Ranks that are CPU processes of one machine: what their work and exchanges take, from a table of measurements.
 
-``sim_measure.py`` makes the table.
+``measure.py`` makes the table.
 
 Shape suffixes: P ranks, O owners, E experts.
 """
@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from netns import FRAME_HEADER_BYTES, Link
 from numpy.typing import NDArray
-from rank_cases import CODED, ON_ONE_RANK
-from sim_step import traffic_of_steps
 
+from benchmarks.scaling.netns import FRAME_HEADER_BYTES, Link
+from benchmarks.scaling.rank_cases import CODED, ON_ONE_RANK
+from benchmarks.simulator.step import traffic_of_steps
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.cost import LimitedLinks
 from moeca_dist.parallel.placement import ExpertPlacement

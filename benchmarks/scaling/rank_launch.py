@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from netns import INTERFACE, Network
 from numpy.typing import NDArray
-from rank_job import RECORDS, Job
 
+from benchmarks.hardware import REPOSITORY
+from benchmarks.scaling.netns import INTERFACE, Network
+from benchmarks.scaling.rank_job import RECORDS, Job
 from moeca_dist.errors import UserError
 
-WORKER = Path(__file__).with_name("rank_job.py")
-REPOSITORY = Path(__file__).resolve().parent.parent
+WORKER = "benchmarks.scaling.rank_job"
 POLL_S = 0.1
 END_TIMEOUT_S = 40  # torchrun waits 30 s for its ranks
 MASTER_PORT = 29511
@@ -40,7 +40,7 @@ def run_with_torchrun(job: Job, num_ranks: int, device: str, timeout_s: float) -
     """A torchrun job of this machine's own ranks."""
 
     def start(path: Path) -> list[subprocess.Popen[bytes]]:
-        return start_with_torchrun([str(WORKER), str(path)], num_ranks, device, path.parent)
+        return start_with_torchrun([WORKER, str(path)], num_ranks, device, path.parent)
 
     return _collect(job, start, timeout_s)
 
@@ -49,21 +49,22 @@ def run_in_network(job: Job, network: Network, timeout_s: float) -> Outcome:
     """One rank per node of ``network``; they meet at node 0's address, as ranks of several machines do."""
 
     def start(path: Path) -> list[subprocess.Popen[bytes]]:
-        return start_in_network([str(WORKER), str(path)], network, path.parent)
+        return start_in_network([WORKER, str(path)], network, path.parent)
 
     return _collect(job, start, timeout_s)
 
 
 def start_with_torchrun(
-    script: Sequence[str], num_ranks: int, device: str, logs: Path
+    module: Sequence[str], num_ranks: int, device: str, logs: Path
 ) -> list[subprocess.Popen[bytes]]:
-    """A script with its arguments on all ranks; what they say goes to ``logs``."""
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *script]
+    """Run a module with its arguments on all ranks; what they say goes to ``logs``."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    argv += ["-m", *module]
     with (logs / "ranks.log").open("wb") as log:
         return [subprocess.Popen(argv, env=environment(device, "lo"), stdin=subprocess.DEVNULL, stderr=log)]
 
 
-def start_in_network(script: Sequence[str], network: Network, logs: Path) -> list[subprocess.Popen[bytes]]:
+def start_in_network(module: Sequence[str], network: Network, logs: Path) -> list[subprocess.Popen[bytes]]:
     processes: list[subprocess.Popen[bytes]] = []
     for rank in range(network.num_nodes):
         env = environment("cpu", INTERFACE) | {
@@ -74,7 +75,7 @@ def start_in_network(script: Sequence[str], network: Network, logs: Path) -> lis
             "MASTER_PORT": str(MASTER_PORT),
         }
         with (logs / f"rank{rank}.log").open("wb") as log:
-            processes.append(network.start(rank, [sys.executable, *script], env, stderr=log))
+            processes.append(network.start(rank, [sys.executable, "-m", *module], env, stderr=log))
     return processes
 
 

@@ -1,12 +1,12 @@
 """What coded rows cost and save: bytes, and the distance of the samples to those of rows as computed.
 
-    python benchmarks/rows.py --ranks 2 --num-images 16
+    python -m benchmarks.quality.int8_rows --ranks 2 --num-images 16
 
 Every policy runs with rows as computed and with each format, on the same noise and ranks. "whole" are the same codes
 without references: each row by itself, never as a change (a switch of this benchmark, not of the package). "noise" are
 rows as computed with a little noise on the outputs of the routed experts: how far samples move by themselves, which is
-far with random weights. Nothing is timed: what bytes are worth depends on the link (benchmarks/network.py). Writes
-OUT.json and OUT.md.
+far with random weights. Nothing is timed: what bytes are worth depends on the link
+(``benchmarks/scaling/network.py``). Writes OUT.json and OUT.md.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from exchange import free_port
-from hardware import conditions
-from rank_cases import config_path
-from rank_job import Cell, Unrounded
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
+from benchmarks.common.local_ranks import become_rank, free_port
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.scaling.rank_cases import config_path
+from benchmarks.scaling.rank_job import Cell, Unrounded
 from moeca_dist import Engine, Report, Request
 from moeca_dist.config import load_config
 from moeca_dist.engine import join
@@ -73,13 +73,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=501, help="nothing shipped was fitted on the default")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rows")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/rows")
     return parser.parse_args()
 
 
 def run_rank(rank: int, num_ranks: int, port: int, name: str, args: argparse.Namespace, out: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    become_rank(rank, num_ranks, port)
     torch.set_num_threads(1)
     config = load_config(config_path(name), ["model.device=cpu", *args.overrides])
     mesh = join(config)

@@ -1,6 +1,6 @@
 """Expert parallelism over slow links: each rank in a network namespace of its own, joined by links of a limited rate.
 
-    sudo python benchmarks/network.py --ranks 2 4 --rates 1000 200 50
+    sudo python -m benchmarks.scaling.network --ranks 2 4 --rates 1000 200 50
 
 Every configuration generates the same images on one rank, and on 2, 4, ... expert-parallel ranks over loopback and over
 links of each rate (Mbit/s, both ways), without a cache and with caching policies. Needs root and iproute2. The
@@ -19,13 +19,12 @@ from typing import Any
 # Before torch and deepspeed are imported: this process computes nothing, its ranks are CPU processes.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from hardware import conditions
-from netns import JUMBO_MTU, Link, Network, require, sigterm_as_exit
-from network_report import summarise, write_results
-from rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path
-from rank_job import Job
-from rank_launch import Outcome, run_in_network, run_with_torchrun
-
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.scaling.netns import JUMBO_MTU, Link, Network, require, sigterm_as_exit
+from benchmarks.scaling.network_report import summarise, write_results
+from benchmarks.scaling.rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path
+from benchmarks.scaling.rank_job import Job
+from benchmarks.scaling.rank_launch import Outcome, run_in_network, run_with_torchrun
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 
@@ -77,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "network")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/network")
     args = parser.parse_args(argv)
     if UNCACHED not in args.policies:
         raise UserError(f"--policies needs {UNCACHED}: everything is compared with it")

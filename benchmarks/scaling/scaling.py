@@ -1,6 +1,6 @@
 """Throughput, latency and efficiency over numbers of ranks: torchrun jobs of real generation on this machine.
 
-    python benchmarks/scaling.py --ranks 1 2 4 --mode strong --configs demo bench-dsmoe-s-e48
+    python benchmarks/scaling/scaling.py --ranks 1 2 4 --mode strong --configs demo bench-dsmoe-s-e48
 
 For every number of ranks it launches an expert-parallel job (all ranks share one set of experts) that generates without
 a cache and with every caching policy, and a data-parallel one (every rank holds all experts). ``strong``: the same
@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
+if not __package__:  # run by its path: the packages are imported from the checkout's root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # Before deepspeed is imported: this process computes nothing, and its ranks are told on their own.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from hardware import conditions
-from netns import sigterm_as_exit
-from rank_cases import CELLS, DEFAULT, UNCACHED, chosen, config_path
-from rank_job import Job
-from rank_launch import run_with_torchrun
-from scaling_report import ALONE, summarise, write_results
-
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.scaling.netns import sigterm_as_exit
+from benchmarks.scaling.rank_cases import CELLS, DEFAULT, UNCACHED, chosen, config_path
+from benchmarks.scaling.rank_job import Job
+from benchmarks.scaling.rank_launch import run_with_torchrun
+from benchmarks.scaling.scaling_report import ALONE, summarise, write_results
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 
@@ -72,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.ranks = sorted(set(args.ranks or default_ranks(args.device)))
     if min([*args.ranks, args.repeats, args.warmup_steps, args.num_images or 1, args.batch_size or 1]) < 1:
         raise UserError("--ranks, --repeats, --warmup-steps, --num-images and --batch-size must be positive")
-    args.out = args.out or Path(__file__).parent / "results" / f"scaling_{args.mode}_{args.device}"
+    args.out = args.out or REPOSITORY / f"benchmarks/results/scaling_{args.mode}_{args.device}"
     return args
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from benchmarks.scaling import rank_launch, scaling_report
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """The benchmark's modules import each other as scripts do."""
+def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program, which chooses the accelerator of its own process."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    yield importlib.import_module
+    return importlib.import_module("benchmarks.scaling.scaling")
 
 
-def outcome(launch: ModuleType, seconds: dict[str, list[float]], num_images: int, batch_size: int) -> Any:
+def outcome(seconds: dict[str, list[float]], num_images: int, batch_size: int) -> Any:
     records = [
         {
             "cell": cell,
@@ -44,17 +44,16 @@ def outcome(launch: ModuleType, seconds: dict[str, list[float]], num_images: int
         for cell, found in seconds.items()
         for repeat, value in enumerate(found)
     ]
-    return launch.Outcome(records, {cell: np.zeros(1) for cell in seconds})
+    return rank_launch.Outcome(records, {cell: np.zeros(1) for cell in seconds})
 
 
-def test_speedup_latency_and_efficiency(load) -> None:
-    launch, scaling_report = load("rank_launch"), load("scaling_report")
-    alone = outcome(launch, {"uncached": [8.0, 10.0, 9.0], "moeca_forecast": [2.0, 2.0, 2.5]}, 4, 4)
+def test_speedup_latency_and_efficiency() -> None:
+    alone = outcome({"uncached": [8.0, 10.0, 9.0], "moeca_forecast": [2.0, 2.0, 2.5]}, 4, 4)
     rows = list(scaling_report.summarise("demo", "-", 1, alone, []))
     assert [row["speedup"] for row in rows] == [1, 1] and [row["efficiency"] for row in rows] == [1, 1]
     assert rows[1]["over_uncached"] == {"median": 4.0, "low": 3.6, "high": 5.0}
     names = ("uncached", "moeca_forecast", "moeca_forecast, owner")
-    four = outcome(launch, {name: [4.5, 4.5, 4.5] for name in names}, 4, 1)
+    four = outcome({name: [4.5, 4.5, 4.5] for name in names}, 4, 1)
     uncached, cached, owner = scaling_report.summarise("demo", "ep", 4, four, rows)
     assert uncached["speedup"] == pytest.approx(2) and uncached["efficiency"] == pytest.approx(0.5)
     # Where there is nothing to place, the same policy stands for placement owner.
@@ -63,18 +62,18 @@ def test_speedup_latency_and_efficiency(load) -> None:
     assert uncached["seconds"] == {"exchange": pytest.approx(1.125), "wait": 0.5}
 
 
-def test_latency_is_that_of_one_round_and_weak_scaling_counts_images(load) -> None:
-    launch, scaling_report = load("rank_launch"), load("scaling_report")
-    alone = list(scaling_report.summarise("demo", "-", 1, outcome(launch, {"uncached": [3.0]}, 6, 2), []))
+def test_latency_is_that_of_one_round_and_weak_scaling_counts_images() -> None:
+    alone = list(scaling_report.summarise("demo", "-", 1, outcome({"uncached": [3.0]}, 6, 2), []))
     assert alone[0]["latency_s"]["median"] == 1.0
-    (row,) = scaling_report.summarise("demo", "dp", 2, outcome(launch, {"uncached": [4.0]}, 12, 2), alone)
+    (row,) = scaling_report.summarise("demo", "dp", 2, outcome({"uncached": [4.0]}, 12, 2), alone)
     assert row["latency_s"]["median"] == pytest.approx(4 / 3)
     assert row["speedup"] == pytest.approx(1.5) and row["efficiency"] == pytest.approx(0.75)
 
 
 def test_torchrun_jobs_of_one_and_two_ranks(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/scaling.py", "--configs", "demo", "--ranks", "1", "2", "--mode", "weak"]
-    command += ["--policies", "uncached", "fora", "--num-images", "2", "--set", "sampling.num_steps=6"]
+    command = [sys.executable, "benchmarks/scaling/scaling.py", "--configs", "demo", "--ranks", "1", "2"]
+    command += ["--mode", "weak", "--policies", "uncached", "fora", "--num-images", "2"]
+    command += ["--set", "sampling.num_steps=6"]
     command += ["--repeats", "2", "--layouts", "ep", "--device", "cpu", "--out", str(tmp_path / "scaling")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -104,8 +103,8 @@ def test_torchrun_jobs_of_one_and_two_ranks(tmp_path: Path) -> None:
         (["--configs", "dsmoe-s-e16", "--ranks", "1", "--policies", "uncached"], "a rank failed: error: no weights"),
     ],
 )
-def test_mistakes_are_told_in_one_line(load, argv: list[str], message: str, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_told_in_one_line(scaling, argv: list[str], message: str, tmp_path: Path, capsys) -> None:
     argv = ["--device", "cpu", *argv, "--out", str(tmp_path / "scaling")]
-    assert load("scaling").main(argv) == 2
+    assert scaling.main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0] and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""From the launches of ``benchmarks/network.py`` to its JSON file, Markdown tables and plot."""
+"""From the launches of ``network.py`` to its JSON file, Markdown tables and plot."""
 
 import argparse
 import json
@@ -7,14 +7,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from log_axes import plain_log
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from netns import JUMBO_MTU
-from rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
-from rank_launch import Outcome
-from repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, psnr_db, relative_l2, shown, spread
 
+from benchmarks.common.log_axes import plain_log
+from benchmarks.common.repeats import (
+    denoise_seconds,
+    mean_seconds,
+    of_cell,
+    paired_ratio,
+    psnr_db,
+    relative_l2,
+    shown,
+    spread,
+)
+from benchmarks.scaling.netns import JUMBO_MTU
+from benchmarks.scaling.rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
+from benchmarks.scaling.rank_launch import Outcome
 from moeca_dist.report import scaled
 
 # Samples against those of one rank with the same policy: equal to rounding without a cache (relative L2); with one, a

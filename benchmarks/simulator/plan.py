@@ -1,9 +1,9 @@
 """What clusters of H100 GPUs should do with the published networks: a plan, not a measurement.
 
-    python benchmarks/plan.py                        # writes results/plan.json, .md and .png
+    python -m benchmarks.simulator.plan                # writes results/plan.json, .md and .png
 
 Every layout of 8, 64, 512 and 4096 GPUs (the size of the expert-parallel group, the rest data-parallel), uncached and
-with several policies, from the roofline of ``sim_gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
+with several policies, from the roofline of ``gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hardware import conditions
-from plan_report import plan_markdown, plot
-from sim_gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
-from sim_step import Mode, StepTime, simulate_step
 
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.simulator.gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
+from benchmarks.simulator.plan_report import plan_markdown, plot
+from benchmarks.simulator.step import Mode, StepTime, simulate_step
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
 from moeca_dist.parallel.cost import Topology
 from moeca_dist.parallel.placement import ExpertPlacement
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="default: %(default)s")
     parser.add_argument("--zipf", type=float, default=ZIPF, help="skew of the routing; default: %(default)s")
     parser.add_argument("--refresh-share", type=float, default=REFRESH_SHARE, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/plan")
     args = parser.parse_args(argv)
     rows = [
         plan(shape, gpus, ep_size, args)

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_quick_run(tmp_path: Path) -> None:
     options = ["--num-images", "2", "--policies", "taylorseer", "--set", "sampling.num_steps=20"]
     options += ["--set", "cache.policy=none", "--out", str(tmp_path / "rows")]
-    command = [sys.executable, "benchmarks/rows.py", *options]
+    command = [sys.executable, "-m", "benchmarks.quality.int8_rows", *options]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

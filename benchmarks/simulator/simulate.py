@@ -1,8 +1,8 @@
 """Predicts the time of a denoising step on ranks that nobody has to own, and checks the prediction where it can.
 
-    python benchmarks/simulate.py --measure --configs bench-dsmoe-s-e48                # a table of this machine
-    python benchmarks/simulate.py --validate benchmarks/results/network.json           # against benchmarks/network.py
-    python benchmarks/simulate.py --predict --configs bench-dsmoe-s-e48 --ranks 2 4 --rates 1000 200 50
+    python -m benchmarks.simulator.simulate --measure --configs bench-dsmoe-s-e48       # a table of this machine
+    python -m benchmarks.simulator.simulate --validate benchmarks/results/network.json  # against scaling/network.py
+    python -m benchmarks.simulator.simulate --predict --configs bench-dsmoe-s-e48 --ranks 2 4 --rates 1000 200 50
 
 ``--measure`` times single ranks, the routed experts and the exchange on this machine and records the routing of the
 policies: everything the simulator needs, kept in one folder. ``--validate`` predicts every cell of a measured sweep
@@ -20,21 +20,21 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from hardware import conditions
-from machine_speed import times
-from netns import Link
-from rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
-from sim_cpu import CpuMachine, available_cores
-from sim_measure import measure, record
-from sim_report import validation_markdown
-from sim_step import Placement, StepTime, simulate_step, traffic_of_steps
 
+from benchmarks.common.machine_speed import times
+from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.scaling.netns import Link
+from benchmarks.scaling.rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
+from benchmarks.simulator.cpu import CpuMachine, available_cores
+from benchmarks.simulator.measure import measure, record
+from benchmarks.simulator.report import validation_markdown
+from benchmarks.simulator.step import Placement, StepTime, simulate_step, traffic_of_steps
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace
 from moeca_dist.parallel.traffic import RowBytes
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = REPOSITORY / "benchmarks/results"
 TABLES = RESULTS / "sim_tables"
 DEFAULT_POLICIES = (UNCACHED, DEFAULT, BRANCHES)
 DEFAULT_NUM_IMAGES = {"demo": 40}
@@ -105,7 +105,8 @@ def trace_path(folder: Path, config: str, policy: str) -> Path:
 def read_table(folder: Path, config: str) -> dict[str, Any]:
     path = folder / f"{config}.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: make it with `python benchmarks/simulate.py --measure --configs {config}`")
+        command = f"python -m benchmarks.simulator.simulate --measure --configs {config}"
+        raise UserError(f"{path} is missing: make it with `{command}`")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -161,7 +162,7 @@ def validate(args: argparse.Namespace) -> int:
     rows, sources = [], []
     for path in args.validate:
         if not path.is_file():
-            raise UserError(f"{path} does not exist: measure it with benchmarks/network.py")
+            raise UserError(f"{path} does not exist: measure it with benchmarks/scaling/network.py")
         results = json.loads(path.read_text())
         sources.append({"file": path.name, **results["conditions"]})
         rows += [compare(row, args) for row in results["rows"] if row["num_ranks"] > 1]
