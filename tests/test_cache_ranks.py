@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeca_dist import Engine, Report, Request
 from moeca_dist.cache.policies import POLICIES
-from moeca_dist.cache.policies.scheduled import Scheduled
+from moeca_dist.cache.policies.base import Scheduled
 from moeca_dist.cache.policy import LayerView, RefreshPlan
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.session import CacheSession

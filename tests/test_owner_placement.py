@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeca_dist.cache.policies.scheduled import Defaults
+from moeca_dist.cache.policies.base import Defaults
 from moeca_dist.cache.policy import Half, LayerView, RefreshPlan
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics

@@ -1,4 +1,4 @@
-"""What a caching policy decides, and the registry of policies: each is one file in ``cache/policies``.
+"""What a caching policy decides; each policy is one file in ``cache/policies``.
 
 A policy is a frozen value without state: its decisions follow from the step, the layer, the routing and what the cache
 holds. ``is_full`` follows from the step alone, so all ranks agree on it without talking.

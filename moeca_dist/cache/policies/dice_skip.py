@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled, schedule_of
+from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, schedule_of
 from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext

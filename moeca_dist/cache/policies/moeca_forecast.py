@@ -9,7 +9,7 @@ placed freely, for each guidance half on its own.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled, branch_order
+from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, branch_order
 from moeca_dist.cache.policy import Unit
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.config import CacheConfig

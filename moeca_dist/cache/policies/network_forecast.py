@@ -8,8 +8,8 @@ of FreqCa (arXiv 2510.08669). Forecasts of modules and branches have to beat it.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled
 from moeca_dist.cache.policies.moeca_forecast import default_or_stated
-from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled
 from moeca_dist.cache.policy import Unit
 from moeca_dist.config import CacheConfig
 

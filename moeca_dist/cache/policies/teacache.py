@@ -12,7 +12,7 @@ for each model and left out; ``delta`` is in units of the raw change.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_dist.cache.policies.scheduled import Defaults
+from moeca_dist.cache.policies.base import Defaults
 from moeca_dist.cache.policy import Half, Unit
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.policies.scheduled import SCHEDULE_OPTIONS, Scheduled
+from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled
 from moeca_dist.cache.policy import ModuleView, Unit
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.statistics import CacheStatistics
