@@ -70,7 +70,6 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
     for theirs in ranks:
         statistics.merge(theirs.cache)
     work = setup.work(num_images, statistics)
-    guard = work.guard() if config.cache.guard else None
     wall_s = time.perf_counter() - counters.started
     remark = None if setup.policy is None else setup.policy.remark(statistics)
     if remark is not None and mesh.rank == 0:
@@ -99,7 +98,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
             rows="exact" if group is None else config.parallel.rows,
             reference_bytes=sum(theirs.reference_bytes for theirs in ranks),
         ),
-        cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark, guard),
+        cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark),
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),
         telemetry=merge([theirs.gpu for theirs in ranks], config.telemetry.period_s or 0.0, num_images),
         requests=describe_requests(requests),

@@ -1,14 +1,13 @@
 """Calibration of a cached run: exact trajectories once, then the weights that bring the cached ones closest to them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.guard import ErrorRecord, has_forecast
 from moeca_dist.checks import check_requests
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
@@ -18,7 +17,6 @@ from moeca_dist.report import FlopsReport
 from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import DEFAULT_HISTORY, Corrected, Guidance, OutputMemory, OutputWeights
 from moeca_dist.sampling.fit import Fitted, Recorded
-from moeca_dist.sampling.ranges import MIN_IMAGES, ErrorRanges
 from moeca_dist.types import Request
 
 
@@ -67,9 +65,7 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
     share = share_of(engine, held_out)
     exact_BCHW = engine.without_cache().denoise(share)
     before = _closeness(engine, engine.denoise(share), exact_BCHW)
-    errors = ErrorRecord()
-    after_BCHW, _ = engine.denoise_counting(share, corrected(engine, fitted.weights), errors)
-    after = _closeness(engine, after_BCHW, exact_BCHW)
+    after = _closeness(engine, engine.denoise(share, corrected(engine, fitted.weights)), exact_BCHW)
     fitted_on: dict[str, Any] = {
         "num_images": len(requests),
         "seeds": sorted({request.seed for request in requests}),
@@ -77,35 +73,7 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
         "before": vars(before),
         "after": vars(after),
     }
-    return Outcome(
-        Calibration(engine.setup.fitted_for(), fitted.weights, fitted_on, ranges_of(engine.mesh, errors)), before, after
-    )
-
-
-def with_ranges(engine: Engine, requests: Sequence[Request]) -> Calibration:
-    """The calibration of ``engine`` with ranges measured on ``requests``, as one batch; all else as it is.
-
-    For calibrations from before there were ranges. A collective of the world. Raises UserError for a configuration
-    without a calibration, a policy that does not forecast the whole network, and too few images.
-    """
-    if engine.calibration is None:
-        raise UserError("cache.calibration is not set: there are no weights to keep")
-    if not has_forecast(engine.policy):
-        raise UserError(f"cache.policy {engine.config.cache.policy} does not forecast the whole network: no ranges")
-    check_requests(requests, engine.model.spec)
-    errors = ErrorRecord()
-    engine.denoise_counting(share_of(engine, requests), engine.setup.combine(), errors)
-    ranges = ranges_of(engine.mesh, errors)
-    if ranges is None:
-        raise UserError(f"ranges need at least {MIN_IMAGES} images and a full step after the first")
-    return replace(engine.calibration, ranges=ranges)
-
-
-def ranges_of(mesh: Mesh, record: ErrorRecord) -> ErrorRanges | None:
-    """Ranges of what every rank has recorded; the same on all of them. None for too few images, or without errors."""
-    errors = {place: error_B.cpu() for place, error_B in record.errors.items()}
-    parts = [errors] if mesh.world is None else mesh.world.gather_objects(errors)
-    return ErrorRanges.of({place: torch.cat([part[place] for part in parts]) for place in errors})
+    return Outcome(Calibration(engine.setup.fitted_for(), fitted.weights, fitted_on), before, after)
 
 
 def record(engine: Engine, share: Sequence[Request], *, keep_halves: bool = False) -> "Recording":

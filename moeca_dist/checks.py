@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-from moeca_dist.cache.guard import gaps_of
 from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.session import HALVES
-from moeca_dist.config import CacheConfig, Config
+from moeca_dist.config import Config
 from moeca_dist.errors import UserError
 from moeca_dist.graphs import check_graphs
 from moeca_dist.memory import cache_size, check_memory
@@ -18,7 +16,6 @@ from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.sampling.calibration import Calibration, read_calibration
 from moeca_dist.sampling.noise import check_stream
-from moeca_dist.sampling.ranges import MIN_IMAGES
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Request
 from moeca_dist.vae import check_autoencoder
@@ -53,31 +50,14 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     check_exchange(config, policy)
     check_late(config, policy, spec.moe_blocks, num_steps, HALVES if config.sampling.cfg_scale != 1 else HALVES[:1])
     check_graphs(config, policy, spec, num_steps)
-    path = config.cache.calibration
-    calibration = None if path is None else read_calibration(path)
-    check_guard(config.cache, policy, num_steps, calibration)
+    if config.cache.calibration is not None:
+        read_calibration(config.cache.calibration)
     read_placement(config)
     if config.parallel.exchange == "budget":
         budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, [0] * spec.num_experts)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     check_decoder(config, spec)
     return spec
-
-
-def check_guard(config: CacheConfig, policy: Policy | None, num_steps: int, calibration: Calibration | None) -> None:
-    """Raise UserError for a guard that knows no ranges, or has no gap to divide."""
-    if not config.guard or policy is None:
-        return
-    if calibration is None:
-        raise UserError("cache.guard has no effect without cache.calibration, which says what errors are in range")
-    if calibration.ranges is None:
-        raise UserError(
-            f"cache.guard: {config.calibration or 'the calibration'} has no ranges of forecast errors: add them with "
-            f"moeca calibrate --keep-weights, on at least {MIN_IMAGES} images"
-        )
-    gaps = [gap for half in HALVES for gap in gaps_of(policy, num_steps, half).values()]
-    if all(gap.stop - gap.start < 2 for gap in gaps):
-        raise UserError("cache.guard has no effect: no full step but the first is followed by one that is served")
 
 
 def check_cache_fits(

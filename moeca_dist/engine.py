@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from moeca_dist.account import Counters, account
 from moeca_dist.arrangement import row_coding
-from moeca_dist.cache.guard import Watch
 from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
@@ -196,17 +195,15 @@ class Engine:
         """
         return self.denoise_counting(share, combine)[0]
 
-    def denoise_counting(
-        self, share: Sequence[Request], combine: Combine | None = None, watch: Watch | None = None
-    ) -> tuple[Tensor, FlopsReport]:
-        """As ``denoise``, with the work that it was; ``watch`` sees the errors of forecasts, in place of a guard."""
+    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was."""
         if self.config.cache.memory_limit is not None:
             size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
             how = "a batch of"
             agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
         observed = Observation(TelemetryConfig(), None, self.mesh, None)
         counters = self._start(observed)
-        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine, watch)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
         return samples_BCHW, self.setup.work(len(share), counters.cache).flops()
 
     def close(self) -> None:
@@ -220,8 +217,7 @@ class Engine:
         return self.mesh.rank == 0
 
     def _sample(self, share: Sequence[Request], counters: Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        guard = self.setup.guard(len(share), counters.cache)
-        return self._to_samples(self._denoise(share, counters, on_step, self.setup.combine(guard), guard))
+        return self._to_samples(self._denoise(share, counters, on_step, self.setup.combine()))
 
     def _denoise(
         self,
@@ -229,9 +225,8 @@ class Engine:
         counters: Counters,
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
-        watch: Watch | None,
     ) -> Tensor:
-        network, finish = self._network(share, counters, combine, watch)
+        network, finish = self._network(share, counters, combine)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
@@ -251,11 +246,11 @@ class Engine:
         return samples_BCHW
 
     def _network(
-        self, share: Sequence[Request], counters: Counters, combine: Combine | None, watch: Watch | None
+        self, share: Sequence[Request], counters: Counters, combine: Combine | None
     ) -> tuple[Network, Callable[[], None]]:
         """What the sampler evaluates in one round, and what is to be called after it."""
         coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
-        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, watch, coding)
+        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, coding)
         timer, bound = counters.observed.timer, partial(self._bound, coding)
         if self.graphs is not None and counters.graphs is not None and share:
             graphed = self.graphs.begin(share, bound, open_session, counters.cache, timer, counters.graphs)

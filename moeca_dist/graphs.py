@@ -242,8 +242,6 @@ def _not_static(config: Config, policy: Policy | None, num_steps: int) -> str | 
     if policy is None:
         return None
     name = config.cache.policy
-    if config.cache.guard:
-        return "cache.guard adds evaluations where the forecasts of an image are wrong: remove it"
     if policy.delta is not None:
         return f"cache.policy {name} decides in every step, from the data, whether the network runs: choose another"
     if policy.attention_sync or policy.refreshes_rows:

@@ -32,12 +32,10 @@ _ROW_GROWTH = 17 / 16  # an owner's rows grow by a sixteenth at least, see cache
 class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
-    Exact, with three exceptions that make it an upper bound: in placement ``owner`` what an owner keeps depends on the
-    routing; with late refreshes so does how many there are; and with a guard, which keeps the step of every row, 4
-    bytes each, from when it adds the first image.
+    Exact, with two exceptions that make it an upper bound: in placement ``owner`` what an owner keeps depends on the
+    routing, and so does, with late refreshes, how many there are.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
-    block. ``budgeted``: rows are, and branches wait for room.
-    ``guarded``: single images may be computed in any step. ``late_share``: of an image's branches in one layer and
+    block. ``budgeted``: rows are, and branches wait for room. ``late_share``: of an image's branches in one layer and
     guidance half, those that may be under way between two steps; ``late_blocks``: in so many layers.
     ``coded``: rows travel as codes, and both ends keep references.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
@@ -54,7 +52,6 @@ class CacheSize:
     ep_size: int
     experts_per_owner: int
     budgeted: bool
-    guarded: bool
     late_share: float
     late_blocks: int
     coded: bool
@@ -100,7 +97,7 @@ class CacheSize:
             if self.policy.delta is not None:
                 yield [self._row] * self.num_steps
             else:
-                yield self._kept_rows(half, self.guarded)
+                yield self._kept_rows(half, by_rows=False)
             return
         yield from (self._modules(half, block) for block in range(self.spec.depth))
         if self.budgeted:
@@ -139,8 +136,7 @@ class CacheSize:
         kept, held = 0, []
         for index in range(self.num_steps):
             full = self._is_full(index, half)
-            # Rows that a guard adds bring no difference that the others lack, see RowCache.store_rows.
-            if full or (by_rows and not self.guarded):
+            if full or by_rows:
                 kept = min(kept + 1, self._values)
             held.append(kept * self._row + (4 if by_rows and not full else 0))
         return held
@@ -232,7 +228,6 @@ def cache_size(
         ep_size,
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
         budgeted=config.parallel.exchange == "budget",
-        guarded=config.cache.guard,
         late_share=config.cache.late_refresh or 0.0,
         late_blocks=len(shallow_blocks(spec.moe_blocks)),
         coded=config.parallel.rows != "exact",
@@ -268,7 +263,7 @@ def check_memory(
     fitting = next((count for count in range(images - 1, 0, -1) if size.of(count) <= limit), 0)
     batch = f"take {fewer} {fitting}" if fitting else "one image is too much already; take a larger limit"
     smaller = ", cache.dtype float8_e4m3fn or bfloat16" if config.dtype == "model" else ""
-    bound = " at most" if size.placement == "owner" or size.guarded or size.late_share else ""
+    bound = " at most" if size.placement == "owner" or size.late_share else ""
     raise UserError(
         f"the cache of policy {config.policy} would need{bound} {scaled(needed, 1024)}iB on a rank with {images} "
         f"images, over cache.memory_limit {config.memory_limit} ({scaled(limit, 1024)}iB): {batch}{smaller}, or a "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ class CacheReport:
     """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``.
 
     ``modules``: tokens by module, see ``work.Work.modules``. ``remark``: what the policy has to say about the run, such
-    as a threshold that never fired. ``guard``: see ``work.Work.guard``; None without one.
+    as a threshold that never fired.
     """
 
     policy: str
@@ -85,7 +85,6 @@ class CacheReport:
     per_layer: tuple[dict[str, Any], ...] = ()
     modules: dict[str, dict[str, int]] = field(default_factory=dict)
     remark: str | None = None
-    guard: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,6 @@ class Report:
             ("  branches", f"{100 * branches.refreshed / max(1, branches.routed):.1f}% computed"),
             ("  memory", f"{scaled(self.cache.bytes_peak, 1024)}iB"),
         ]
-        if self.cache.guard is not None:
-            rows.append(("  guard", describe_guard(self.cache.guard)))
         if self.exchange.bytes_full:
             rows.append(("  bytes", f"{100 * self.exchange.bytes_sent / self.exchange.bytes_full:.1f}% sent"))
         if self.wall_speedup is not None:
@@ -163,14 +160,6 @@ class Report:
         if self.quality is not None:
             rows.append(("  quality", f"{self.quality['psnr_db']:.1f} dB PSNR, SSIM {self.quality['ssim']:.4f}"))
         return rows
-
-
-def describe_guard(guard: Mapping[str, Any]) -> str:
-    """What ``work.Work.guard`` counted, in a line."""
-    measured, fired = f"{guard['measured']:,} forecast errors", guard["out_of_range"]
-    if not fired:
-        return f"all of {measured} in range"
-    return f"{fired:,} of {measured} out of range, {guard['added']:,} evaluations added for {guard['images']:,} images"
 
 
 def describe_requests(requests: Iterable[Request]) -> dict[str, Any]:

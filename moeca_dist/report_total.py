@@ -40,7 +40,6 @@ class ReportTotal:
         self._seconds: dict[str, Any] = {}
         self._graphs: dict[str, int] | None = None
         self._remarks: set[str | None] = set()
-        self._guard: dict[str, Any] | None = None
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Count one part. ``denoise_s`` adds up over groups that work at the same time; memory is the largest peak."""
@@ -66,8 +65,6 @@ class ReportTotal:
         if (graphs := report.get("graphs")) is not None:
             self._graphs = _sum(self._graphs or {}, graphs)
         self._remarks.add(report["cache"]["remark"])
-        if guard := report["cache"].get("guard"):
-            self._guard = _sum(self._guard or {}, guard)
 
     def result(self, wall_s: float, batch: dict[str, Any], requests: dict[str, Any]) -> Report | None:
         """The job as a whole, of ``requests`` as ``describe_requests`` has them; None where no part was added."""
@@ -103,7 +100,6 @@ class ReportTotal:
                 self._modules,
                 # What is said of a run is true of the whole where it is of every part.
                 remark=self._remarks.pop() if len(self._remarks) == 1 else None,
-                guard=self._guard,
             ),
             seconds=Seconds(**self._seconds),
             requests=requests,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeca_dist.errors import UserError
-from moeca_dist.report import describe_guard, scaled
+from moeca_dist.report import scaled
 
 _SECTIONS = ("flops", "branches", "exchange", "cache")
 
@@ -131,21 +131,7 @@ def _cache(report: Mapping[str, Any]) -> _Rows:
         every = sum(counts.values())
         shares = ", ".join(f"{counts[kind] / every:.1%} {label}" for kind, label in _MODULES.items() if counts[kind])
         rows.append((f"{name} of tokens", shares))
-    if cache.get("guard") is not None:
-        rows += _guard(cache["guard"])
     return [*rows, *([("remark", cache["remark"])] if cache["remark"] else [])]
-
-
-def _guard(guard: Mapping[str, Any]) -> _Rows:
-    """How often forecasts were out of range, and for each guidance half where, and what was computed besides."""
-    rows = [("guard", describe_guard(guard))]
-    for half, by_step in guard["by_step"].items():
-        for name, label in (("out_of_range", "out of range"), ("added", "added")):
-            counts = by_step[name]
-            if counts:
-                steps = ", ".join(f"{step} ({count:,})" for step, count in counts.items())
-                rows.append((f"  {label}, {half}", f"steps {steps}"))
-    return rows
 
 
 def _telemetry(report: Mapping[str, Any]) -> _Rows:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeca_dist.arrangement import budget_of_round, late_refreshes, rows_of_budget
-from moeca_dist.cache.guard import Guard, Watch
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
-from moeca_dist.checks import check_guard
 from moeca_dist.config import Config
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.spec import ModelSpec
@@ -53,8 +51,8 @@ class Setup:
     ) -> "Setup":
         """``calibration``: of this cache and network, where there is no file of it.
 
-        Raises UserError, on all ranks alike, for an exchange mode, late refreshes or a guard without
-        effect, and for a file of another calibration.
+        Raises UserError, on all ranks alike, for an exchange mode or late refreshes without effect, and for a file of
+        another calibration.
         """
         spec, guided = model.spec, config.sampling.cfg_scale != 1
         halves = HALVES if guided else HALVES[:1]
@@ -67,7 +65,6 @@ class Setup:
         if calibration is None and path is not None:
             wanted = fitted_for(config, num_steps, policy, halves, model)
             calibration = agreed(mesh, lambda: fitting_calibration(path, wanted))
-        check_guard(config.cache, policy, num_steps, calibration)
         return cls(config, mesh, model, num_steps, halves, policy, placement, rows, calibration)
 
     @property
@@ -86,33 +83,18 @@ class Setup:
         """What calibrated weights of these runs depend on."""
         return fitted_for(self.config, self.num_steps, self.policy, self.halves, self.model)
 
-    def combine(self, guard: Guard | None = None) -> Corrected | None:
-        """What takes the place of guidance in one batch with this ``guard``, where a calibration is configured."""
+    def combine(self) -> Corrected | None:
+        """What takes the place of guidance in one batch, where a calibration is configured."""
         if self.calibration is None or self.policy is None:
             return None
         weights = self.calibration.weights
         memory = OutputMemory(self.policy.is_full, weights.history)
-        guidance = Guidance(self.config.sampling.cfg_scale)
-        if guard is None:
-            return Corrected(guidance, weights, memory)
-        return Corrected(guidance, weights, memory, guard.off_schedule)
-
-    def guard(self, num_images: int, statistics: CacheStatistics) -> Guard | None:
-        """The guard of one batch with so many images on this rank; None where ``cache.guard`` is off."""
-        if not self.config.cache.guard:
-            return None
-        assert self.policy is not None and self.calibration is not None and self.calibration.ranges is not None
-        group = self.mesh.expert_group
-        limits = self.calibration.ranges.limits
-        if group is None:
-            return Guard(self.policy, limits, self.num_steps, num_images, statistics)
-        return Guard(self.policy, limits, self.num_steps, num_images, statistics, group.sum_counts)
+        return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
 
     def open_session(
         self,
         share: Sequence[Request],
         combine: Combine | None,
-        watch: Watch | None,
         coding: RowCoding | None,
         statistics: CacheStatistics,
         timer: Timer,
@@ -139,5 +121,4 @@ class Setup:
             late=late_refreshes(self.config.cache, self.spec),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=bytes_beside,
-            watch=watch,
         )

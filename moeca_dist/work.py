@@ -128,28 +128,6 @@ class Work:
             for block, most in rows.items()
         )
 
-    def guard(self) -> dict[str, Any]:
-        """What a guard saw and did. ``measured``: forecast errors of an image and guidance half at full steps.
-
-        ``out_of_range`` of them, for ``images`` images that got ``added`` evaluations of one half; ``by_step``: both
-        for each half and step where there were any.
-        """
-        counted = self._statistics
-        halves = sorted({half for half, _ in (counted.guard_fired | counted.guard_added)})
-        return {
-            "measured": counted.guard_measured,
-            "out_of_range": counted.guard_fired.total(),
-            "images": counted.guard_images,
-            "added": counted.guard_added.total(),
-            "by_step": {
-                half: {
-                    name: {str(step): count for (of, step), count in sorted(counts.items()) if of == half and count}
-                    for name, counts in (("out_of_range", counted.guard_fired), ("added", counted.guard_added))
-                }
-                for half in halves
-            },
-        }
-
     def per_layer(self) -> tuple[dict[str, Any], ...]:
         """One entry per MoE block: branches by reason, in all, by step and by expert; empty without a branch cache.
 

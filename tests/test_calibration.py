@@ -208,6 +208,13 @@ def test_missing_rows_and_values_that_are_no_numbers_are_refused(demo_calibratio
             demo_engine(tmp_path / "bad.json")
 
 
+def test_fields_that_nothing_reads_are_refused(demo_calibration: Path, tmp_path: Path) -> None:
+    tree = json.loads(demo_calibration.read_text()) | {"ranges": {}}
+    (tmp_path / "old.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"has a field ranges, which nothing reads: remove it, or .* moeca calibrate"):
+        demo_engine(tmp_path / "old.json")
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

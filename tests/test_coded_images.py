@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moeca_dist import Engine, Report, Request
-from moeca_dist.calibrate import calibrate
 from moeca_dist.config import Config, load_config
 from moeca_dist.errors import UserError
 from moeca_dist.kernels.row_codes import FORMATS, SCALE_BYTES
@@ -21,10 +20,8 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.references import References, RowCoding
 from moeca_dist.record import record_routing
 from moeca_dist.report_view import render
-from moeca_dist.sampling.calibration import Calibration
 from tests.golden_files import load_golden
 from tests.test_coded_exchange import LEGS, check_lockstep, kept
-from tests.test_guard import demo_config, requests, with_cache
 from tests.test_placement_images import difference, make_config, ranks  # noqa: F401
 
 FULL_STEPS = [0, 1, 4]
@@ -162,30 +159,6 @@ def test_an_image_stays_what_it_is_beside_others(two_ranks: Any, model: dict[str
     cache = {"policy": "network_forecast", "full_steps": APART}
     beside, alone = two_ranks.run(without_others, coded(make_config(model, cache), "int8"))[0]
     assert difference(beside[:1], alone[:1]) < 1e-5
-
-
-# ---- the guard -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def calibration() -> Calibration:
-    return calibrate(Engine.from_config(demo_config()), requests(20, 7), requests(20, 8)).calibration
-
-
-def guarded(calibration: Calibration, count: int) -> tuple[Any, Any]:
-    """On every rank: the demo with other weights, where single images are computed in steps between full ones."""
-    plain = with_cache(calibration, 1.3, guard=True)
-    engine = Engine(coded(plain.config, "int8"), plain.mesh, plain.model, calibration=calibration)
-    watched = Watched(engine.model)
-    images, report = engine.generate(requests(count))
-    return plain.generate(requests(count)), (images, report, watched.legs(engine))
-
-
-@pytest.mark.parametrize("count", [5, 1])
-def test_single_images_of_a_guard(two_ranks: Any, calibration: Calibration, count: int) -> None:
-    (exact, _), (images, report, legs) = two_ranks.run(guarded, calibration, count)[0]
-    assert report.cache.guard["added"] > 0 and legs == {*LEGS}
-    assert np.abs(images.astype(int) - exact.astype(int)).mean() < 0.4  # of 255
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

@@ -176,7 +176,6 @@ def graphed(model: dict[str, Any], cache: dict[str, Any], parallel: dict[str, An
         ({"policy": "moeca"}, BUDGET, {}, "without attention_sync"),
         ({"policy": "random"}, {}, {}, "set parallel.exchange=budget"),
         ({"policy": "random", "full_steps": {"conditional": [0, 2], "unconditional": [0]}}, BUDGET, {}, "step 2, "),
-        ({"policy": "network_forecast", "calibration": "c.json", "guard": True}, {}, {}, "cache.guard adds"),
         ({}, {}, {"dtype": "float32"}, "set model.dtype=bfloat16"),
     ],
 )  # fmt: skip

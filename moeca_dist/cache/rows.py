@@ -20,12 +20,6 @@ class Rows:
     flat_N: Tensor
     tokens_per_image: int
 
-    @classmethod
-    def of_images(cls, images_B: Tensor, tokens_per_image: int) -> "Rows":
-        """All tokens of some images, ascending int64."""
-        token_T = torch.arange(tokens_per_image, device=images_B.device)
-        return cls((images_B[:, None] * tokens_per_image + token_T).flatten(), tokens_per_image)
-
     @property
     def image_N(self) -> Tensor:
         return self.flat_N // self.tokens_per_image
@@ -75,14 +69,14 @@ class RowCache:
             differences.append((differences[-1] - older.unpack()) / (step - self._step))
         self._differences, self._step = [self.storage.pack(difference) for difference in differences], step
 
-    def store_rows(self, rows: Rows, values_ND: Tensor, step: int, *, grow: bool = True) -> None:
+    def store_rows(self, rows: Rows, values_ND: Tensor, step: int) -> None:
         """Keep some rows computed in ``step``, each with differences to its own last computed value.
 
-        ``grow``: whether they may bring the first difference of an order; the other rows then count theirs as zero.
+        They may bring the first difference of an order; the other rows then count theirs as zero.
         """
         assert self._differences, "the first step of a request is a full step"
         self._step = self._row_steps()
-        if grow and len(self._differences) <= self.order:
+        if len(self._differences) <= self.order:
             self._differences.append(self.storage.zeros(self._differences[0].shape, values_ND))
         gap_N1 = step - self._step.view(-1, 1)[rows.flat_N]
         for difference in self._differences:

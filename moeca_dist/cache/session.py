@@ -13,20 +13,19 @@ from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
 from moeca_dist.cache.budget import Budget
-from moeca_dist.cache.guard import Watch, relative_error
 from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.cache.rows import RowCache, Rows
+from moeca_dist.cache.rows import RowCache
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import AS_COMPUTED, Storage
 from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
 
 HALVES: tuple[Half, Half] = ("conditional", "unconditional")
-Compute = Callable[[slice | Tensor], Tensor]
-"""Some images of the batch, as a slice or int64 indices -> what all blocks make of them [B, T, D]."""
+Compute = Callable[[slice], Tensor]
+"""A slice of the batch's images -> what all blocks make of them [B, T, D]."""
 
 
 class CacheSession:
@@ -34,8 +33,7 @@ class CacheSession:
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
     sessions together; None in placement ``home``. ``budget``: the rows that a cache step computes at most, in exchange
-    mode ``budget``. ``late``: of this session alone; None where every refreshed branch lands in its step. ``watch``
-    sees forecasts of the whole network.
+    mode ``budget``. ``late``: of this session alone; None where every refreshed branch lands in its step.
     """
 
     def __init__(
@@ -55,14 +53,12 @@ class CacheSession:
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
-        watch: Watch | None = None,
     ) -> None:
         self.policy = policy
         self.timer = timer
         self.budget = budget
         self.late = late
         self.statistics = statistics
-        self.watch = watch
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
         self._num_images = len(requests)
@@ -169,13 +165,11 @@ class StepCache:
 
     def _by_schedule(self, x_BTD: Tensor, compute: Compute) -> Tensor:
         changes, index, timer = self.session.changes, self.step.index, self.session.timer
-        errors: dict[Half, Tensor] = {}
         if all(segment.full for segment in self.segments):
             out_BTD = compute(slice(None))
             with timer.section("bookkeeping"):
                 for segment, change in zip(self.segments, changes, strict=True):
-                    self._store(segment, change, out_BTD[segment.images] - x_BTD[segment.images], errors)
-            self._tell(errors)
+                    change.store(out_BTD[segment.images] - x_BTD[segment.images], index)
             return out_BTD
         out_BTD = torch.empty_like(x_BTD)
         for segment, change in zip(self.segments, changes, strict=True):
@@ -183,43 +177,13 @@ class StepCache:
             if segment.full:
                 out_BTD[segment.images] = compute(segment.images)
                 with timer.section("bookkeeping"):
-                    self._store(segment, change, out_BTD[segment.images] - here_BTD, errors)
+                    change.store(out_BTD[segment.images] - here_BTD, index)
                 continue
             with timer.section("bookkeeping"):
                 change.forecast_into(out_BTD[segment.images], index)
                 out_BTD[segment.images] += here_BTD
-            self.session.statistics.skipped += here_BTD.shape[0] - self._add(segment, change, x_BTD, out_BTD, compute)
-        self._tell(errors)
+            self.session.statistics.skipped += here_BTD.shape[0]
         return out_BTD
-
-    def _store(self, segment: Segment, change: RowCache, computed_BTD: Tensor, errors: dict[Half, Tensor]) -> None:
-        """Keep what a full step computed; ``errors`` learns how wrong its forecast would have been."""
-        if self.session.watch is not None and self.step.index:
-            errors[segment.half] = relative_error(change, computed_BTD, self.step.index)
-        if self.session.watch is not None:
-            # Single images are put in their places later, which takes the memory layout of rows.
-            computed_BTD = computed_BTD.contiguous()
-        change.store(computed_BTD, self.step.index)
-
-    def _tell(self, errors: dict[Half, Tensor]) -> None:
-        if self.session.watch is not None and errors:
-            self.session.watch.full_step(self.step, errors)
-
-    def _add(self, segment: Segment, change: RowCache, x_BTD: Tensor, out_BTD: Tensor, compute: Compute) -> int:
-        """Compute the images that the watch wants in a step that serves the others; how many they are."""
-        watch = self.session.watch
-        images = None if watch is None else watch.added(self.step, segment.half)
-        if images is None:
-            return 0
-        images_N = segment.images.start + torch.tensor(images, dtype=torch.int64, device=x_BTD.device)
-        # Ranks without such an image take part: their experts are needed.
-        computed_BTD = compute(images_N)
-        if images:
-            out_BTD[images_N] = computed_BTD
-            with self.session.timer.section("bookkeeping"):
-                rows = Rows.of_images(images_N - segment.images.start, x_BTD.shape[1])
-                change.store_rows(rows, (computed_BTD - x_BTD[images_N]).flatten(0, 1), self.step.index, grow=False)
-        return len(images)
 
 
 def _image_ids(requests: Sequence[Request]) -> Tensor:

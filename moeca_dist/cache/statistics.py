@@ -38,8 +38,6 @@ class CacheStatistics:
     computed, summed over blocks and steps; ``rows[name]``: those of them that were computed one by one in a step that
     serves the others. ``skipped`` counts evaluations of an image in which no block ran, ``signals`` how often the time
     alone was embedded to decide that, ``reached`` how often the threshold was reached after the first step.
-    ``guard_measured``: forecast errors that a guard saw; ``guard_fired`` of them were out of range and ``guard_added``
-    evaluations of an image were made for it, both by guidance half and step, for ``guard_images`` images.
     """
 
     modules: Counter[str] = field(default_factory=Counter)
@@ -52,10 +50,6 @@ class CacheStatistics:
     must not stall."""
     demand: dict[int, Tensor] = field(default_factory=dict)
     """By MoE block: how often an image and expert group needed so many rows, int64; where rows are budgeted."""
-    guard_fired: Counter[tuple[str, int]] = field(default_factory=Counter)
-    guard_added: Counter[tuple[str, int]] = field(default_factory=Counter)
-    guard_measured: int = 0
-    guard_images: int = 0
     bytes_per_step: Counter[int] = field(default_factory=Counter)
     bytes_peak: int = 0
 
@@ -107,13 +101,11 @@ class CacheStatistics:
         self.bytes_peak = max(self.bytes_peak, other.bytes_peak)
 
     def _add(self, other: "CacheStatistics", taken: Callable[[Tensor], Tensor]) -> None:
-        for name in ("modules", "rows", "bytes_per_step", "guard_fired", "guard_added"):
+        for name in ("modules", "rows", "bytes_per_step"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
         self.signals += other.signals
         self.reached += other.reached
-        self.guard_measured += other.guard_measured
-        self.guard_images += other.guard_images
         for name in _COUNTED:
             mine = getattr(self, name)
             for block, counts in getattr(other, name).items():

@@ -32,10 +32,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
     )
-    parser.add_argument(
-        "--keep-weights", action="store_true",
-        help="add to the configuration's calibration the ranges that cache.guard goes by, and leave its weights alone",
-    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier calibration")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_calibrate, parser=parser)
@@ -64,7 +60,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _fit_and_write(config: Config, mesh: "Mesh", args: argparse.Namespace) -> None:
-    from moeca_dist.calibrate import calibrate, with_ranges
+    from moeca_dist.calibrate import calibrate
     from moeca_dist.engine import Engine
     from moeca_dist.types import Request
 
@@ -74,12 +70,6 @@ def _fit_and_write(config: Config, mesh: "Mesh", args: argparse.Namespace) -> No
         [Request(index, index % classes, number) for index in range(args.num_images)]
         for number in (args.seed, args.seed + 1)
     )
-    if args.keep_weights:
-        kept = with_ranges(engine, held_out)
-        if mesh.rank == 0:
-            _write(kept, args.out)
-            print(f"ranges of forecast errors on {args.num_images} images of seed {args.seed + 1}: {args.out}")
-        return
     outcome = calibrate(engine, fit_on, held_out)
     if mesh.rank:
         return

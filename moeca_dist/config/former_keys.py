@@ -19,6 +19,7 @@ REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
         "cache.alpha": "remove it; policy moeca has the paper's value, 0.6",
         "cache.decay": "remove it; policy moeca has the paper's value, 0.65",
         "cache.statistics": "remove it; expert usage is that of each image on its own",
+        "cache.guard": "remove it; for images unlike those of a calibration, calibrate anew",
     }
 )
 RENAMED_KEYS: Mapping[str, str] = MappingProxyType(

@@ -115,8 +115,6 @@ class CacheConfig(_Section):
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
     calibration: PathField | None = None
     """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
-    guard: bool = False
-    """Whether an image whose forecasts are worse than in calibration gets more full evaluations than scheduled."""
     dtype: Literal["model", "bfloat16", "float16", "float8_e4m3fn"] = "model"
     """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
     memory_limit: str | float | None = None

@@ -61,10 +61,6 @@ class Exchange:
             # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
             return gathered.cpu()
 
-    def sum_counts(self, counts_C: Tensor) -> Tensor:
-        """The sums [C] of every rank's int64 counts [C], on the host."""
-        return self.gather_counts(counts_C).sum(0)
-
     def start_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
         """Send ``sent[p]`` consecutive rows to each rank p; who waits gets ``received[p]`` rows from each, in order.
 

@@ -7,7 +7,7 @@ a run that differs is refused: corrections fitted for other errors add their own
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from moeca_dist.config import Config
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.sampling.combine import OutputWeights, num_terms
-from moeca_dist.sampling.ranges import ErrorRanges
 from moeca_dist.types import StepContext
 
 FORMAT = 1
 # Rounding to another dtype changes the norms by far less, another training by far more.
 NORM_TOLERANCE = 1e-3
-# Options of the cache section that change what is computed where, how full steps are named, or what happens to images
-# unlike those of the calibration, but nothing that weights are fitted to.
-_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "guard", "placement", "memory_limit", "interval", "full_steps"})
+# Options of the cache section that change what is computed where, or how full steps are named, but nothing that weights
+# are fitted to.
+_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "placement", "memory_limit", "interval", "full_steps"})
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,17 @@ class FittedFor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """``fitted_on``: images and seed, and what was measured on others; for people. ``ranges``: for ``cache.guard``."""
+    """Output weights. ``fitted_on``: images and seed, and what was measured on others; for people."""
 
     fitted_for: FittedFor
     weights: OutputWeights
     fitted_on: dict[str, Any]
-    ranges: ErrorRanges | None = None
 
     def to_json(self) -> str:
-        tree = asdict(self)
-        if self.ranges is None:
-            del tree["ranges"]
-        return json.dumps({"format": FORMAT} | tree, indent=1) + "\n"
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
+
+
+_FIELDS = {"format", *(field.name for field in fields(Calibration))}
 
 
 def fitted_for(
@@ -116,18 +114,19 @@ def _parsed(tree: Any, path: Path) -> Calibration:
     damaged = UserError(f"cache.calibration {path} is no calibration of format {FORMAT}: write it with moeca calibrate")
     if not isinstance(tree, Mapping) or tree.get("format") != FORMAT:
         raise damaged
+    if unknown := tree.keys() - _FIELDS:
+        raise UserError(
+            f"cache.calibration {path} has a field {min(unknown)}, which nothing reads: remove it, or write the file "
+            "anew with moeca calibrate"
+        )
     try:
         fitted_for = FittedFor(**tree["fitted_for"] | {"norms": tuple(tree["fitted_for"]["norms"])})
         steps = tuple(tuple(float(weight) for weight in row) for row in tree["weights"]["steps"])
         weights = OutputWeights(int(tree["weights"]["history"]), steps)
-        ranges = ErrorRanges.from_json(tree["ranges"]) if "ranges" in tree else None
-        measured = {half: full[1:] for half, full in fitted_for.cache.get("full_steps", {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise damaged from None
     terms = num_terms(1 if fitted_for.cfg_scale == 1 else 2, weights.history)
     whole = len(steps) == fitted_for.num_steps and all(len(row) == terms for row in steps)
-    if ranges is not None:
-        whole &= {half: sorted(limits) for half, limits in ranges.limits.items()} == measured
     if not whole or not torch.isfinite(torch.tensor(steps)).all():
         raise damaged
-    return Calibration(fitted_for, weights, dict(tree.get("fitted_on", {})), ranges)
+    return Calibration(fitted_for, weights, dict(tree.get("fitted_on", {})))

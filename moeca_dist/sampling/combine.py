@@ -27,7 +27,6 @@ from moeca_dist.cache.session import HALVES
 from moeca_dist.types import StepContext
 
 IsFull = Callable[[StepContext, Half], bool]
-OffSchedule = Callable[[StepContext], Sequence[int]]
 DEFAULT_HISTORY = 3
 
 
@@ -103,25 +102,15 @@ class OutputWeights:
 
 @dataclass(frozen=True)
 class Corrected:
-    """Guidance with calibrated corrections, for one batch.
-
-    ``off_schedule``: images that a guard computes more often than the schedule around a step. Weights take off what
-    forecasts over a whole gap get wrong, so these images have plain guidance there.
-    """
+    """Guidance with calibrated corrections, for one batch."""
 
     guidance: Guidance
     weights: OutputWeights
     memory: OutputMemory
-    off_schedule: OffSchedule = lambda step: ()
 
     def __call__(self, halves: Sequence[Tensor], x_BCHW: Tensor, step: StepContext, /) -> Tensor:
         terms = self.memory.terms(halves, x_BCHW, step)
-        guided_BCHW = self.guidance(halves, x_BCHW, step)
-        out_BCHW = weighted(guided_BCHW, terms, self.weights.steps[step.index])
-        if images := self.off_schedule(step):
-            index_N = torch.tensor(images, device=out_BCHW.device)
-            out_BCHW[index_N] = guided_BCHW[index_N].float()
-        return out_BCHW
+        return weighted(self.guidance(halves, x_BCHW, step), terms, self.weights.steps[step.index])
 
 
 def weighted(guided_BCHW: Tensor, terms: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.guard import ErrorRecord
-from moeca_dist.calibrate import FittedRun, Recording, corrected, fit, ranges_of, record, share_of, summed
+from moeca_dist.calibrate import FittedRun, Recording, corrected, fit, record, share_of, summed
 from moeca_dist.config import CacheConfig
 from moeca_dist.engine import Engine
 from moeca_dist.quality import psnr_db, squared_error, unit_images
 from moeca_dist.report import FlopsReport
 from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import OutputWeights
-from moeca_dist.sampling.ranges import ErrorRanges
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
 from moeca_dist.tuning.frechet import FrechetTest, Rise
 from moeca_dist.tuning.profile import make_profile
@@ -142,15 +140,6 @@ class Laboratory:
         engine = self.engine.with_cache(cache)
         combine = None if weights is None else corrected(engine, weights)
         return self._figures(*engine.denoise_counting(images.share, combine), images)
-
-    def measured_with_ranges(
-        self, cache: CacheConfig, weights: OutputWeights, images: ImageSet
-    ) -> tuple[Figures, ErrorRanges | None]:
-        """As ``measured``, and the ranges of the forecast errors for a guard, where the policy can have one."""
-        record = ErrorRecord()
-        engine = self.engine.with_cache(cache)
-        run = engine.denoise_counting(images.share, corrected(engine, weights), record)
-        return self._figures(*run, images), ranges_of(engine.mesh, record)
 
     def neighbour(self, schedule: Schedule, tried: set[Schedule], number: int) -> Schedule | None:
         """The best by proxy of some random neighbours that were not tried; None where there is no other."""

@@ -110,13 +110,12 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     held_out = image_set(engine, settings.requests(engine, 2))
     run = lab.fitted(chosen.candidate.cache())
     weights = run.fitted.weights
-    figures, ranges = lab.measured_with_ranges(chosen.candidate.cache(), weights, held_out)
-    comparisons = _comparisons(lab, chosen.candidate, weights, held_out)
+    figures = lab.measured(chosen.candidate.cache(), weights, held_out)
+    comparisons = _comparisons(lab, chosen.candidate, figures, held_out)
     calibration = Calibration(
         engine.with_cache(chosen.candidate.cache()).setup.fitted_for(),
         weights,
         _fitted_on(engine, settings, comparisons[0], figures),
-        ranges,
     )
     rises = None
     if reference is not None and settings.against is not None:
@@ -155,15 +154,15 @@ def _checked(chooser: Chooser, chosen: Trial, settings: Settings) -> tuple[Trial
         chosen = chooser.more_faithful(chosen)
 
 
-def _comparisons(
-    lab: Laboratory, chosen: Candidate, weights: OutputWeights, images: ImageSet
-) -> tuple[Comparison, ...]:
-    """The choice, a uniform schedule of as many full steps, and the cache that the configuration came with."""
-    cache = chosen.cache()
-    rows = [Comparison("tuned", lab.measured(cache, None, images), lab.measured(cache, weights, images))]
+def _comparisons(lab: Laboratory, chosen: Candidate, figures: Figures, images: ImageSet) -> tuple[Comparison, ...]:
+    """Compare the choice, whose calibrated ``figures`` are known, with others.
+
+    These are a uniform schedule of as many full steps, and the cache that the configuration came with.
+    """
+    rows = [Comparison("tuned", lab.measured(chosen.cache(), None, images), figures)]
     uniform = Candidate(chosen.policy, chosen.order, even(num_full(chosen.schedule), lab.num_steps, lab.num_halves))
     others: list[tuple[str, CacheConfig]] = [("uniform", uniform.cache())]
-    own = lab.engine.config.cache.model_copy(update={"calibration": None, "guard": False})
+    own = lab.engine.config.cache.model_copy(update={"calibration": None})
     if own.policy != "none":
         others.append((f"as configured ({own.policy})", own))
     for name, other in others:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from moeca_dist.cache.guard import has_forecast
 from moeca_dist.cache.policies import (
     dice_skip,
     moeca,
@@ -37,7 +36,7 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
 
 
 # Options that are no policy's own.
-_FOR_ALL = frozenset({"placement", "calibration", "guard", "dtype", "memory_limit"})
+_FOR_ALL = frozenset({"placement", "calibration", "dtype", "memory_limit"})
 
 
 def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
@@ -63,11 +62,6 @@ def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy
     policy = build(config, num_steps, guided)
     if "calibration" in given and policy.delta is not None:
         raise UserError(f"cache.calibration: policy {config.policy} places its full steps while it runs; remove it")
-    if config.guard and not has_forecast(policy):
-        raise UserError(
-            f"cache.guard watches forecasts of the whole network, which policy {config.policy} does not make: "
-            "remove it, or use network_forecast"
-        )
     if "placement" in given and policy.unit != "branch":
         raise UserError(f"cache.placement has no effect with cache.policy {config.policy}, which keeps no branches")
     if config.placement == "owner" and policy.usage_decay is not None:
