@@ -105,11 +105,6 @@ class Engine:
     def produces_pixels(self) -> bool:
         return self.decoder is not None or not self.model.spec.is_latent
 
-    @property
-    def image_shape_HWC(self) -> tuple[int, ...]:
-        """Of one image; of latents without a decoder, channels first."""
-        return tuple(self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).shape[1:])
-
     def generate(
         self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
     ) -> tuple[NDArray[np.generic], Report]:

@@ -148,7 +148,7 @@ def test_tune_writes_a_config_that_reproduces_the_run(folder: Path, tmp_path: Pa
 def test_tune_refuses(folder: Path, capsys, tmp_path: Path) -> None:
     config, out = str(folder / "run.yaml"), tmp_path / "tuned.yaml"
     argv = ["tune", "--config", config, "--out", str(out)]
-    assert "one of the arguments --target-psnr --target-speedup --max-fid-rise is required" in refuse(capsys, argv)
+    assert "one of the arguments --target-psnr --target-speedup is required" in refuse(capsys, argv)
     assert "is not a ratio above 1" in refuse(capsys, [*argv, "--target-speedup", "1"])
     assert "give at least 2" in refuse(capsys, [*argv, "--target-speedup", "2", "--num-images", "1"])
     assert "give --target-speedup" in refuse(capsys, [*argv, "--target-psnr", "40"])

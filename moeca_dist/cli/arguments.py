@@ -83,10 +83,6 @@ def decibels(text: str) -> float:
     return _number(text, 0, "a number of decibels above 0")
 
 
-def positive(text: str) -> float:
-    return _number(text, 0, "a number above 0")
-
-
 def ratio(text: str) -> float:
     return _number(text, 1, "a ratio above 1")
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeca_dist.cli.arguments import Parser, at_least_two, at_least_zero, decibels, positive, ratio, seed
+from moeca_dist.cli.arguments import Parser, at_least_two, at_least_zero, decibels, ratio, seed
 from moeca_dist.cli.generate import launcher_number, tell_deepspeed_the_device
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
@@ -31,17 +31,6 @@ def add_arguments(parser: Parser) -> None:
     target.add_argument(
         "--target-speedup", type=ratio, metavar="X", help="the closest images with at least so many times fewer FLOPs"
     )
-    target.add_argument(
-        "--max-fid-rise", type=positive, metavar="X",
-        help="the fewest FLOPs with which the Frechet distance to --reference is at most so much above the uncached "
-        "images'",
-    )  # fmt: skip
-    parser.add_argument("--reference", type=Path, metavar="REF", help="for --max-fid-rise, as in moeca evaluate")
-    parser.add_argument("--features", metavar="FILE|digits", help="for --max-fid-rise, as in moeca evaluate")
-    parser.add_argument(
-        "--fid-images", type=at_least_two, metavar="N",
-        help="for --max-fid-rise: to choose by, and to report on; default: 1000, or twice the features if that is more",
-    )  # fmt: skip
     parser.add_argument(
         "--num-images", type=at_least_two, default=DEFAULT_NUM_IMAGES, metavar="N",
         help="to fit on, to check the choice and to report it on, each; default: %(default)s",
@@ -63,7 +52,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    _check_options(args)
     config = load_config(args.config, args.overrides)
     validate_world(config, launcher_number("WORLD_SIZE", 1))
     tell_deepspeed_the_device()
@@ -85,39 +73,18 @@ def _tune(args: argparse.Namespace) -> None:
     mesh.close()
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    for option in ("reference", "features", "fid_images"):
-        given, name = getattr(args, option) is not None, f"--{option.replace('_', '-')}"
-        if given and args.max_fid_rise is None:
-            raise UserError(f"{name} has no effect without --max-fid-rise: remove it")
-        if not given and args.max_fid_rise is not None and option != "fid_images":
-            raise UserError(f"--max-fid-rise needs {name}: what the images are compared {_FOR[option]}")
-
-
-_FOR = {
-    "reference": "with (real-digits, an npz file or a folder of pictures)",
-    "features": "by (digits, or a local Inception file)",
-}
-
-
 def _tune_and_write(config: Config, mesh: "Mesh", files: "TunedFiles", args: argparse.Namespace) -> None:
     from moeca_dist.engine import Engine
     from moeca_dist.parallel.agreement import agreed
-    from moeca_dist.tuning.frechet import Against
     from moeca_dist.tuning.state import StateFile
     from moeca_dist.tuning.target import Target
     from moeca_dist.tuning.tune import Settings, check_target, run_identity, tune
 
     engine = Engine.from_config(config, mesh=mesh)
-    against = None
-    if args.max_fid_rise is not None:
-        target = Target("fid_rise", args.max_fid_rise)
-        against = Against(args.reference, args.features, args.fid_images)
-    elif args.target_psnr is not None:
+    target = Target("speedup", args.target_speedup)
+    if args.target_psnr is not None:
         target = Target("psnr", args.target_psnr)
-    else:
-        target = Target("speedup", args.target_speedup)
-    settings = Settings(target, args.num_images, args.seed, args.refinements, against)
+    settings = Settings(target, args.num_images, args.seed, args.refinements)
     check_target(engine, target)
     identity = run_identity(engine, settings)
     state = agreed(mesh, lambda: StateFile(files.state, identity) if mesh.rank == 0 else None)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 from moeca_dist.errors import UserError
 from moeca_dist.tuning.candidate import ORDERS, Candidate, PolicyName, Trial
-from moeca_dist.tuning.frechet import Rise
 from moeca_dist.tuning.laboratory import Laboratory
 from moeca_dist.tuning.schedules import Schedule, even, num_full
 from moeca_dist.tuning.target import Target
@@ -18,13 +17,8 @@ FIRST_ORDER = 1
 class Chooser:
     """Asks a laboratory until the target is met as well as it can be; the same on all ranks."""
 
-    def __init__(
-        self, lab: Laboratory, target: Target, refinements: int, rise: Callable[[Candidate], Rise] | None = None
-    ) -> None:
-        """``rise``: measures a candidate's Frechet distance, for a target of it."""
+    def __init__(self, lab: Laboratory, target: Target, refinements: int) -> None:
         self.lab = lab
-        self._rise = rise
-        self.rises: dict[Candidate, Rise] = {}
         self.target = target
         self.refinements = refinements
         # Not the laboratory's own: it may know more, from a run that went further before it was interrupted.
@@ -36,8 +30,6 @@ class Chooser:
 
     def choose(self) -> Trial:
         """The best trial that meets the target. Raises UserError, naming the best reached, where none does."""
-        if self._rise is not None:
-            return self._choose_by_rise()
         total = self._for_speedup() if self.target.kind == "speedup" else self._for_psnr()
         best = self.refined(self.across_policies(total))
         if self.target.kind == "speedup":
@@ -50,45 +42,6 @@ class Chooser:
                 break
             best = fewer
         return best
-
-    def _choose_by_rise(self) -> Trial:
-        """The fewest full steps whose images stay close enough to the reference, as a set.
-
-        Schedules with as many full steps are compared pair by pair, which takes few images: a distance between sets
-        takes thousands to tell two good ones apart. So each number of full steps is measured as a set once or twice.
-        """
-        low, high = self.lab.num_halves - 1, self.lab.num_halves * self.lab.num_steps
-        met: Trial | None = None
-        while high - low > 1:
-            middle = (low + high) // 2
-            trial = self._first(middle)
-            if self._rises_little(trial):
-                high, met = middle, trial
-            else:
-                low = middle
-        if met is None:
-            raise self._too_far(min(self.rises, key=lambda candidate: self.rises[candidate].high))
-        better = self.refined(self.across_policies(high))
-        while self._rises_little(better):
-            met = better
-            if num_full(met.candidate.schedule) <= self.lab.num_halves:
-                break
-            better = self.refined(self._with_total(met.candidate, num_full(met.candidate.schedule) - 1))
-        return met
-
-    def _rises_little(self, trial: Trial) -> bool:
-        """Whether the target is met by the upper end of the interval."""
-        assert self._rise is not None
-        if trial.candidate not in self.rises:
-            self.rises[trial.candidate] = self._rise(trial.candidate)
-        return self.rises[trial.candidate].high <= self.target.value
-
-    def _too_far(self, best: Candidate) -> UserError:
-        trial = self.trials[best]
-        return UserError(
-            f"no cache reaches {self.target}: the least rise found is {self.rises[best]} at {trial.speedup:.2f}x fewer "
-            "FLOPs; allow more, measure on more images (--fid-images), or use cache.policy none"
-        )
 
     def more_faithful(self, trial: Trial) -> Trial:
         """The next candidate where ``trial`` met the target on the images that it was fitted on alone."""

@@ -19,10 +19,8 @@ from moeca_dist.config import CacheConfig
 from moeca_dist.engine import Engine
 from moeca_dist.quality import psnr_db, squared_error, unit_images
 from moeca_dist.report import FlopsReport
-from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import OutputWeights
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
-from moeca_dist.tuning.frechet import FrechetTest, Rise
 from moeca_dist.tuning.profile import make_profile
 from moeca_dist.tuning.proxy import Proxy
 from moeca_dist.tuning.schedules import Schedule, neighbour
@@ -56,7 +54,6 @@ class Laboratory:
     state: StateFile | None
     trials: dict[Candidate, Trial] = field(default_factory=dict)
     searches: dict[int, tuple[Schedule, ...]] = field(default_factory=dict)
-    rises: dict[Candidate, Rise] = field(default_factory=dict)
     on_answer: Callable[[], None] = lambda: None
 
     @classmethod
@@ -76,8 +73,6 @@ class Laboratory:
             if "trial" in found:
                 trial = Trial.from_json(found["trial"])
                 lab.trials[trial.candidate] = trial
-            elif "rise" in found:
-                lab.rises[Candidate.from_json(found["candidate"])] = Rise(**found["rise"])
             else:
                 lab.searches[found["total"]] = tuple(_schedule(tree) for tree in found["schedules"])
         return lab
@@ -116,20 +111,6 @@ class Laboratory:
             self._keep({"trial": self.trials[candidate].to_json()})
             self.on_answer()
         return self.trials[candidate]
-
-    def rise(self, test: FrechetTest, candidate: Candidate) -> Rise:
-        """The candidate's Frechet distance on the images of ``test``, which is the same in all questions."""
-        if candidate not in self.rises:
-            cache = candidate.cache()
-            self.rises[candidate] = test.rise(self.calibrated(cache, self.fitted(cache).fitted.weights))
-            self._keep({"candidate": candidate.to_json(), "rise": self.rises[candidate].to_json()})
-            self.on_answer()
-        return self.rises[candidate]
-
-    def calibrated(self, cache: CacheConfig, weights: OutputWeights) -> Engine:
-        """``cache`` ready to generate with its weights."""
-        calibration = Calibration(self.engine.with_cache(cache).setup.fitted_for(), weights, {})
-        return self.engine.with_cache(cache, calibration)
 
     def fitted(self, cache: CacheConfig) -> FittedRun:
         """Weights for ``cache``."""

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from moeca_dist.tuning.candidate import Figures, Trial
 from moeca_dist.tuning.schedules import num_full
-from moeca_dist.tuning.tune import Comparison, Rises, Settings, Tuned
+from moeca_dist.tuning.tune import Comparison, Tuned
 
 
 def page(tuned: Tuned, config: Path, calibration: Path, plot: Path) -> str:
     """Markdown; the paths are links beside it."""
     parts = [f"# Tuned for {tuned.settings.target}", _choice(tuned), _figures(tuned), _comparison(tuned.comparisons)]
-    parts += [_rises(tuned.rises, tuned.settings)] if tuned.rises is not None else []
     parts += [_others(tuned), f"![quality against FLOPs, and where the full steps sit]({plot.name})"]
     parts += [f"Files: [{config.name}]({config.name}), [{calibration.name}]({calibration.name})."]
     return "\n\n".join(parts) + "\n"
@@ -82,20 +81,6 @@ def _figures(tuned: Tuned) -> str:
     return text + (
         "\n\nThe 95% are a one-sided tolerance bound with 90% confidence for normally distributed values: it lies "
         "below what 95% of so few images exceed."
-    )
-
-
-def _rises(rises: Rises, settings: Settings) -> str:
-    rows = (
-        [name, str(settings.seed + offset), f"{rise.uncached:.3f}", f"{rise.cached:.3f}", str(rise)]
-        for name, offset, rise in (("chosen by", 1, rises.checked), ("**held out**", 2, rises.held_out))
-    )
-    head = ["", f"{rises.num_images:,} images of seed", "uncached", "cached", "rise (95% interval)"]
-    return (
-        f"Frechet distance to `{rises.against.reference.name}` in the features of "
-        f"`{Path(rises.against.features).name}`:\n\n{table(head, rows)}\n\n"
-        "Intervals are 1.96 standard errors of a bootstrap over pairs of images and over the reference. The choice was "
-        "made by the upper end of the first one."
     )
 
 

@@ -1,7 +1,6 @@
 """Tuning: profile, search by proxy, confirm by real runs, and measure the choice on images that nothing has seen."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -14,7 +13,6 @@ from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import OutputWeights
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
 from moeca_dist.tuning.choose import Chooser
-from moeca_dist.tuning.frechet import Against, FrechetTest, Reference, Rise
 from moeca_dist.tuning.laboratory import ImageSet, Laboratory, image_set
 from moeca_dist.tuning.schedules import even, num_full
 from moeca_dist.tuning.state import StateFile
@@ -24,16 +22,12 @@ from moeca_dist.types import Request
 
 @dataclass(frozen=True)
 class Settings:
-    """``seed``: of the images to fit on; the next two are of the images to check the choice and to report it on.
-
-    ``against``: what a target of Frechet distance is measured against; None with the others.
-    """
+    """``seed``: of the images to fit on; the next two are of the images to check the choice and to report it on."""
 
     target: Target
     num_images: int
     seed: int
     refinements: int
-    against: Against | None = None
 
     def requests(self, engine: Engine, offset: int) -> list[Request]:
         classes = engine.model.spec.num_classes
@@ -50,16 +44,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Rises:
-    """The choice's Frechet distance: on the images it was chosen by, and on as many held-out ones."""
-
-    against: Against
-    num_images: int
-    checked: Rise
-    held_out: Rise
-
-
-@dataclass(frozen=True)
 class Tuned:
     """What was chosen; ``predicted`` by proxy on the fitted images, ``chosen`` by a real run on them."""
 
@@ -72,7 +56,6 @@ class Tuned:
     trials: tuple[Trial, ...]
     calibration: Calibration
     num_searches: int
-    rises: Rises | None = None
 
 
 def run_identity(engine: Engine, settings: Settings) -> dict[str, Any]:
@@ -85,7 +68,7 @@ def run_identity(engine: Engine, settings: Settings) -> dict[str, Any]:
         "model": engine.config.model.model_dump(mode="json"),
         "num_images": settings.num_images,
         "seed": settings.seed,
-    } | ({} if settings.against is None else {"frechet": settings.against.identity()})
+    }
 
 
 def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, progress: bool = False) -> Tuned:
@@ -97,14 +80,10 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     """
     check_target(engine, settings.target)
     check_requests(settings.requests(engine, 0), engine.model.spec)
-    reference = None if settings.against is None else Reference.open(engine, settings.against)
     # How many there will be depends on what they find.
     with tqdm(unit=" searches and runs", desc="tuning", disable=not progress) as bar:
         lab = Laboratory.open(engine, settings.requests(engine, 0), settings.seed, state, lambda: _tick(bar))
-        rise = None
-        if reference is not None:
-            rise = partial(lab.rise, FrechetTest(engine.without_cache(), reference, settings.seed + 1))
-        chooser = Chooser(lab, settings.target, settings.refinements, rise)
+        chooser = Chooser(lab, settings.target, settings.refinements)
         chooser.ladder()
         chosen, checked = _checked(chooser, chooser.choose(), settings)
     held_out = image_set(engine, settings.requests(engine, 2))
@@ -117,17 +96,10 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
         weights,
         _fitted_on(engine, settings, comparisons[0], figures),
     )
-    rises = None
-    if reference is not None and settings.against is not None:
-        test = FrechetTest(engine.without_cache(), reference, settings.seed + 2)
-        on_held_out = test.rise(lab.calibrated(chosen.candidate.cache(), weights))
-        rises = Rises(settings.against, reference.images, chooser.rises[chosen.candidate], on_held_out)
     schedule = chosen.candidate.schedule
     predicted = Figures(chosen.speedup, tuple(lab.proxy.psnr_db([schedule])[0].tolist()))
     trials = tuple(chooser.trials.values())
-    return Tuned(
-        settings, chosen, predicted, figures, checked, comparisons, trials, calibration, len(lab.searches), rises
-    )
+    return Tuned(settings, chosen, predicted, figures, checked, comparisons, trials, calibration, len(lab.searches))
 
 
 def _tick(bar: "tqdm[NoReturn]") -> None:
