@@ -87,7 +87,7 @@ def test_remembered_outputs_are_predicted(policy: str, network: str, full_steps:
         engines[1].check_memory(2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("policy", ["moeca", "moeca_forecast", "network_forecast", "taylorseer", "toca", "dice_skip"])
 def test_the_prediction_knows_the_dtype(policy: str, dtype: str, tmp_path: Path) -> None:
     report, predicted = generate(make_config(tmp_path, policy=policy, dtype=dtype), 2)

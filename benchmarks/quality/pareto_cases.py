@@ -110,7 +110,7 @@ STORAGE: tuple[Case, ...] = tuple(
         ("taylorseer", {"full_steps": list(DEFAULT_STEPS)}),
         ("moeca", {"refresh_ratio": 0.05}),
     )
-    for dtype in ("model", "bfloat16", "float16", "float8_e4m3fn")
+    for dtype in ("model", "bfloat16", "float8_e4m3fn")
 )
 
 QUICK = ("fora: every 4", "moeca_forecast placed: default", "fewer steps: 13 steps")

@@ -101,9 +101,6 @@ def _packed(values_XD: Tensor, dtype: torch.dtype) -> Packed:
         smallest = torch.finfo(torch.float32).tiny
         scale_X1 = (values_XD.abs().amax(-1, keepdim=True).float() / _LARGEST_FLOAT8).clamp(min=smallest)
         return Packed((values_XD / scale_X1).to(_FLOAT8), scale_X1, values_XD.dtype)
-    if dtype == torch.float16 and values_XD.dtype != torch.float16:
-        limit = torch.finfo(torch.float16).max
-        values_XD = values_XD.clamp(-limit, limit)  # an infinity would spread over the image
     return Packed(values_XD.to(dtype), None, values_XD.dtype)
 
 

@@ -30,6 +30,8 @@ RENAMED_KEYS: Mapping[str, str] = MappingProxyType(
 REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("parallel.exchange", "planned"): "remove it, the ranks agree in every layer on what travels",
+        # (section.key, value): what to do instead
+        ("cache.dtype", "float16"): "use bfloat16, which takes as much memory",
     }
 )
 

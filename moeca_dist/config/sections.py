@@ -115,7 +115,7 @@ class CacheConfig(_Section):
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
     calibration: PathField | None = None
     """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
-    dtype: Literal["model", "bfloat16", "float16", "float8_e4m3fn"] = "model"
+    dtype: Literal["model", "bfloat16", "float8_e4m3fn"] = "model"
     """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
     memory_limit: str | float | None = None
     """Most that a rank's cache may keep: a size such as "2GiB", or a share (above 0, up to 1) of the device's memory.
