@@ -12,7 +12,7 @@ from hardware import REPOSITORY
 
 from moeca_dist import Engine, Request
 from moeca_dist.config import CacheConfig, load_config
-from moeca_dist.quality import psnr_db, squared_error, unit_images
+from moeca_dist.evaluation.paired import psnr_db, squared_error, unit_images
 
 POLICIES: tuple[dict[str, Any], ...] = (
     {"policy": "random", "ratio": 0.2, "order": 1},

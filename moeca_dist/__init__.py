@@ -7,17 +7,18 @@ and deepspeed take seconds to import.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moeca_dist.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from moeca_dist.checkpoints.load import load_model as load_model
     from moeca_dist.config import Config as Config
     from moeca_dist.config import load_config as load_config
-    from moeca_dist.engine import Engine as Engine
     from moeca_dist.errors import PeerLostError as PeerLostError
     from moeca_dist.errors import UserError as UserError
-    from moeca_dist.models.checkpoint import load_model as load_model
-    from moeca_dist.report import Report as Report
+    from moeca_dist.report.schema import Report as Report
+    from moeca_dist.runtime.engine import Engine as Engine
     from moeca_dist.types import Request as Request
 
-__version__ = "0.1.0"
 __all__ = ("Config", "Engine", "PeerLostError", "Report", "Request", "UserError", "load_config", "load_model")
 
 
@@ -26,15 +27,15 @@ def __getattr__(name: str) -> Any:
         case "Config" | "load_config":
             module = "moeca_dist.config"
         case "Engine":
-            module = "moeca_dist.engine"
+            module = "moeca_dist.runtime.engine"
         case "PeerLostError" | "UserError":
             module = "moeca_dist.errors"
         case "Report":
-            module = "moeca_dist.report"
+            module = "moeca_dist.report.schema"
         case "Request":
             module = "moeca_dist.types"
         case "load_model":
-            module = "moeca_dist.models.checkpoint"
+            module = "moeca_dist.checkpoints.load"
         case _:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(module), name)

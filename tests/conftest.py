@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which DeepSpeed does wherever it is installed.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_dist import Engine, Request, UserError
-from moeca_dist.cache.branches import BranchCache
+from moeca_dist.cache.branch_cache import BranchCache
 from moeca_dist.cache.budget import Backlog, Candidates, chosen, select
 from moeca_dist.cache.session import StepCache
-from moeca_dist.checks import check_config
 from moeca_dist.cli import main
 from moeca_dist.config import Config
-from moeca_dist.memory import cache_size
-from moeca_dist.moe.placement import budget_groups, budget_rows
+from moeca_dist.moe.value_location import budget_groups, budget_rows
 from moeca_dist.parallel.all_to_all import FIXED_HEADER_BYTES
+from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.placement import ExpertPlacement
-from tests.golden_files import load_golden
-from tests.test_placement_images import difference, generate, make_config, ranks  # noqa: F401
+from moeca_dist.runtime.cache_memory import cache_size
+from moeca_dist.runtime.checks import check_config
+from tests.helpers.golden_files import load_golden
+from tests.whole_runs.test_locations import difference, generate, make_config, ranks  # noqa: F401
 
 FULL_STEPS = [0, 1, 4]
 POLICIES = ("moeca_forecast", "moeca", "random", "dice_skip")

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist import Engine, Request, UserError
-from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.late import Landing, LateRefreshes, shallow_blocks
+from moeca_dist.cache.layer_cache import BlockStep
 from moeca_dist.cache.statistics import Reason
-from moeca_dist.checks import check_config
 from moeca_dist.config import Config
-from moeca_dist.memory import cache_size
 from moeca_dist.moe import late
-from moeca_dist.moe.cached import LayerPlan
+from moeca_dist.moe.cached_layer import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.parallel.mesh import Mesh
-from tests.golden_files import load_golden
-from tests.test_placement_images import NUM_STEPS, difference, generate, make_config, ranks  # noqa: F401
+from moeca_dist.runtime.cache_memory import cache_size
+from moeca_dist.runtime.checks import check_config
+from tests.helpers.golden_files import load_golden
+from tests.whole_runs.test_locations import NUM_STEPS, difference, generate, make_config, ranks  # noqa: F401
 
 FULL_STEPS = [0, 1, 4]
 LATE_STEPS = {2, 5, 6}  # neither they nor the next ones are full, and 7 is the last

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moeca_dist.moe.experts import SwiGLU
-from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.parallel.collectives import Exchange
 
 TOKENS, TURNS = 128, 3
 NOT_SECONDS = frozenset({"bytes", "stretch"})

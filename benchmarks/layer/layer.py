@@ -24,8 +24,8 @@ from benchmarks.hardware import REPOSITORY, busy_core_seconds, conditions
 from benchmarks.layer.layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
 from benchmarks.layer.layer_contenders import CONTENDERS, Layer, Setup, classic_gate
 from benchmarks.layer.layer_report import summarise, write_results
+from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.placement import ExpertPlacement
 
 T = TypeVar("T")
 # Relative L2 distance to the naive loop above which nothing is timed.

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from benchmarks.layer.layer_cases import Case
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
-from moeca_dist.parallel.dispatch import LocalDispatcher
+from moeca_dist.parallel.dispatcher import LocalDispatcher
+from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.types import Routing
 
 Layer = Callable[[Tensor], Tensor]

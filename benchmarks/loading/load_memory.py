@@ -28,9 +28,9 @@ from torch import Tensor
 
 from benchmarks.hardware import REPOSITORY, command, commit, cpu_model
 from moeca_dist import __version__
+from moeca_dist.checkpoints.convert import convert
+from moeca_dist.checkpoints.load import load_model
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.checkpoint import load_model
-from moeca_dist.models.convert import convert
 from moeca_dist.models.registry import FAMILIES, build_model, count_parameters, original_shapes, published_spec
 from moeca_dist.parallel.mesh import Mesh
 

@@ -28,13 +28,13 @@ from benchmarks.hardware import REPOSITORY, conditions
 from benchmarks.scaling.rank_cases import config_path
 from benchmarks.scaling.rank_job import Cell, Unrounded
 from moeca_dist import Engine, Report, Request
+from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import load_config
-from moeca_dist.engine import join
-from moeca_dist.kernels.row_codes import FORMATS
-from moeca_dist.models.loading import load_weights
+from moeca_dist.kernels.int8_rows import FORMATS
 from moeca_dist.parallel.references import References
-from moeca_dist.report import scaled
-from moeca_dist.tuning.laboratory import closeness_db
+from moeca_dist.report.schema import scaled
+from moeca_dist.runtime.engine import join
+from moeca_dist.tuning.trials import closeness_db
 
 CELLS = (
     Cell("uncached", {"policy": "none"}),

@@ -34,7 +34,7 @@ from benchmarks.quality.pareto_cases import CASES, EXACT, QUICK, STORAGE, checke
 from benchmarks.quality.pareto_report import summarise, write_results
 from benchmarks.quality.pareto_run import EXACT_EVERY, Job, Record, Settings, Unit, records, seconds_per_run, sha256
 from moeca_dist.config import CacheConfig
-from moeca_dist.demo.evaluate import SHIPPED_CHECKPOINT
+from moeca_dist.demo.model_card import SHIPPED_CHECKPOINT
 from moeca_dist.errors import UserError
 
 TRIAL_IMAGES = 4

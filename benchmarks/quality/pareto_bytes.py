@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks.common.local_ranks import become_rank, free_port
+from moeca_dist.checkpoints.load import load_model
 from moeca_dist.config import Config
-from moeca_dist.engine import Engine
-from moeca_dist.models.checkpoint import load_model
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.runtime.engine import Engine
 
 NUM_RANKS = 2
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from moeca_dist import load_model
-from moeca_dist.calibrate import calibrate
 from moeca_dist.config import CacheConfig, Config
-from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.runtime.engine import Engine
+from moeca_dist.tuning.calibrate import calibrate
 from moeca_dist.types import Request
 
 SEED, HELD_OUT_SEED, NUM_IMAGES = 7, 8, 40

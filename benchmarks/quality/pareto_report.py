@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moeca_dist.demo.data import real_digits
 from moeca_dist.demo.judge import Judge, features
 from moeca_dist.evaluation.distribution import Gaussian, frechet_distance
-from moeca_dist.quality import psnr_db
+from moeca_dist.evaluation.paired import psnr_db
 
 Record = dict[str, Any]
 # Okabe and Ito's palette, told apart by the colour-blind too; the markers tell the rest.

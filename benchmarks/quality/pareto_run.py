@@ -19,12 +19,12 @@ from torch import Tensor
 
 from moeca_dist import load_model
 from moeca_dist.config import CacheConfig, Config
-from moeca_dist.engine import Engine
+from moeca_dist.evaluation.paired import squared_error, ssim, unit_images
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.quality import squared_error, ssim, unit_images
+from moeca_dist.runtime.engine import Engine
+from moeca_dist.sampling.latent_decoder import to_uint8
 from moeca_dist.types import Request
-from moeca_dist.vae import to_uint8
 
 # A fresh exact run at least once in so many runs: ratios are between neighbours in time, on machines that are shared.
 EXACT_EVERY = 16

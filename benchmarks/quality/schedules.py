@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from moeca_dist import Engine
+from moeca_dist.calibration.correction import OutputWeights
 from moeca_dist.config import CacheConfig, HalvesConfig
-from moeca_dist.sampling.combine import OutputWeights
 from moeca_dist.tuning.candidate import Figures
-from moeca_dist.tuning.laboratory import ImageSet, Laboratory, image_set
 from moeca_dist.tuning.page import table
 from moeca_dist.tuning.schedules import Schedule, even, num_full
+from moeca_dist.tuning.trials import ImageSet, Laboratory, image_set
 from moeca_dist.types import Request
 
 FIT_SEED = 7

@@ -19,9 +19,9 @@ from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig, HalvesConfig
-from moeca_dist.demo.evaluate import SHIPPED_CHECKPOINT
+from moeca_dist.demo.model_card import SHIPPED_CHECKPOINT
+from moeca_dist.evaluation.paired import psnr_db, squared_error, unit_images
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.quality import psnr_db, squared_error, unit_images
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Request

@@ -23,10 +23,10 @@ from typing import Any
 import psutil
 
 from benchmarks.hardware import REPOSITORY, conditions
-from moeca_dist.batch.jobs import LabelCycle
-from moeca_dist.batch.ledger import Plan
-from moeca_dist.batch.manifest import MANIFEST, read_records
-from moeca_dist.batch.supervisor import Supervisor
+from moeca_dist.ray_batch.jobs import LabelCycle
+from moeca_dist.ray_batch.ledger import Plan
+from moeca_dist.ray_batch.manifest import MANIFEST, read_records
+from moeca_dist.ray_batch.supervisor import Supervisor
 
 CHUNK = 50
 MIB = 2**20

@@ -28,9 +28,9 @@ from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import run_with_torchrun
 from benchmarks.simulator.measure import record
 from moeca_dist.errors import UserError
-from moeca_dist.parallel.assign import DEFAULT_BALANCE, PlacementEffect, assign_experts, placement_effect
-from moeca_dist.parallel.placement_table import PlacementTable
-from moeca_dist.parallel.routing_trace import RoutingTrace
+from moeca_dist.parallel.expert_placement import PlacementTable
+from moeca_dist.tuning.experts.assign import DEFAULT_BALANCE, PlacementEffect, assign_experts, placement_effect
+from moeca_dist.tuning.experts.trace import RoutingTrace
 
 FIT_SEED, CHECK_SEED = 7, 0
 # Relative L2 of the median image: a route near a tie may fall otherwise where sums are rounded in another order, which

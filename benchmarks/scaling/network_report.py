@@ -24,7 +24,7 @@ from benchmarks.common.repeats import (
 from benchmarks.scaling.netns import JUMBO_MTU
 from benchmarks.scaling.rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
 from benchmarks.scaling.rank_launch import Outcome
-from moeca_dist.report import scaled
+from moeca_dist.report.schema import scaled
 
 # Samples against those of one rank with the same policy: equal to rounding without a cache (relative L2); with one, a
 # route near a tie may fall the other way and be carried on by forecasts.

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
 from benchmarks.hardware import busy_core_seconds
+from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import CacheConfig, load_config
-from moeca_dist.engine import Engine, join, read_placement
 from moeca_dist.errors import PeerLostError, UserError
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.loading import load_weights
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.runtime.engine import Engine, join, read_placement
 from moeca_dist.types import Request
 
 STATISTICS = Path("/sys/class/net")

@@ -13,7 +13,7 @@ from benchmarks.common.log_axes import plain_log
 from benchmarks.common.repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, shown, spread
 from benchmarks.scaling.rank_cases import DEFAULT, ON_ONE_RANK, UNCACHED
 from benchmarks.scaling.rank_launch import Outcome
-from moeca_dist.report import scaled
+from moeca_dist.report.schema import scaled
 from moeca_dist.timing import SECTIONS
 
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#F0E442")

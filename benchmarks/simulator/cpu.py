@@ -19,10 +19,9 @@ from benchmarks.scaling.rank_cases import CODED, ON_ONE_RANK
 from benchmarks.simulator.step import traffic_of_steps
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.cost import LimitedLinks
-from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.placement_table import PlacementTable
-from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import LayerTraffic
+from moeca_dist.parallel.expert_placement import ExpertPlacement, PlacementTable
+from moeca_dist.tuning.experts.trace import RoutingTrace
+from moeca_dist.tuning.experts.traffic import LayerTraffic
 
 OWN_SECTIONS = ("attention", "dense", "experts", "bookkeeping", "other")
 # IP and TCP headers with timestamps, of every full frame.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeca_dist.parallel.cost import Level, Topology
-from moeca_dist.parallel.traffic import LayerTraffic
+from moeca_dist.tuning.experts.traffic import LayerTraffic
 
 BYTES = 2  # of a value: bfloat16
 KERNELS_CODING = 16  # of a leg whose rows are coded and decoded: two that code, and what brings rows into order

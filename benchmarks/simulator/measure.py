@@ -22,11 +22,11 @@ from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import finish, run_with_torchrun, start_in_network, start_with_torchrun
 from benchmarks.simulator.cpu import OWN_SECTIONS
 from moeca_dist.config import load_config
-from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.record import record_routing
+from moeca_dist.runtime.engine import Engine
+from moeca_dist.tuning.experts.record import record_routing
+from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.types import Request
 
 MICRO = "benchmarks.simulator.micro_job"

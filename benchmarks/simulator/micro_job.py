@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
+from moeca_dist.checkpoints.from_config import check_weights
 from moeca_dist.config import load_config
-from moeca_dist.kernels.row_codes import FORMATS, RowFormat
-from moeca_dist.models.loading import check_weights
+from moeca_dist.kernels.int8_rows import FORMATS, RowFormat
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
-from moeca_dist.parallel.dispatch import LocalDispatcher
-from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.dispatcher import LocalDispatcher
+from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import BlockCoding, Places, RowCoding
 from moeca_dist.types import Routing
 

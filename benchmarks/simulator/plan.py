@@ -21,8 +21,8 @@ from benchmarks.simulator.plan_report import plan_markdown, plot
 from benchmarks.simulator.step import Mode, StepTime, simulate_step
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
 from moeca_dist.parallel.cost import Topology
-from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
+from moeca_dist.parallel.expert_placement import ExpertPlacement
+from moeca_dist.tuning.experts.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
 SHAPES = (
     Shape("DSMoE-3B-E16", 30, 15, 1152, 16, 2, 2880, 2880, 4608, 256, 32, 50, 3.102e9, "256 x 256"),

@@ -30,9 +30,9 @@ from benchmarks.simulator.measure import measure, record
 from benchmarks.simulator.report import validation_markdown
 from benchmarks.simulator.step import Placement, StepTime, simulate_step, traffic_of_steps
 from moeca_dist.errors import UserError
-from moeca_dist.parallel.placement_table import PlacementTable
-from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import RowBytes
+from moeca_dist.parallel.expert_placement import PlacementTable
+from moeca_dist.tuning.experts.trace import RoutingTrace
+from moeca_dist.tuning.experts.traffic import RowBytes
 
 RESULTS = REPOSITORY / "benchmarks/results"
 TABLES = RESULTS / "sim_tables"

@@ -15,10 +15,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moeca_dist.parallel.assign import homes
-from moeca_dist.parallel.placement_table import PlacementTable
-from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
+from moeca_dist.parallel.expert_placement import PlacementTable
+from moeca_dist.tuning.experts.assign import homes
+from moeca_dist.tuning.experts.trace import RoutingTrace
+from moeca_dist.tuning.experts.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
 Mode = Literal["exact", "budget"]
 Placement = Literal["home", "owner"]

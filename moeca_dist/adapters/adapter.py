@@ -20,7 +20,7 @@ from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.errors import UserError
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import Router
-from moeca_dist.parallel.dispatch import DispatchedRows, LocalDispatcher
+from moeca_dist.parallel.dispatcher import DispatchedRows, LocalDispatcher
 from moeca_dist.types import Request, Routing
 
 

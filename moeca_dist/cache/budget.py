@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.branches import EMPTY
+from moeca_dist.cache.branch_cache import EMPTY
 
 _POSITION_BITS, _SCORE_BITS = 20, 32
 _LONGEST_WAIT = 255

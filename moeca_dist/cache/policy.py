@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from moeca_dist.cache.branches import Match, Reference
+from moeca_dist.cache.branch_cache import Match, Reference
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.types import Routing, StepContext
 

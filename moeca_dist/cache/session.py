@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
 from moeca_dist.cache.budget import Budget
 from moeca_dist.cache.late import LateRefreshes
-from moeca_dist.cache.network import NetworkCache
-from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
+from moeca_dist.cache.layer_cache import BlockStep, Followed, Segment, SegmentCache
+from moeca_dist.cache.module_cache import RowCache
+from moeca_dist.cache.network_cache import NetworkCache
+from moeca_dist.cache.owner_cache import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.cache.rows import RowCache
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import AS_COMPUTED, Storage
 from moeca_dist.timing import UNTIMED, Timer

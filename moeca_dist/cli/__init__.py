@@ -6,10 +6,10 @@ import, and ``--help`` or a mistyped key must not wait for them.
 
 from collections.abc import Sequence
 
-from moeca_dist import __version__
 from moeca_dist.cli import batch, budget, calibrate, convert, evaluate, generate, place, report, trace, tune
 from moeca_dist.cli.arguments import Parser, dispatch
-from moeca_dist.cli.outcomes import exit_code
+from moeca_dist.cli.exit_codes import exit_code
+from moeca_dist.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dashboard and args.address not in ("auto", "local"):
         raise UserError("--dashboard has no effect on a cluster that runs already: remove it")
     tell_deepspeed_the_device()
-    from moeca_dist.batch.start import Options, start_batch
+    from moeca_dist.ray_batch.start import Options, start_batch
 
     options = Options(
         config=config,

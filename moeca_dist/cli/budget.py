@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _budget(args: argparse.Namespace) -> None:
-    from moeca_dist.report_view import needed_rows, read_report
+    from moeca_dist.report.tables import needed_rows, read_report
 
     rows = needed_rows(read_report(args.out), args.quantile)
     print(f"parallel:\n  exchange: budget\n  budget: [{', '.join(map(str, rows))}]")

@@ -11,8 +11,8 @@ from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from moeca_dist.calibration.file import Calibration
     from moeca_dist.parallel.mesh import Mesh
-    from moeca_dist.sampling.calibration import Calibration
 
 HELP = (
     "Fit weights that correct a cached run's outputs, on exact trajectories of a few images, and measure them on "
@@ -47,7 +47,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     tell_deepspeed_the_device()
-    from moeca_dist.engine import join
+    from moeca_dist.runtime.engine import join
 
     mesh = join(config)
     try:
@@ -60,8 +60,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _fit_and_write(config: Config, mesh: "Mesh", args: argparse.Namespace) -> None:
-    from moeca_dist.calibrate import calibrate
-    from moeca_dist.engine import Engine
+    from moeca_dist.runtime.engine import Engine
+    from moeca_dist.tuning.calibrate import calibrate
     from moeca_dist.types import Request
 
     engine = Engine.from_config(config, mesh=mesh)

@@ -9,7 +9,7 @@ from moeca_dist.cli.arguments import Parser, at_least_one
 from moeca_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from moeca_dist.models.convert import Format
+    from moeca_dist.checkpoints.convert import Format
 
 HELP = "Rewrite a checkpoint as a sharded folder, one .safetensors file or a .pt file; keys stay the same."
 # Model options, named as in the configuration.
@@ -44,7 +44,7 @@ def _convert(args: argparse.Namespace) -> None:
     to: Format = args.to or by_suffix.get(args.dst.suffix, "sharded")
     if args.shards is not None and to != "sharded":
         raise UserError(f"--shards has no effect on a {to} file: remove it, or add --to sharded")
-    from moeca_dist.models.convert import convert
+    from moeca_dist.checkpoints.convert import convert
 
     options = {name: getattr(args, name) for name, _ in _MODEL_OPTIONS}
     shards = {} if args.shards is None else {"num_shards": args.shards}

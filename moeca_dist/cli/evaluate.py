@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moeca_dist.cli.arguments import Parser, at_least_one, seed
 from moeca_dist.errors import UserError
-from moeca_dist.evaluation.metrics import DISTRIBUTION, PAIRED
+from moeca_dist.evaluation.metric_names import DISTRIBUTION, PAIRED
 
 HELP = (
     "Measure images against a reference: pair by pair with the uncached images of the same seeds, and as a set with "

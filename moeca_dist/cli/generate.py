@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeca_dist.cli.arguments import Parser, at_least_one, parse_labels, seed
-from moeca_dist.cli.quality import Wish, add_quality_arguments, with_wish
+from moeca_dist.cli.quality_preset import Wish, add_quality_arguments, with_wish
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from moeca_dist.engine import Engine
-    from moeca_dist.outputs import OutputFolder
     from moeca_dist.parallel.mesh import Mesh
+    from moeca_dist.runtime.engine import Engine
+    from moeca_dist.runtime.output_folder import OutputFolder
     from moeca_dist.types import Request
 
 HELP = "Generate images. Under torchrun or the deepspeed launcher all ranks of the run do it together."
@@ -62,9 +62,9 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
     output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
     """
     tell_deepspeed_the_device()
-    from moeca_dist.checks import check_cache_fits, check_config
-    from moeca_dist.engine import join
     from moeca_dist.parallel.agreement import agreed
+    from moeca_dist.runtime.checks import check_cache_fits, check_config
+    from moeca_dist.runtime.engine import join
 
     mesh = join(config)
     try:
@@ -91,9 +91,9 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
 def _generate_into(
     folder: "OutputFolder | None", config: Config, wish: Wish, mesh: "Mesh", args: argparse.Namespace
 ) -> None:
-    from moeca_dist.engine import Engine
+    from moeca_dist.runtime.engine import Engine
+    from moeca_dist.sampling.latent_decoder import HOW_TO_GET_PIXELS
     from moeca_dist.types import Request
-    from moeca_dist.vae import HOW_TO_GET_PIXELS
 
     engine = wish.granted(Engine.from_config(config, mesh=mesh))
     classes = [label for part in args.labels or [range(engine.model.spec.num_classes)] for label in part]
@@ -130,7 +130,7 @@ def _saved(engine: "Engine", folder: "OutputFolder") -> Config:
 
 
 def _open_folder(args: argparse.Namespace) -> "OutputFolder":
-    from moeca_dist.outputs import OutputFolder
+    from moeca_dist.runtime.output_folder import OutputFolder
 
     return OutputFolder(args.out, args.num_images, overwrite=args.overwrite, compare=args.compare_uncached)
 

@@ -9,8 +9,8 @@ from moeca_dist.cli.arguments import Parser, at_least_one, at_least_zero
 from moeca_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from moeca_dist.parallel.placement_table import PlacementTable
-    from moeca_dist.parallel.routing_trace import RoutingTrace
+    from moeca_dist.parallel.expert_placement import PlacementTable
+    from moeca_dist.tuning.experts.trace import RoutingTrace
 
 HELP = (
     "Assign experts to ranks from a routing trace (`moeca trace`), so that all ranks compute alike and experts that "
@@ -50,8 +50,8 @@ def _place(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists already; choose another --out, or add --overwrite to replace it")
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
-    from moeca_dist.parallel.assign import DEFAULT_BALANCE, assign_experts
-    from moeca_dist.parallel.routing_trace import RoutingTrace
+    from moeca_dist.tuning.experts.assign import DEFAULT_BALANCE, assign_experts
+    from moeca_dist.tuning.experts.trace import RoutingTrace
 
     trace = RoutingTrace.read(args.trace)
     other = None if args.check is None else RoutingTrace.read(args.check)
@@ -75,8 +75,8 @@ def _place(args: argparse.Namespace) -> None:
 
 
 def _effect(trace: "RoutingTrace", table: "PlacementTable", num_ranks: int) -> str:
-    from moeca_dist.parallel.assign import placement_effect
-    from moeca_dist.parallel.placement_table import PlacementTable
+    from moeca_dist.parallel.expert_placement import PlacementTable
+    from moeca_dist.tuning.experts.assign import placement_effect
 
     equal = placement_effect(trace, PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks), num_ranks)
     placed = placement_effect(trace, table, num_ranks)

@@ -15,11 +15,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from moeca_dist.report_view import read_report, render
+    from moeca_dist.report.tables import read_report, render
 
     report = read_report(args.out)
     print(render(report))
     if args.plots:
-        from moeca_dist.report_plots import write_plots
+        from moeca_dist.report.plots import write_plots
 
         print("\n" + "\n".join(f"plot: {path}" for path in write_plots(report, args.out)))

@@ -38,8 +38,8 @@ def _trace(args: argparse.Namespace) -> None:
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     tell_deepspeed_the_device()
-    from moeca_dist.engine import Engine, join
-    from moeca_dist.record import record_routing
+    from moeca_dist.runtime.engine import Engine, join
+    from moeca_dist.tuning.experts.record import record_routing
     from moeca_dist.types import Request
 
     mesh = join(config)

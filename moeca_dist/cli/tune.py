@@ -55,9 +55,9 @@ def _tune(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     validate_world(config, launcher_number("WORLD_SIZE", 1))
     tell_deepspeed_the_device()
-    from moeca_dist.checks import check_config
-    from moeca_dist.engine import join
     from moeca_dist.parallel.agreement import agreed
+    from moeca_dist.runtime.checks import check_config
+    from moeca_dist.runtime.engine import join
     from moeca_dist.tuning.files import TunedFiles
 
     files = TunedFiles(args.out)
@@ -74,9 +74,9 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _tune_and_write(config: Config, mesh: "Mesh", files: "TunedFiles", args: argparse.Namespace) -> None:
-    from moeca_dist.engine import Engine
     from moeca_dist.parallel.agreement import agreed
-    from moeca_dist.tuning.state import StateFile
+    from moeca_dist.runtime.engine import Engine
+    from moeca_dist.tuning.resume import StateFile
     from moeca_dist.tuning.target import Target
     from moeca_dist.tuning.tune import Settings, check_target, run_identity, tune
 

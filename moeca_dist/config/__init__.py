@@ -5,16 +5,16 @@ mistyped or out of range is a `UserError` that names the key, where it was writt
 """
 
 from moeca_dist.config.loading import load_config as load_config
-from moeca_dist.config.sections import QUALITY_NAMES as QUALITY_NAMES
-from moeca_dist.config.sections import BudgetRows as BudgetRows
-from moeca_dist.config.sections import CacheConfig as CacheConfig
-from moeca_dist.config.sections import Config as Config
-from moeca_dist.config.sections import HalvesConfig as HalvesConfig
-from moeca_dist.config.sections import ModelConfig as ModelConfig
-from moeca_dist.config.sections import ParallelConfig as ParallelConfig
-from moeca_dist.config.sections import QualityConfig as QualityConfig
-from moeca_dist.config.sections import QualityName as QualityName
-from moeca_dist.config.sections import SamplingConfig as SamplingConfig
-from moeca_dist.config.sections import TelemetryConfig as TelemetryConfig
-from moeca_dist.config.sections import parse_size as parse_size
-from moeca_dist.config.sections import validate_world as validate_world
+from moeca_dist.config.schema import QUALITY_NAMES as QUALITY_NAMES
+from moeca_dist.config.schema import BudgetRows as BudgetRows
+from moeca_dist.config.schema import CacheConfig as CacheConfig
+from moeca_dist.config.schema import Config as Config
+from moeca_dist.config.schema import HalvesConfig as HalvesConfig
+from moeca_dist.config.schema import ModelConfig as ModelConfig
+from moeca_dist.config.schema import ParallelConfig as ParallelConfig
+from moeca_dist.config.schema import QualityConfig as QualityConfig
+from moeca_dist.config.schema import QualityName as QualityName
+from moeca_dist.config.schema import SamplingConfig as SamplingConfig
+from moeca_dist.config.schema import TelemetryConfig as TelemetryConfig
+from moeca_dist.config.schema import parse_size as parse_size
+from moeca_dist.config.schema import validate_world as validate_world

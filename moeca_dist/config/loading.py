@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from moeca_dist.config.former_keys import explain_refused_value, explain_unknown_key
-from moeca_dist.config.sections import Config, PathField
+from moeca_dist.config.schema import Config, PathField
 from moeca_dist.config.yaml_file import parse_yaml, read_sections
 from moeca_dist.errors import UserError
 

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
+from moeca_dist.checkpoints.tensor_source import spec_metadata
 from moeca_dist.demo.balance import LoadBalancer
 from moeca_dist.demo.data import IMAGE_SIZE, NUM_CLASSES, Digits, augment, load_split
 from moeca_dist.errors import UserError
 from moeca_dist.models.registry import FAMILIES
 from moeca_dist.models.spec import ModelSpec, TimeConvention
-from moeca_dist.models.tensor_source import spec_metadata
 
 DEMO_SPEC = ModelSpec(
     family="dsmoe",

@@ -22,14 +22,14 @@ from moeca_dist.evaluation.distribution import (
     radii,
 )
 from moeca_dist.evaluation.features import POOLED, PROBABILITIES, SPATIAL, open_network
-from moeca_dist.evaluation.images import read_statistics
-from moeca_dist.evaluation.metrics import DISTRIBUTION
+from moeca_dist.evaluation.image_sets import read_statistics
+from moeca_dist.evaluation.lpips import Perceptual
+from moeca_dist.evaluation.metric_names import DISTRIBUTION
+from moeca_dist.evaluation.paired import psnr_db
 from moeca_dist.evaluation.passes import Chunk, FeatureFile, FrechetResamples, Measure, Pass, chunks
-from moeca_dist.evaluation.perceptual import Perceptual
 from moeca_dist.evaluation.processes import in_processes
 from moeca_dist.evaluation.request import STATISTICS, Plan, Settings, make_plan
 from moeca_dist.evaluation.result import Evaluation, Figure
-from moeca_dist.quality import psnr_db
 
 # Layers of the feature network that each metric reads, of OUT and of REF.
 _LAYERS = {

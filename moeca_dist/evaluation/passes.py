@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from moeca_dist.evaluation.distribution import Gaussian, frechet_distance
 from moeca_dist.evaluation.features import open_network
-from moeca_dist.evaluation.images import ImageSet
+from moeca_dist.evaluation.image_sets import ImageSet
 from moeca_dist.evaluation.intervals import draws
-from moeca_dist.evaluation.perceptual import Perceptual
-from moeca_dist.quality import squared_error, ssim, unit_images
+from moeca_dist.evaluation.lpips import Perceptual
+from moeca_dist.evaluation.paired import squared_error, ssim, unit_images
 
 Pass = Literal["paired", "out", "reference"]
 # Values (bytes of uint8 images) that are read at once, and those that float64 metrics work on at once.

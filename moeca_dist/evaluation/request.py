@@ -9,8 +9,8 @@ import torch
 
 from moeca_dist.errors import UserError
 from moeca_dist.evaluation.distribution import NEIGHBOURS
-from moeca_dist.evaluation.images import ImageSet, find_images
-from moeca_dist.evaluation.metrics import DISTRIBUTION, PAIRED
+from moeca_dist.evaluation.image_sets import ImageSet, find_images
+from moeca_dist.evaluation.metric_names import DISTRIBUTION, PAIRED
 
 LEAST_IMAGES = {"frechet": 2, "sfid": 2, "inception_score": 2, "precision_recall": NEIGHBOURS + 1}
 # What stands in for the reference's images in files that keep statistics: names of mean and covariance.

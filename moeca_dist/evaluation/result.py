@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeca_dist import __version__
 from moeca_dist.errors import UserError
 from moeca_dist.evaluation.intervals import CONFIDENCE, Interval
 from moeca_dist.evaluation.request import Plan
+from moeca_dist.version import __version__
 
 
 @dataclass(frozen=True)

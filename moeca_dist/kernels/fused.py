@@ -14,8 +14,8 @@ from moeca_dist.kernels.fused_codes import decode_rows, encode_rows
 from moeca_dist.kernels.fused_gather import gather_by_expert
 from moeca_dist.kernels.fused_residual import residual
 from moeca_dist.kernels.fused_router import route_tokens
+from moeca_dist.kernels.int8_rows import RowFormat
 from moeca_dist.kernels.reference import ReferenceKernels
-from moeca_dist.kernels.row_codes import RowFormat
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeca_dist.kernels.int8_rows import SCALE_BYTES, RowFormat
 from moeca_dist.kernels.launch import rows_apart
-from moeca_dist.kernels.row_codes import SCALE_BYTES, RowFormat
 from moeca_dist.kernels.types import HeldRows
 
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.kernels.row_codes import RowFormat, decode, encode
+from moeca_dist.kernels.int8_rows import RowFormat, decode, encode
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from moeca_dist.kernels.row_codes import RowFormat
+from moeca_dist.kernels.int8_rows import RowFormat
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeca_dist.cache.block import BlockStep
+from moeca_dist.cache.layer_cache import BlockStep
 from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
 from moeca_dist.models.modulation import Modulation, modulate, normalise

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moeca_dist.cache.block import BlockStep
-from moeca_dist.cache.rows import Rows
+from moeca_dist.cache.layer_cache import BlockStep
+from moeca_dist.cache.module_cache import Rows
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.models.attention import Attention, RotaryTable, merge_heads, mix
 from moeca_dist.models.modulation import Modulation, empty_stream

@@ -7,9 +7,8 @@ from torch import nn
 
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.moe.experts import RoutedExperts
-from moeca_dist.parallel.dispatch import Dispatcher
-from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.placement_table import PlacementTable
+from moeca_dist.parallel.dispatcher import Dispatcher
+from moeca_dist.parallel.expert_placement import ExpertPlacement, PlacementTable
 
 
 def shard_experts(

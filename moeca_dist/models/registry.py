@@ -13,7 +13,7 @@ import torch
 from moeca_dist.errors import UserError
 from moeca_dist.models import dit_moe, dsmoe
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.inference import Shapes, dit_moe_spec, dsmoe_spec
+from moeca_dist.models.infer_spec import Shapes, dit_moe_spec, dsmoe_spec
 from moeca_dist.models.spec import ModelSpec
 
 

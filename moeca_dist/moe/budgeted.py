@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.cache.block import BlockStep
-from moeca_dist.cache.branches import Match
+from moeca_dist.cache.branch_cache import Match
 from moeca_dist.cache.budget import Budget, Candidates, chosen, select
+from moeca_dist.cache.layer_cache import BlockStep
 from moeca_dist.cache.statistics import Reason
-from moeca_dist.moe.cached import (
+from moeca_dist.moe.cached_layer import (
     BudgetedRows,
     Decision,
     LayerPlan,
@@ -34,7 +34,7 @@ from moeca_dist.moe.cached import (
     served,
 )
 from moeca_dist.moe.router import Router
-from moeca_dist.parallel.dispatch import Dispatcher, FixedRows
+from moeca_dist.parallel.dispatcher import Dispatcher, FixedRows
 from moeca_dist.types import Routing
 
 

@@ -12,15 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.late import Landing, may_be_late, shallow_blocks
+from moeca_dist.cache.layer_cache import BlockStep
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.config import Config
 from moeca_dist.errors import UserError
-from moeca_dist.moe.cached import LayerPlan, Part
-from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher
-from moeca_dist.parallel.pending import Pending
+from moeca_dist.moe.cached_layer import LayerPlan, Part
+from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher
+from moeca_dist.parallel.handle import Pending
 from moeca_dist.types import Branches, Routing, StepContext
 
 Compute = Callable[[DispatchedRows], Pending[Tensor]]

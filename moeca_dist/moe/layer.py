@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from moeca_dist.cache.block import BlockStep
-from moeca_dist.cache.branches import Match
-from moeca_dist.cache.rows import Rows
+from moeca_dist.cache.branch_cache import Match
+from moeca_dist.cache.layer_cache import BlockStep
+from moeca_dist.cache.module_cache import Rows
 from moeca_dist.moe import late
 from moeca_dist.moe.budgeted import budgeted_layer
-from moeca_dist.moe.cached import (
+from moeca_dist.moe.cached_layer import (
     BudgetedRows,
     LayerPlan,
     count_reasons,
@@ -25,11 +25,11 @@ from moeca_dist.moe.cached import (
     serve,
 )
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.moe.owner import routed_at_owners
+from moeca_dist.moe.owner_layer import routed_at_owners
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
-from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, LocalDispatcher
-from moeca_dist.parallel.pending import Pending
+from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher, LocalDispatcher
+from moeca_dist.parallel.handle import Pending
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.types import Branches
 

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from moeca_dist.kernels.reference import inverse
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.parallel.coded_wire import CodedPairs, send_pairs
-from moeca_dist.parallel.dispatch import DispatchedRows, FixedRows, RowPlan
-from moeca_dist.parallel.exchange import Exchange
-from moeca_dist.parallel.pairs import PairExchange
-from moeca_dist.parallel.pending import Pending
-from moeca_dist.parallel.placement import ExpertPlacement
+from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.dispatcher import DispatchedRows, FixedRows, RowPlan
+from moeca_dist.parallel.expert_placement import ExpertPlacement
+from moeca_dist.parallel.handle import Pending
+from moeca_dist.parallel.owner_exchange import PairExchange
 from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.wire import WORD_BYTES, Pairs, legs, pair_sums, paired, send, send_back, token_sums
+from moeca_dist.parallel.row_packing import WORD_BYTES, Pairs, legs, pair_sums, paired, send, send_back, token_sums
 from moeca_dist.types import Branches, Routing, positions
 
 BRANCH_HEADER_BYTES = WORD_BYTES  # expert, and whether a pair starts

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moeca_dist.kernels.select import kernels_for
-from moeca_dist.parallel.exchange import Exchange
-from moeca_dist.parallel.pending import Pending
+from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.handle import Pending
 from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, send
+from moeca_dist.parallel.row_packing import WORD_BYTES, Leg, Pairs, send
 
 KEY_BYTES = WORD_BYTES  # where the owner finds the pair's references
 

@@ -16,7 +16,7 @@ from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
 from moeca_dist.errors import PeerLostError, UserError
-from moeca_dist.parallel.exchange import Exchange
+from moeca_dist.parallel.collectives import Exchange
 
 logger = logging.getLogger(__name__)
 

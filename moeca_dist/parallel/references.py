@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from moeca_dist.kernels.row_codes import RowFormat
+from moeca_dist.kernels.int8_rows import RowFormat
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import HeldRows
 

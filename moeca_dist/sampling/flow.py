@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moeca_dist.errors import UserError
+from moeca_dist.sampling.denoiser import Denoiser, OnStep
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.sampling.step import Denoiser, OnStep
 from moeca_dist.types import StepContext
 
 

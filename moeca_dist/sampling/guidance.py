@@ -3,14 +3,15 @@
 Shape suffixes: B images, N network rows (B, or 2B with guidance), C channels, H height, W width.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moeca_dist.cache.session import CacheSession, StepCache
-from moeca_dist.sampling.combine import Combine, Guidance
-from moeca_dist.sampling.step import Denoiser
+from moeca_dist.sampling.denoiser import Denoiser
 from moeca_dist.types import StepContext
 
 
@@ -30,6 +31,25 @@ class CachedModel(Protocol):
     """A model that also takes the caches of one step."""
 
     def __call__(self, x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, cache: StepCache, /) -> Tensor: ...
+
+
+class Combine(Protocol):
+    """The halves' guided channels, conditional first, and the state they were computed for -> one output."""
+
+    def __call__(self, halves: Sequence[Tensor], x_BCHW: Tensor, step: StepContext, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance alone: ``uncond + scale * (cond - uncond)``; one half is passed through."""
+
+    scale: float
+
+    def __call__(self, halves: Sequence[Tensor], x_BCHW: Tensor, step: StepContext, /) -> Tensor:
+        if len(halves) == 1:
+            return halves[0]
+        cond_BCHW, uncond_BCHW = halves
+        return uncond_BCHW + self.scale * (cond_BCHW - uncond_BCHW)
 
 
 def exact(model: Model) -> Network:

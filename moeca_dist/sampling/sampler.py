@@ -13,10 +13,9 @@ from torch import Tensor
 from moeca_dist.errors import UserError
 from moeca_dist.models.spec import ModelSpec, TimeConvention
 from moeca_dist.sampling import ddpm, flow
-from moeca_dist.sampling.combine import Combine
-from moeca_dist.sampling.guidance import Network, guided
+from moeca_dist.sampling.denoiser import Denoiser, OnStep
+from moeca_dist.sampling.guidance import Combine, Network, guided
 from moeca_dist.sampling.noise import NoiseSource
-from moeca_dist.sampling.step import Denoiser, OnStep
 from moeca_dist.types import Request
 
 Gains = Callable[[int, int], tuple[float, float]]

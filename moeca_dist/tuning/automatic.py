@@ -7,12 +7,12 @@ nothing is taken on trust: other images decide whether the weights are used at a
 import logging
 
 from moeca_dist.cache.policies.network_forecast import DEFAULT_ORDER
+from moeca_dist.calibration.file import Calibration
 from moeca_dist.config import CacheConfig, QualityName
-from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
-from moeca_dist.sampling.calibration import Calibration
+from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.candidate import Candidate, Figures
-from moeca_dist.tuning.laboratory import ImageSet, Laboratory, image_set
+from moeca_dist.tuning.trials import ImageSet, Laboratory, image_set
 from moeca_dist.types import Request
 
 logger = logging.getLogger(__name__)

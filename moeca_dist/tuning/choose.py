@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 from moeca_dist.errors import UserError
 from moeca_dist.tuning.candidate import ORDERS, Candidate, PolicyName, Trial
-from moeca_dist.tuning.laboratory import Laboratory
 from moeca_dist.tuning.schedules import Schedule, even, num_full
 from moeca_dist.tuning.target import Target
+from moeca_dist.tuning.trials import Laboratory
 
 # Shares of the evaluations that are full, from the coarsest to the most faithful: the first look, and the table.
 LADDER = (0.08, 0.12, 0.16, 0.22, 0.3, 0.4, 0.55)

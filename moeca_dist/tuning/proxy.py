@@ -1,8 +1,8 @@
 """What a schedule is worth, without an evaluation of the network: the calibrated run, open loop.
 
 At a full step the half's output is the recorded exact one, in between it is the polynomial through the last recorded
-ones; guidance, fitted corrections and the solver run as in a real run (``sampling/fit.py``). What is left out is that a
-real run's full steps see a state that has drifted, and that a policy may forecast better or worse than the polynomial,
+ones; guidance, fitted corrections and the solver run as in a real run (``calibration/fit.py``). What is left out is that
+a real run's full steps see a state that has drifted, and that a policy may forecast better or worse than the polynomial,
 so the proxy is optimistic; it ranks schedules, and real runs confirm them.
 
 All steps' terms except the state are known before the first step, so S schedules are scored together.
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeca_dist.quality import psnr_db
-from moeca_dist.sampling.combine import DEFAULT_HISTORY, num_terms
-from moeca_dist.sampling.fit import RIDGE
+from moeca_dist.calibration.correction import DEFAULT_HISTORY, num_terms
+from moeca_dist.calibration.fit import RIDGE
+from moeca_dist.evaluation.paired import psnr_db
 from moeca_dist.sampling.sampler import Gains
-from moeca_dist.tuning.profile import Profile
 from moeca_dist.tuning.schedules import Schedule, as_mask
+from moeca_dist.tuning.trajectories import Profile
 
 # Schedules scored at a time: enough to fill the small matrix products, as far as 128 MiB hold their terms.
 CHUNK, CHUNK_VALUES = 64, 2**24

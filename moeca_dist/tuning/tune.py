@@ -5,18 +5,18 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from moeca_dist.checks import check_requests
+from moeca_dist.calibration.correction import OutputWeights
+from moeca_dist.calibration.file import Calibration
 from moeca_dist.config import CacheConfig
-from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
-from moeca_dist.sampling.calibration import Calibration
-from moeca_dist.sampling.combine import OutputWeights
+from moeca_dist.runtime.checks import check_requests
+from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
 from moeca_dist.tuning.choose import Chooser
-from moeca_dist.tuning.laboratory import ImageSet, Laboratory, image_set
+from moeca_dist.tuning.resume import StateFile
 from moeca_dist.tuning.schedules import even, num_full
-from moeca_dist.tuning.state import StateFile
 from moeca_dist.tuning.target import Target
+from moeca_dist.tuning.trials import ImageSet, Laboratory, image_set
 from moeca_dist.types import Request
 
 

@@ -22,7 +22,7 @@ from benchmarks.quality.pareto_report import mark_frontier, unpacked
 from benchmarks.quality.pareto_run import Job, Settings, packed
 from moeca_dist import UserError
 from moeca_dist.config import CacheConfig
-from moeca_dist.demo.evaluate import SHIPPED_CHECKPOINT
+from moeca_dist.demo.model_card import SHIPPED_CHECKPOINT
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 
 REPOSITORY = Path(__file__).parents[2]

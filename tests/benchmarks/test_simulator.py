@@ -14,9 +14,9 @@ from benchmarks.scaling import netns
 from benchmarks.simulator import cpu, measure, plan
 from benchmarks.simulator.step import simulate_step, traffic_of_steps
 from moeca_dist.errors import UserError
-from moeca_dist.parallel.placement_table import PlacementTable
-from moeca_dist.parallel.routing_trace import RoutingTrace
-from moeca_dist.parallel.traffic import RowBytes
+from moeca_dist.parallel.expert_placement import PlacementTable
+from moeca_dist.tuning.experts.trace import RoutingTrace
+from moeca_dist.tuning.experts.traffic import RowBytes
 
 
 @pytest.fixture

@@ -29,10 +29,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moeca_dist.cache.expert_usage import spread
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, schedule_of
 from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.cache.statistics import CacheStatistics, Reason
-from moeca_dist.cache.usage import spread
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import Routing, StepContext
 

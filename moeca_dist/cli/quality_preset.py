@@ -1,0 +1,84 @@
+"""``--quality`` and ``--target-psnr``: from a wish to a tuned file, or to a calibration at the start of the run."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeca_dist.cli.arguments import Parser, decibels
+from moeca_dist.config import QUALITY_NAMES, Config, QualityName, load_config
+from moeca_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from moeca_dist.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for; ``automatic`` where no tuned file answers it."""
+
+    quality: QualityName | None
+    target_psnr_db: float | None
+    automatic: bool
+
+    def granted(self, engine: "Engine") -> "Engine":
+        """The engine to generate with. A collective of the world where the wish is automatic."""
+        if not self.automatic:
+            return engine
+        from moeca_dist.tuning.automatic import automatic
+
+        return automatic(engine, self.quality, self.target_psnr_db)
+
+
+def add_quality_arguments(parser: Parser) -> None:
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--quality", choices=QUALITY_NAMES, help="the tuned cache of that name; calibrated first where there is none"
+    )
+    wish.add_argument(
+        "--target-psnr", type=decibels, metavar="DB",
+        help="the fastest tuned cache that gives so much to 95%% of the images; calibrated first where there is none",
+    )  # fmt: skip
+
+
+def with_wish(config: Config, args: argparse.Namespace) -> tuple[Config, Wish]:
+    """``config`` with the cache of the tuned file that the wish stands for, if there is one.
+
+    Raises UserError for a cache that is set besides, and for a target that no tuned file reaches.
+    """
+    if args.quality is None and args.target_psnr is None:
+        return config, Wish(None, None, automatic=False)
+    option = "--quality" if args.quality is not None else "--target-psnr"
+    if stray := [override for override in args.overrides if override.partition("=")[0].split(".")[0] == "cache"]:
+        raise UserError(f"--set {stray[0]} has no effect with {option}, which chooses the cache: keep one of them")
+    files: dict[QualityName, Path] = {
+        name: path for name in QUALITY_NAMES if (path := getattr(config.quality, name)) is not None
+    }
+    path = None
+    if args.quality is not None:
+        path = files.get(args.quality)
+    elif files:
+        path = _fastest(files, args.target_psnr)
+    if path is not None:
+        config = config.model_copy(update={"cache": load_config(path).cache})
+    return config, Wish(args.quality, args.target_psnr, automatic=path is None)
+
+
+def _fastest(files: dict[QualityName, Path], target_psnr_db: float) -> Path:
+    from moeca_dist.calibration.file import read_calibration
+
+    reached: list[tuple[float, float, QualityName, Path]] = []
+    for name, path in files.items():
+        calibration = load_config(path).cache.calibration
+        measured = {} if calibration is None else read_calibration(calibration).fitted_on.get("after", {})
+        if not {"speedup", "bound_db"} <= measured.keys():
+            raise UserError(f"{path}: no figures of moeca tune in its calibration: tune it anew")
+        reached.append((measured["speedup"], measured["bound_db"], name, path))
+    enough = [each for each in reached if each[1] >= target_psnr_db]
+    if not enough:
+        speedup, bound_db, name, _ = max(reached, key=lambda each: each[1])
+        raise UserError(
+            f"--target-psnr {target_psnr_db:g}: of the tuned files {name} comes closest, with {bound_db:.1f} dB for "
+            f"95% of the images at {speedup:.2f}x fewer FLOPs; tune for it with moeca tune, or use cache.policy=none"
+        )
+    return max(enough)[3]

@@ -1,0 +1,154 @@
+"""The only caller of collectives: rows between ranks, their counts, and small host objects.
+
+Every method is a collective of the group: all its ranks call it, in the same order. A peer that dies or stays silent
+past the timeout raises ``PeerLostError`` here.
+
+Shape suffixes: C counts of a rank, P ranks of the group, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+from moeca_dist.errors import PeerLostError
+from moeca_dist.parallel.handle import Pending
+from moeca_dist.timing import UNTIMED, Timer
+
+_ROWS: Final = "exchanging expert rows"
+
+
+@dataclass
+class Traffic:
+    """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself.
+
+    ``bytes_exact``: what would have crossed for this rank's tokens, both ways, with every routed branch computed.
+    ``agreements``: gatherings of row counts, whose few bytes are not counted.
+    """
+
+    bytes_sent: int = 0
+    bytes_exact: int | Tensor = 0
+    collectives: int = 0
+    collectives_elided: int = 0
+    agreements: int = 0
+
+
+class Exchange:
+    """Collectives over one process group. ``device`` is where the group's backend wants its tensors."""
+
+    def __init__(self, group: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+        self.timer: Timer = UNTIMED
+
+    def gather_counts(self, counts_C: Tensor) -> Tensor:
+        """Every rank's int64 counts [C] -> the matrix [P, C] on the host, the same on all ranks."""
+        self.traffic.agreements += 1
+        gathered = torch.empty(self.size, counts_C.shape[0], dtype=counts_C.dtype, device=self.device)
+        with self.timer.section("wait"):
+            with self._watching("agreeing on row counts"):
+                dist.all_gather_into_tensor(gathered.view(-1), counts_C.to(self.device), group=self.group)
+            # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
+            return gathered.cpu()
+
+    def start_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
+        """Send ``sent[p]`` consecutive rows to each rank p; who waits gets ``received[p]`` rows from each, in order.
+
+        ``rows``: [sum(sent), D], left alone until then. The rows travel while the caller computes: on CPU in gloo's own
+        threads, with NCCL on its own stream, which the current one waits for. The sizes must agree across ranks: a
+        mismatch aborts gloo processes. No gradient passes.
+        """
+        away = rows.shape[0] - sent[self.rank]
+        self.traffic.bytes_sent += away * rows.shape[1] * rows.element_size()
+        self.traffic.collectives += 1
+        with self.timer.section("exchange"), self._watching(_ROWS):
+            # gloo moves host memory: with several ranks on one GPU the rows are staged there and back.
+            staged = rows.to(self.device).contiguous()
+            arriving = staged.new_empty(sum(received), rows.shape[1])
+            waits = self._start(arriving, staged, list(sent), list(received))
+
+        def finish() -> Tensor:
+            with self.timer.section("exchange"), self._watching(_ROWS):
+                for wait in waits:
+                    wait()
+                return arriving.to(rows.device)
+
+        return Pending(finish)
+
+    def _start(self, arriving: Tensor, rows: Tensor, sent: list[int], received: list[int]) -> list[Callable[[], Any]]:
+        """What waits for all of it; what is sent stays alive until then."""
+        if self.device.type != "cpu":
+            options = {"output_split_sizes": received, "input_split_sizes": sent, "group": self.group}
+            return [dist.all_to_all_single(arriving, rows, **options, async_op=True).wait]
+        # gloo sends once it has heard that the other side receives. Its own all-to-all says so after it has begun to
+        # send, and the word waits behind the rows: of two ranks that do not come at the same moment, one then sends
+        # after the other, and a slow link takes twice as long. So receiving comes first here.
+        into, out_of = arriving.split(received), rows.split(sent)
+        into[self.rank].copy_(out_of[self.rank])
+        others = [(self.rank + offset) % self.size for offset in range(1, self.size)]
+        works = [dist.irecv(into[p], self._member(p), group=self.group) for p in reversed(others) if received[p]]
+        works += [dist.isend(out_of[p], self._member(p), group=self.group) for p in others if sent[p]]
+        # Transfers between two ranks do not have the group's timeout by themselves.
+        return [partial(work.wait, timedelta(seconds=self.timeout_s)) for work in works]
+
+    def _member(self, rank: int) -> int:
+        """A rank of the group as one of the world."""
+        return int(dist.get_global_rank(self.group, rank))
+
+    def elide(self) -> None:
+        """Record a payload collective that no rank needs."""
+        self.traffic.collectives_elided += 1
+
+    def reset_traffic(self, timer: Timer = UNTIMED) -> None:
+        """Start counting anew, and measure with ``timer``: a report covers one run."""
+        self.traffic = Traffic()
+        self.timer = timer
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's small picklable object, in rank order."""
+        gathered: list[Any] = [None] * self.size
+        with self._watching("gathering results"):
+            dist.all_gather_object(gathered, item, group=self.group)
+        return gathered
+
+    def gather_to_first(self, block: Tensor, rows_per_rank: Sequence[int]) -> list[Tensor] | None:
+        """Blocks of different lengths, sent to group rank 0; None elsewhere.
+
+        ``block``: [rows_per_rank[rank], ...]; the trailing shape and dtype are the same on all ranks. Returned on
+        the group's device, one block per rank.
+        """
+        width = block[0].numel() if block.shape[0] else block.new_empty(block.shape[1:]).numel()
+        flat = block.reshape(block.shape[0], width).contiguous().to(self.device)
+        sent = [flat.shape[0] if rank == 0 else 0 for rank in range(self.size)]
+        received = [rows if self.rank == 0 else 0 for rows in rows_per_rank]
+        out = flat.new_empty(sum(received), width)
+        with self._watching("gathering images"):
+            dist.all_to_all_single(out, flat, output_split_sizes=received, input_split_sizes=sent, group=self.group)
+        if self.rank:
+            return None
+        return [part.view(-1, *block.shape[1:]) for part in out.split(list(rows_per_rank))]
+
+    def barrier(self) -> None:
+        with self._watching("waiting for all ranks"):
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def _watching(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"rank {self.rank} of a group of {self.size} lost contact while {doing}: another rank died or did not "
+                f"answer within {self.timeout_s:g} s; see the other ranks' output, or raise parallel.timeout_s "
+                f"({str(error).splitlines()[0]})"
+            ) from error

@@ -1,0 +1,63 @@
+"""How a configuration is carried out on the ranks: how many rows travel, when, and in which form."""
+
+import torch
+
+from moeca_dist.cache.budget import Budget
+from moeca_dist.cache.late import LateRefreshes, shallow_blocks
+from moeca_dist.config import CacheConfig, Config
+from moeca_dist.kernels.int8_rows import FORMATS
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.value_location import budget_groups, budget_rows
+from moeca_dist.parallel.expert_placement import ExpertPlacement
+from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.parallel.references import Places, RowCoding
+
+
+def late_refreshes(config: CacheConfig, spec: ModelSpec) -> LateRefreshes | None:
+    """What one session has under way from step to step; None where every refreshed branch lands in its step."""
+    share = config.late_refresh
+    return None if share is None else LateRefreshes(share, shallow_blocks(spec.moe_blocks))
+
+
+def rows_of_budget(config: Config, spec: ModelSpec, ep_size: int) -> dict[int, int] | None:
+    """Rows by MoE block of each image, guidance half and group in exchange mode ``budget``; None in the others."""
+    if config.parallel.exchange != "budget":
+        return None
+    groups = budget_groups(config.parallel, ExpertPlacement.contiguous(spec.num_experts, ep_size))
+    return budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, groups)
+
+
+def budget_of_round(
+    config: Config, rows: dict[int, int] | None, spec: ModelSpec, mesh: Mesh, images: int
+) -> Budget | None:
+    """The rows of one round with so many ``images`` here; None without ``rows``.
+
+    A collective of the expert-parallel group: its ranks may have different shares.
+    """
+    if rows is None:
+        return None
+    group = mesh.expert_group
+    most = images if group is None else max(group.gather_objects(images))
+    groups = budget_groups(config.parallel, ExpertPlacement.contiguous(spec.num_experts, mesh.ep_size))
+    return Budget(
+        rows,
+        torch.tensor(groups, device=mesh.device),
+        max(config.parallel.budget_groups or 0, mesh.ep_size),
+        mesh.ep_size,
+        most,
+        config.parallel.budget_fill,
+    )
+
+
+def row_coding(config: Config, spec: ModelSpec, mesh: Mesh, images: int) -> RowCoding | None:
+    """How the rows of one round travel, with so many ``images`` here; None where none does, or all as computed.
+
+    A collective of the expert-parallel group where it is not None: its ranks may have different shares.
+    """
+    group = mesh.expert_group
+    if config.parallel.rows == "exact" or group is None:
+        return None
+    halves = 1 if config.sampling.cfg_scale == 1 else 2
+    of_ranks = [halves * count for count in group.gather_objects(images)]
+    form = FORMATS[config.parallel.rows]
+    return RowCoding(Places.of(form, group.rank, of_ranks, spec.num_tokens, mesh.device))

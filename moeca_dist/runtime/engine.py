@@ -1,0 +1,315 @@
+"""Requests in, images out: batching over ranks, and the sampling loop.
+
+Shape suffixes: B images of this rank in a round, C channels, H and W pixels.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from moeca_dist.cache.policy import Policy
+from moeca_dist.cache.session import CacheSession
+from moeca_dist.calibration.file import Calibration
+from moeca_dist.checkpoints.from_config import load_weights
+from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
+from moeca_dist.models.backbone import DiffusionTransformer
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.parallel.agreement import agreed
+from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.references import RowCoding
+from moeca_dist.report.schema import FlopsReport, Report
+from moeca_dist.runtime.arrangement import row_coding
+from moeca_dist.runtime.cache_memory import cache_size, check_memory
+from moeca_dist.runtime.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
+from moeca_dist.runtime.collect_report import Counters, account
+from moeca_dist.runtime.cuda_graphs import GraphCounts, step_graphs
+from moeca_dist.runtime.run_plan import Setup
+from moeca_dist.sampling.denoiser import OnStep
+from moeca_dist.sampling.guidance import Combine, Network, cached, exact
+from moeca_dist.sampling.latent_decoder import LatentDecoder, to_uint8
+from moeca_dist.sampling.sampler import Sampler, sampler_for
+from moeca_dist.telemetry.observer import Observation, TraceSink, open_gpu
+from moeca_dist.timing import Timer
+from moeca_dist.types import Request, StepContext
+
+Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
+
+
+class Engine:
+    """A network on a mesh of ranks, ready to generate.
+
+    Every rank of the world builds one and calls ``generate`` with the same requests; the images arrive on rank 0.
+    Latent models without a decoder produce float32 latents [N, C, H, W] in place of uint8 images [N, H, W, C].
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: DiffusionTransformer,
+        decoder: LatentDecoder | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        """``calibration``: of this cache and network, where there is no file of it."""
+        self.config = config
+        self.mesh = mesh
+        self.model = model
+        self.decoder = decoder
+        self.sampler: Sampler = sampler_for(model.spec)
+        num_steps = config.sampling.num_steps or self.sampler.default_num_steps
+        self.setup = Setup.of(config, mesh, model, num_steps, calibration)
+        self.graphs = step_graphs(config, self.policy, model.spec, mesh, num_steps)
+        self._gpu = open_gpu(config.telemetry, mesh)
+
+    @classmethod
+    def from_config(
+        cls, config: Config | str | os.PathLike[str], overrides: Sequence[str] = (), *, mesh: Mesh | None = None
+    ) -> "Engine":
+        """Join the launcher's ranks (unless ``mesh`` is given) and load this rank's part of the model.
+
+        Raises UserError, on every rank alike, for anything wrong with the configuration, the checkpoint or the world
+        size, and PeerLostError where other ranks do not arrive.
+        """
+        config = config if isinstance(config, Config) else load_config(config, overrides)
+        mesh = mesh or join(config)
+        model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
+        return cls(config, mesh, model, agreed(mesh, lambda: _decoder(config, model.spec, mesh)))
+
+    @property
+    def num_steps(self) -> int:
+        return self.setup.num_steps
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.setup.policy
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.setup.calibration
+
+    @property
+    def resolved_config(self) -> Config:
+        """The configuration with the values that the model and the world decided: running it again is the same run."""
+        return resolve(self.config, self.model.spec, self.mesh.world_size)
+
+    @property
+    def produces_pixels(self) -> bool:
+        return self.decoder is not None or not self.model.spec.is_latent
+
+    def generate(
+        self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
+    ) -> tuple[NDArray[np.generic], Report]:
+        """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
+        batches: list[NDArray[np.generic]] = []
+        report = self.generate_into(
+            lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
+        )
+        if batches:
+            return np.concatenate(batches), report
+        return self._to_samples(torch.empty(0, *self.sampler.shape_CHW)).numpy(), report
+
+    def generate_into(
+        self,
+        sink: Sink,
+        requests: Sequence[Request],
+        *,
+        progress: bool = False,
+        trace_sink: TraceSink | None = None,
+        watcher: OnStep | None = None,
+    ) -> Report:
+        """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
+
+        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end. ``watcher`` is
+        called on this rank after every step of every round.
+
+        A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
+        model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
+        """
+        check_requests(requests, self.model.spec)
+        self.check_memory(len(requests))
+        observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
+        counters = self._start(observed)
+        rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
+        num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
+        with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
+
+            def on_step(step: StepContext) -> None:
+                bar.update()
+                observed.end_step(step.index)
+                if watcher is not None:
+                    watcher(step)
+                if self.mesh.expert_group is not None:
+                    counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
+
+            for shares in rounds:
+                samples = self._sample(shares[self.mesh.rank], counters, on_step)
+                self._deliver(sink, shares, samples)
+        observed.deliver_trace()
+        return account(self.setup, requests, counters)
+
+    def check_memory(self, num_images: int) -> None:
+        """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
+
+        A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        """
+        if self.config.cache.memory_limit is not None:
+            spec, calibration = self.model.spec, self.calibration
+            agreed(self.mesh, lambda: check_cache_fits(self.config, spec, self.mesh, num_images, calibration))
+
+    def without_cache(self) -> "Engine":
+        """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
+        return self.with_cache(CacheConfig())
+
+    def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
+        """Another cache over the same network and ranks, with a ``calibration`` of it if there is no file.
+
+        Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone.
+        """
+        parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
+        graphs = self.config.model.cuda_graphs and cache.policy == "none"
+        model = self.config.model.model_copy(update={"cuda_graphs": graphs})
+        changes = {"model": model, "cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
+        config = self.config.model_copy(update=changes)
+        return Engine(config, self.mesh, self.model, self.decoder, calibration)
+
+    def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
+        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+
+        ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
+        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        would exceed ``cache.memory_limit``.
+        """
+        return self.denoise_counting(share, combine)[0]
+
+    def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
+        """As ``denoise``, with the work that it was."""
+        if self.config.cache.memory_limit is not None:
+            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
+            how = "a batch of"
+            agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
+        observed = Observation(TelemetryConfig(), None, self.mesh, None)
+        counters = self._start(observed)
+        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
+        return samples_BCHW, self.setup.work(len(share), counters.cache).flops()
+
+    def close(self) -> None:
+        """Leave the process groups; the engine cannot generate afterwards."""
+        if self._gpu is not None:
+            self._gpu.close()
+        self.mesh.close()
+
+    @property
+    def _is_first(self) -> bool:
+        return self.mesh.rank == 0
+
+    def _sample(self, share: Sequence[Request], counters: Counters, on_step: Callable[[StepContext], None]) -> Tensor:
+        return self._to_samples(self._denoise(share, counters, on_step, self.setup.combine()))
+
+    def _denoise(
+        self,
+        share: Sequence[Request],
+        counters: Counters,
+        on_step: Callable[[StepContext], None],
+        combine: Combine | None,
+    ) -> Tensor:
+        network, finish = self._network(share, counters, combine)
+        started = time.perf_counter()
+        with counters.observed.timer.section("other"):
+            samples_BCHW = self.sampler.sample(
+                network,
+                share,
+                cfg_scale=self.config.sampling.cfg_scale,
+                num_steps=self.num_steps,
+                device=self.mesh.device,
+                on_step=on_step,
+                combine=combine,
+            )
+        if samples_BCHW.is_cuda:
+            # NOTE: a host synchronisation, once per round, so that the time is that of the work.
+            torch.cuda.synchronize(samples_BCHW.device)
+        counters.denoise_s += time.perf_counter() - started
+        finish()
+        return samples_BCHW
+
+    def _network(
+        self, share: Sequence[Request], counters: Counters, combine: Combine | None
+    ) -> tuple[Network, Callable[[], None]]:
+        """What the sampler evaluates in one round, and what is to be called after it."""
+        coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
+        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, coding)
+        timer, bound = counters.observed.timer, partial(self._bound, coding)
+        if self.graphs is not None and counters.graphs is not None and share:
+            graphed = self.graphs.begin(share, bound, open_session, counters.cache, timer, counters.graphs)
+            return graphed, graphed.finish
+        session = None if open_session is None else open_session(counters.cache, timer)
+        return bound(session, timer), partial(counters.end_round, session, coding)
+
+    def _bound(self, coding: RowCoding | None, session: CacheSession | None, timer: Timer) -> Network:
+        model = partial(self.model, timer=timer, coding=coding)
+        return exact(model) if session is None else cached(model, session)
+
+    def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
+        if self.decoder is not None:
+            return self.decoder.decode(samples_BCHW)
+        return samples_BCHW.cpu() if self.model.spec.is_latent else to_uint8(samples_BCHW)
+
+    def _deliver(self, sink: Sink, shares: list[Sequence[Request]], samples: Tensor) -> None:
+        if self.mesh.world is None:
+            sink(shares[0], samples.numpy())
+            return
+        parts = self.mesh.world.gather_to_first(samples, [len(share) for share in shares])
+        if parts is not None:
+            sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
+
+    def _start(self, observed: Observation) -> Counters:
+        if self.mesh.expert_group is not None:
+            self.mesh.expert_group.reset_traffic(observed.timer)
+        return Counters(observed, graphs=None if self.graphs is None else GraphCounts())
+
+
+_EXACT_EXCHANGE = {
+    "exchange": "exact",
+    "budget": None,
+    "budget_groups": None,
+    "budget_fill": False,
+    "rows": "exact",
+}
+
+
+def join(config: Config) -> Mesh:
+    """The mesh of the ranks that the launcher started, as ``config`` wants it."""
+    launcher = LauncherEnv.read()
+    validate_world(config, launcher.world_size)
+    return Mesh.create(
+        launcher,
+        ep_size=config.parallel.ep_size,
+        device_type=config.model.device,
+        backend=config.parallel.backend,
+        timeout_s=config.parallel.timeout_s,
+    )
+
+
+def _rounds(requests: Sequence[Request], world_size: int, batch_size: int) -> list[list[Sequence[Request]]]:
+    """Per round the share of every rank: at most ``batch_size`` each, as even as can be, some perhaps empty.
+
+    It follows from the arguments alone, so all ranks make the same number of network evaluations.
+    """
+    rounds = []
+    for start in range(0, len(requests), world_size * batch_size):
+        block = requests[start : start + world_size * batch_size]
+        bounds = [rank * len(block) // world_size for rank in range(world_size + 1)]
+        rounds.append([block[low:high] for low, high in pairwise(bounds)])
+    return rounds
+
+
+def _decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> LatentDecoder | None:
+    check_decoder(config, spec)
+    return None if config.sampling.vae is None else LatentDecoder(config.sampling.vae, device=mesh.device)
