@@ -1,6 +1,6 @@
 """Value types shared by all layers of the package.
 
-Shape suffixes: B images, T tokens (of all images of a rank), D hidden size, K routed experts per token, N branches.
+Shape suffixes: T tokens (of all images of a rank), K routed experts per token, N branches.
 """
 
 from dataclasses import dataclass
@@ -19,36 +19,58 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Routing:
-    """The router's decision for every token of a rank.
+class Branches:
+    """Some branches of a rank: int64 tokens [N], ascending, and int64 global expert ids [N]."""
 
-    ``expert_ids_TK``: int64 global expert ids, distinct within a row; the slot order carries no meaning.
-    ``gates_TK``: float weights of the chosen experts, already normalised and scaled as the model demands.
-    """
-
-    expert_ids_TK: Tensor
-    gates_TK: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return self.expert_ids_TK.shape[0]
-
-    @property
-    def num_experts_per_tok(self) -> int:
-        return self.expert_ids_TK.shape[1]
-
-    def all_branches(self) -> "Branches":
-        """Every branch, token by token, in the order of the slots."""
-        tokens = torch.arange(self.num_tokens, device=self.expert_ids_TK.device)
-        return Branches(tokens.repeat_interleave(self.num_experts_per_tok), self.expert_ids_TK.flatten())
+    token_N: Tensor
+    expert_N: Tensor
 
 
 @dataclass(frozen=True)
-class Branches:
-    """Some branches of a rank: int64 ``token_N`` and global ``expert_ids_N``."""
+class Routing:
+    """The router's decision for every token of a rank: a list of branches in the order of their tokens.
+
+    A token may have any number of distinct experts, none included. Images have equal numbers of branches.
+
+    Attributes:
+        token_N: int64 token of each branch, ascending.
+        expert_N: int64 global expert id of each branch.
+        gate_N: float weight of each branch, normalised and scaled as the model demands.
+        start_T: int64 first branch of each token.
+    """
 
     token_N: Tensor
-    expert_ids_N: Tensor
+    expert_N: Tensor
+    gate_N: Tensor
+    start_T: Tensor
+
+    @classmethod
+    def top_k(cls, expert_ids_TK: Tensor, gates_TK: Tensor) -> "Routing":
+        """List the branches of a router that gives every token K experts, slot by slot."""
+        tokens, k = expert_ids_TK.shape
+        start_T = torch.arange(0, tokens * k, k, device=expert_ids_TK.device)
+        token_N = torch.arange(tokens, device=expert_ids_TK.device).repeat_interleave(k)
+        return cls(token_N, expert_ids_TK.flatten(), gates_TK.flatten(), start_T)
+
+    @classmethod
+    def listed(cls, token_N: Tensor, expert_N: Tensor, gate_N: Tensor, num_tokens: int) -> "Routing":
+        """List branches of any number per token; ``token_N`` is ascending."""
+        per_token_T = torch.bincount(token_N, minlength=num_tokens)
+        return cls(token_N, expert_N, gate_N, per_token_T.cumsum(0) - per_token_T)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.start_T.shape[0]
+
+    @property
+    def branches(self) -> Branches:
+        """Every branch, without its gate."""
+        return Branches(self.token_N, self.expert_N)
+
+    def tokens_with(self, mask_N: Tensor) -> Tensor:
+        """Return bool [T]: tokens with at least one branch in ``mask_N``."""
+        count_T = torch.zeros(self.num_tokens, dtype=torch.int64, device=mask_N.device)
+        return count_T.index_add_(0, self.token_N, mask_N.long()) > 0
 
 
 @dataclass(frozen=True)

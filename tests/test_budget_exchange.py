@@ -12,12 +12,13 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moeca_dist.cache.budget import Backlog, Candidates, chosen, select
+from moeca_dist.runtime.checks import check_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_dist import Engine, Request, UserError
 from moeca_dist.cache.branch_cache import BranchCache
-from moeca_dist.cache.budget import Backlog, Candidates, chosen, select
 from moeca_dist.cache.session import StepCache
 from moeca_dist.cli import main
 from moeca_dist.config import Config
@@ -26,7 +27,6 @@ from moeca_dist.parallel.all_to_all import FIXED_HEADER_BYTES
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.runtime.cache_memory import cache_size
-from moeca_dist.runtime.checks import check_config
 from tests.helpers.golden_files import load_golden
 from tests.whole_runs.test_locations import difference, generate, make_config, ranks  # noqa: F401
 
@@ -167,7 +167,7 @@ def test_what_waits_does_not_depend_on_the_ranks(ranks, model, policy: str, worl
     images, report, _ = ranks(world[0]).run(generate, budgeted(model, cache, world[1], budget=1, budget_groups=4))[0]
     assert difference(images, expected) <= 1e-5
     assert alone.branches.deferred > 0 and report.branches == alone.branches
-    assert report.exchange.agreements > 0  # of the full steps alone
+    assert report.exchange.count_exchanges > 0  # of the full steps alone
 
 
 def test_what_waits_does_not_depend_on_the_batch(model) -> None:
@@ -225,7 +225,7 @@ def test_what_travels_is_what_is_budgeted(two_ranks, model, budget: Any) -> None
     steps = [step for step in range(report.num_steps) if step not in FULL_STEPS]
     assert [report.exchange.bytes_per_step[step] for step in steps] == [cached_bytes] * len(steps)
     layers = len(rows)
-    assert report.exchange.agreements == 2 * layers * len(FULL_STEPS)
+    assert report.exchange.count_exchanges == 2 * layers * len(FULL_STEPS)
     assert report.exchange.collectives == 2 * layers * 2 * report.num_steps
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moeca_dist.moe.experts import SwiGLU
-from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.collectives import Collectives
 
 TOKENS, TURNS = 128, 3
 NOT_SECONDS = frozenset({"bytes", "stretch"})
@@ -35,7 +35,7 @@ class FixedWork:
         return time.process_time() - started
 
 
-def reference_seconds(work: FixedWork, group: Exchange | None) -> float:
+def reference_seconds(work: FixedWork, group: Collectives | None) -> float:
     """Of a pass while all ranks of ``group`` do the same; median of a few, and of the ranks."""
     if group is not None:
         group.barrier()

@@ -59,7 +59,7 @@ def ours(setup: Setup) -> Layer:
 class GivenLogitsGate(TopKGate):
     """DeepSpeed's gate without the router's matrix product: it turns given logits into slots and capacity.
 
-    ``drop_tokens=False``: the capacity of each call is the largest row count of any expert on any rank (agreed by
+    ``drop_tokens=False``: the capacity of each call is the largest row count of any expert on any rank (on_all_ranks by
     all-reduce), the smallest that loses no token.
     """
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moeca_dist import Request
 from moeca_dist.adapters.adapter import Adapter, branch_counts
 from moeca_dist.adapters.hidream import adapt_hidream
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.hardware import REPOSITORY
-from moeca_dist.cache.policies import POLICIES, build_policy
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
+from moeca_dist.cache.policies.registry import POLICIES, build_policy
 from moeca_dist.config import QUALITY_NAMES, CacheConfig, load_config
 from moeca_dist.errors import UserError
 

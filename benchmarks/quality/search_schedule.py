@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist import load_model
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig, HalvesConfig

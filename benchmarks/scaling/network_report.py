@@ -69,7 +69,7 @@ def summarise(
             "link_s": None if probe is None else report["exchange"]["bytes_sent"] / num_ranks * 8e-6 / probe["mbit"],
             "interface_bytes": min(record["interface_bytes"] for record in mine),
             "collectives": report["exchange"]["collectives"],
-            "collectives_elided": report["exchange"]["collectives_elided"],
+            "collectives_skipped": report["exchange"]["collectives_skipped"],
             "flops_speedup": report["flops"]["speedup"],
             "seconds": mean_seconds(mine),
             "peak_bytes_per_rank": max(max(record["peak_bytes_per_rank"]) for record in mine),
@@ -193,7 +193,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [row["policy"], str(row["num_ranks"]), link_name(row), f"{probe['mbit']:.0f}" if probe else "-"]
         cells += [shown(row["denoise_s"]), shown(row["over_uncached"]), f"{row['over_one_rank']:.2f}"]
         cells += [f"{scaled(row[name], 1024)}iB" if row[name] else "-" for name in ("bytes_sent", "interface_bytes")]
-        cells += [f"{row['collectives']} ({row['collectives_elided']})"]
+        cells += [f"{row['collectives']} ({row['collectives_skipped']})"]
         cells += ["-" if row["link_s"] is None else f"{row['link_s']:.2f}", travelling(row)]
         cells += [f"{row[name]:.1e}" for name in ("rel_l2_to_one_rank", "rel_l2_to_uncached")]
         lines.append("| " + " | ".join([*cells, f"{row['cores_used_by_others']:.2f}"]) + " |")

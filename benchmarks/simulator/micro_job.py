@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from moeca_dist.parallel.references import BlockCoding, Places, RowCoding
 from torch import Tensor
 
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
@@ -34,11 +35,10 @@ from moeca_dist.kernels.int8_rows import FORMATS, RowFormat
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
-from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.collectives import Collectives
 from moeca_dist.parallel.dispatcher import LocalDispatcher
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.references import BlockCoding, Places, RowCoding
 from moeca_dist.types import Routing
 
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -75,7 +75,7 @@ def main(config: str, out: str, *overrides: str) -> None:
     mesh.close()
 
 
-def experts(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
+def experts(spec: ModelSpec, group: Collectives) -> dict[str, Any]:
     """Core-seconds of one call: with one row in all, and by rows per expert."""
     layer = made_experts(spec, spec.num_experts)
 
@@ -93,7 +93,7 @@ def experts(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
     return {"least_s": least, "per_expert_s": by_rows}
 
 
-def shared(spec: ModelSpec, group: Exchange) -> float:
+def shared(spec: ModelSpec, group: Collectives) -> float:
     if not spec.shared_width:
         return 0.0
     layer, x_TD = SwiGLU(spec.hidden_size, spec.shared_width), torch.randn(SHARED_TOKENS, spec.hidden_size)
@@ -107,21 +107,21 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
     return layer
 
 
-def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
+def exchange(spec: ModelSpec, group: Collectives) -> dict[str, Any]:
     """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in 8 bits, see ``cells``."""
-    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), work_between(spec)
+    counts, on_all_ranks, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), work_between(spec)
     for _ in range(EXCHANGES):
         between()
-        with agreed.call():
+        with on_all_ranks.call():
             group.gather_counts(counts)
-    agree_s = agreed.median()
+    agree_s = on_all_ranks.median()
     return {"agree_s": agree_s} | {
         name: cells(spec, group, form, agree_s, between) for name, form in (("exact", None), ("coded", FORMATS["int8"]))
     }
 
 
 def cells(
-    spec: ModelSpec, group: Exchange, form: RowFormat | None, agree_s: float, between: Callable[[], float]
+    spec: ModelSpec, group: Collectives, form: RowFormat | None, agree_s: float, between: Callable[[], float]
 ) -> list[dict[str, float]]:
     """Bytes that the busiest rank sends in both legs, their seconds, and the ``stretch`` of work between them.
 
@@ -158,7 +158,7 @@ def cells(
     return found
 
 
-def coding(form: RowFormat, group: Exchange, tokens: int) -> BlockCoding:
+def coding(form: RowFormat, group: Collectives, tokens: int) -> BlockCoding:
     """For one image of so many tokens on each rank."""
     return RowCoding(Places.of(form, group.rank, [1] * group.size, tokens, group.device)).block(0)
 
@@ -166,7 +166,7 @@ def coding(form: RowFormat, group: Exchange, tokens: int) -> BlockCoding:
 class Ranks:
     """Times of calls that all ranks make together."""
 
-    def __init__(self, group: Exchange) -> None:
+    def __init__(self, group: Collectives) -> None:
         self._group = group
         self._mine: list[float] = []
 
@@ -189,7 +189,7 @@ def work_between(spec: ModelSpec) -> Callable[[], float]:
     return partial(work.seconds, max(1, round(BETWEEN_S / once)))
 
 
-def core_seconds(run: Callable[[], Any], group: Exchange) -> float:
+def core_seconds(run: Callable[[], Any], group: Collectives) -> float:
     """CPU time of one call on this rank, all of its threads; every rank makes the same number of calls."""
     run()
     started = time.perf_counter()

@@ -3,7 +3,7 @@
 A model is adapted by naming its MoE layers and, for each, the three things that the cache treats apart: how it routes,
 its routed experts, and what it adds besides. ``adapters/hidream.py`` is an example in fifty lines.
 
-Shape suffixes: B images, T tokens of all images (of one image with B), D hidden size, K routed experts per token, N
+Shape suffixes: B images, T tokens of all images (of one image with B), D hidden size, N
 branches, R rows grouped by expert, E experts.
 """
 
@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moeca_dist.cache.policy import Policy
+from moeca_dist.cache.layer_cache import LayerCache
+from moeca_dist.cache.policy import BranchPolicy, ModulePolicy, Policy
 from moeca_dist.cache.session import CacheSession, StepCache
 from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.errors import UserError
+from moeca_dist.moe.experts import Experts
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatcher import DispatchedRows, LocalDispatcher
@@ -25,7 +27,7 @@ from moeca_dist.types import Request, Routing
 
 
 @dataclass(frozen=True)
-class MoEParts:
+class MoEModules:
     """One MoE layer of the model: ``output(x) = sum over k of gate_k x expert_k(x) + shared(x)``.
 
     ``router(x_TD)``, which is all that is asked of it, gives a ``Routing`` with distinct experts per token and final
@@ -34,11 +36,9 @@ class MoEParts:
     model's own parameters, not copies.
     """
 
-    hidden_size: int
     num_experts: int
-    num_experts_per_tok: int
     router: Router
-    experts: nn.Module
+    experts: Experts
     shared: nn.Module
 
 
@@ -54,25 +54,21 @@ class _LoopDispatcher(LocalDispatcher):
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
         branch_N = dispatched.slot_of_branch_N.argsort()
-        weighted_ND = rows_ND * routing.gates_TK.flatten()[branch_N, None].to(rows_ND.dtype)
+        weighted_ND = rows_ND * routing.gate_N[branch_N, None].to(rows_ND.dtype)
         routed_TD = rows_ND.new_zeros(routing.num_tokens, rows_ND.shape[1])
-        return routed_TD.index_add_(0, branch_N // routing.num_experts_per_tok, weighted_ND)
+        return routed_TD.index_add_(0, routing.token_N[branch_N], weighted_ND)
 
 
 class _CachedLayer(nn.Module):
     """Stands in for an MoE layer [B, T, D] -> [B, T, D]; outside of a cached step it is the layer itself."""
 
-    def __init__(self, original: nn.Module, parts: MoEParts, block: int, current: _Current) -> None:
+    def __init__(self, original: nn.Module, modules: MoEModules, block: int, current: _Current) -> None:
         super().__init__()
         self.original = original
         self._block = block
         self._current = current
-        # Its own parameters are never used: built without memory, and replaced by the model's.
-        with torch.device("meta"):
-            layer = MoELayer(parts.hidden_size, parts.router, parts.num_experts, expert_width=1, shared_width=1)
-        layer.dispatcher = _LoopDispatcher(parts.num_experts)
-        layer.experts = parts.experts  # type: ignore[assignment]
-        layer.shared_experts = parts.shared  # type: ignore[assignment]
+        layer = MoELayer(modules.router, modules.experts, modules.shared, modules.num_experts)
+        layer.dispatcher = _LoopDispatcher(modules.num_experts)
         # Not a submodule: the model's parameters would appear twice in its state dict.
         self._layer = (layer,)
 
@@ -80,11 +76,19 @@ class _CachedLayer(nn.Module):
         cache = self._current.cache
         if cache is None:
             return torch.as_tensor(self.original(x_BTD))
-        step = cache.block(self._block)
-        layer = self._layer[0]
-        if step.per_branch:
-            return torch.as_tensor(layer(x_BTD, step))
-        return step.serve("moe", x_BTD, lambda images: self.original(x_BTD[images]))
+        assert isinstance(cache, tuple)
+        outputs = [self._part(x_BTD[part.images], part.block(self._block)) for part in cache]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _part(self, x_BTD: Tensor, cache: LayerCache) -> Tensor:
+        if isinstance(cache.policy, BranchPolicy):
+            layer = self._layer[0]
+            return layer.cached(x_BTD, layer.plan(x_BTD, cache), cache)
+        if not cache.is_full:
+            return cache.forecast("moe").sum()
+        output_BTD = torch.as_tensor(self.original(x_BTD))
+        cache.keep("moe", output_BTD)
+        return output_BTD
 
 
 @dataclass
@@ -95,16 +99,16 @@ class Adapter:
     """
 
     model: nn.Module
-    parts: Mapping[str, MoEParts]
+    parts: Mapping[str, MoEModules]
     _current: _Current = field(default_factory=_Current)
 
     def __post_init__(self) -> None:
         """Replace the layers that ``parts`` names by their paths, in place; UserError if there are none."""
         if not self.parts:
             raise UserError(f"{type(self.model).__name__} has no MoE layer: nothing to cache")
-        for block, (path, parts) in enumerate(self.parts.items()):
+        for block, (path, modules) in enumerate(self.parts.items()):
             original = self.model.get_submodule(path)
-            self._place(path, _CachedLayer(original, parts, block, self._current))
+            self._replace(path, _CachedLayer(original, modules, block, self._current))
 
     def session(self, policy: Policy, requests: Sequence[Request], *, guided: bool) -> CacheSession:
         """The caches of one batch of images, with its statistics.
@@ -112,19 +116,17 @@ class Adapter:
         With guidance the model's batch holds the images of ``requests`` twice, conditional ones first. Raises UserError
         for policies that need more of a model than its MoE layers.
         """
-        if policy.unit == "network" or policy.refreshes_rows or policy.attention_sync:
+        if not _decides_on_layers(policy):
             raise UserError(
                 f"{type(policy).__name__} also decides about attention or the whole network, which an adapter does not "
                 "cache: choose a policy of branches or modules with attention_sync off, such as moeca_forecast"
             )
-        sizes = {(parts.num_experts, parts.num_experts_per_tok) for parts in self.parts.values()}
         return CacheSession(
             policy,
             requests,
             guided=guided,
             num_blocks=len(self.parts),
-            num_experts=max(experts for experts, _ in sizes),
-            num_experts_per_tok=max(per_tok for _, per_tok in sizes),
+            num_experts=max(modules.num_experts for modules in self.parts.values()),
             statistics=CacheStatistics(),
             device=next(self.model.parameters()).device,
         )
@@ -144,11 +146,18 @@ class Adapter:
         for path in self.parts:
             layer = self.model.get_submodule(path)
             assert isinstance(layer, _CachedLayer)
-            self._place(path, layer.original)
+            self._replace(path, layer.original)
 
-    def _place(self, path: str, layer: nn.Module) -> None:
+    def _replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, layer)
+
+
+def _decides_on_layers(policy: Policy) -> bool:
+    """Return whether ``policy`` needs nothing of a model but its MoE layers."""
+    if isinstance(policy, BranchPolicy):
+        return not policy.attention_sync
+    return isinstance(policy, ModulePolicy) and not policy.refreshes_tokens
 
 
 def branch_counts(statistics: CacheStatistics) -> dict[str, int]:

@@ -8,10 +8,10 @@ Shape suffixes: T tokens, D hidden size, K routed experts per token, R rows grou
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moeca_dist.adapters.adapter import Adapter, MoEParts
+from moeca_dist.adapters.adapter import Adapter, MoEModules
+from moeca_dist.moe.experts import ExpertModules
 from moeca_dist.moe.router import Router
 from moeca_dist.types import Routing
 
@@ -23,13 +23,11 @@ def adapt_hidream(model: nn.Module) -> Adapter:
     return Adapter(model, {name: _parts(layer) for name, layer in layers.items()})
 
 
-def _parts(layer: Any) -> MoEParts:
-    return MoEParts(
-        hidden_size=layer.gate.gating_dim,
+def _parts(layer: Any) -> MoEModules:
+    return MoEModules(
         num_experts=layer.gate.n_routed_experts,
-        num_experts_per_tok=layer.gate.top_k,
         router=_Router(layer.gate),
-        experts=_Experts(layer.experts),
+        experts=ExpertModules(list(layer.experts)),
         shared=layer.shared_experts,
     )
 
@@ -41,15 +39,4 @@ class _Router(Router):
 
     def forward(self, x_TD: Tensor) -> Routing:
         expert_ids_TK, gates_TK, _ = self.gate(x_TD[None])
-        return Routing(expert_ids_TK, gates_TK)
-
-
-class _Experts(nn.Module):
-    def __init__(self, experts: nn.ModuleList) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, rows_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-        # NOTE: a host synchronisation on CUDA, which the model's own layer has as well.
-        groups = rows_RD.split(rows_per_expert_E.tolist())
-        return torch.cat([expert(rows) for expert, rows in zip(self.experts, groups, strict=True)])
+        return Routing.top_k(expert_ids_TK, gates_TK)

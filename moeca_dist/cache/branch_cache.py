@@ -1,7 +1,13 @@
-"""The branch cache: what each routed expert gave for each token, found again by expert id.
+"""The branch cache at home: what each routed expert gave for each token, found again by (token, expert).
 
-Shape suffixes: T tokens of one segment, K routed experts per token, J entries per token, D hidden size, N branches,
-R rows.
+The cache holds exactly the branches of the last routing, one row each, newly computed or not. A branch that the routing
+drops leaves its row to one that is new; both are equally many, because the number of branches of an image is constant.
+
+    row_TE [T, E]     expert 0   1   2   3          values_ND, slopes_ND, step_N
+    token 0               0   -   1   -             row 0: token 0, expert 0
+    token 1               -   2   3   -             row 1: token 0, expert 2 ...
+
+Shape suffixes: T tokens, E experts, N branches, D hidden size, R rows.
 """
 
 from dataclasses import dataclass
@@ -9,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeca_dist.cache.policy import BranchScores
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
-from moeca_dist.kernels.reference import match_entries, slopes
-from moeca_dist.kernels.select import kernels_for
-from moeca_dist.kernels.types import BranchesToServe, FreshRows, RoutedTokens, RouterWeights, StoredBranches
+from moeca_dist.kernels.reference import slopes
+from moeca_dist.kernels.types import BranchesToServe, FreshRows, Kernels, StoredBranches
 from moeca_dist.types import Routing
 
 EMPTY = -1
@@ -22,206 +28,130 @@ EMPTY = -1
 class Match:
     """Where the branches of a routing are stored.
 
-    ``entry_TK``: the entry that holds, or will hold, each branch; distinct within a token. ``found_TK``: whether the
-    entry already holds a value of that expert; the others are unmatched.
+    Attributes:
+        row_N: int64 row that holds, or will hold, each branch; all distinct.
+        found_N: bool, whether the row already holds a value of the branch. The others are unmatched.
     """
 
-    entry_TK: Tensor
-    found_TK: Tensor
+    row_N: Tensor
+    found_N: Tensor
 
 
-@dataclass(frozen=True)
-class Reference:
-    """How matched branches stood when they were last computed.
+class BranchCache:
+    """Unweighted expert outputs of one block, with their slopes if it forecasts.
 
-    ``gates_TK``: the reference gates; ``shares_TK``: the norm of each stored output in the sum over the token's
-    entries. Both fp32.
+    A slope is the difference per step of the last two computed values of the same branch; zero until there are two.
+    With ``scored`` the gates and norms of the time of computation are kept as well.
     """
 
-    gates_TK: Tensor
-    shares_TK: Tensor
-
-
-class EntryTable:
-    """Which expert's branch each entry of each token stands for, wherever its value is kept.
-
-    More entries than routed experts keep the branches of experts that just left the top-k: routes near a tie flip
-    back. The entries used longest ago give way first.
-    """
-
-    def __init__(self, num_entries: int) -> None:
-        self.num_entries = num_entries
-        self._last_step = 0
-        self._ids_TJ: Tensor | None = None
-        self._used_TJ: Tensor
-
-    def match(self, expert_ids_TK: Tensor) -> Match:
-        """Find each branch by its expert id; unmatched ones get the entries that were used longest ago."""
-        if self._ids_TJ is None:
-            entries = torch.arange(expert_ids_TK.shape[1], device=expert_ids_TK.device)
-            return Match(entries.expand_as(expert_ids_TK), torch.zeros_like(expert_ids_TK, dtype=torch.bool))
-        return Match(*match_entries(expert_ids_TK, self._ids_TJ, self._used_TJ, self._last_step))
-
-    def stand_ins(self, match: Match, refresh_TK: Tensor, expert_ids_TK: Tensor) -> tuple[Match, Tensor]:
-        """Entries where some unmatched branches are not refreshed, and the expert ids [T, K] that the tokens then have.
-
-        In place of such a branch stands the token's branch that was used last and is not in use; the table must hold
-        as many branches of each token as it is routed to. Where all unmatched branches are refreshed nothing changes.
-        """
-        assert self._ids_TJ is not None
-        found_TK = match.found_TK
-        in_use_TJ = torch.zeros_like(self._ids_TJ, dtype=torch.bool).scatter_(1, match.entry_TK, found_TK)
-        free_TJ = (self._used_TJ + in_use_TJ * (self._last_step + 2)).argsort(dim=-1, stable=True)
-        kept_TK = ~found_TK & ~refresh_TK
-        nth_kept_TK = kept_TK.cumsum(-1) - 1
-        nth_new_TK = (~found_TK & refresh_TK).cumsum(-1) - 1
-        last_T1 = self.num_entries - 1 - found_TK.sum(-1, keepdim=True)
-        # New branches take the entries that were used longest ago, from the other end.
-        nth_TK = torch.where(kept_TK, last_T1 - nth_kept_TK, nth_new_TK).clamp(min=0)
-        entry_TK = torch.where(found_TK, match.entry_TK, free_TJ.gather(1, nth_TK))
-        ids_TK = torch.where(kept_TK, self._ids_TJ.gather(1, entry_TK), expert_ids_TK)
-        return Match(entry_TK, found_TK), ids_TK
-
-    def route(self, x_TD: Tensor, router: RouterWeights) -> RoutedTokens:
-        """Route the tokens and ``match`` them in one."""
-        assert self._ids_TJ is not None, "the first step of a request is a full step"
-        return kernels_for(x_TD.device).route(x_TD, router, self._ids_TJ, self._used_TJ, self._last_step)
-
-    def touch(self, match: Match, step: int) -> None:
-        """Note which entries the routing of ``step`` used."""
-        self._used_TJ.scatter_(1, match.entry_TK, step)
-        self._last_step = max(self._last_step, step)
-
-    def _allocate_entries(self, tokens: int, device: torch.device) -> None:
-        shape = (tokens, self.num_entries)
-        self._ids_TJ = torch.full(shape, EMPTY, dtype=torch.int64, device=device)
-        self._used_TJ = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
-
-
-class BranchCache(EntryTable):
-    """Unweighted expert outputs of one layer and segment, keyed by (token, expert id), with their slopes.
-
-    A slope is the difference of the last two computed values of the *same* branch per step; zero until there are two.
-    A policy that compares with the step in which a branch was computed hands over reference gates; then the norms of
-    the values are kept as well.
-    """
-
-    def __init__(self, num_entries: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
-        super().__init__(num_entries)
+    def __init__(
+        self, num_experts: int, kernels: Kernels, *, forecast: bool, scored: bool, storage: Storage = AS_COMPUTED
+    ) -> None:
+        self.num_experts = num_experts
+        self.kernels = kernels
         self.forecast = forecast
+        self.scored = scored
         self.storage = storage
         # Allocated with the first full step, when shapes and dtype are known.
-        self._values_TJD: Packed
-        self._slopes_TJD: Packed
-        self._steps_TJ: Tensor
-        self._gates_TJ: Tensor | None = None
-        self._norms_TJ: Tensor | None = None
+        self._row_TE: Tensor | None = None
+        self._values_ND: Packed
+        self._slopes_ND: Packed | None = None
+        self._step_N: Tensor
+        self._gate_N: Tensor
+        self._norm_N: Tensor
 
-    def store_all(
-        self, expert_ids_TK: Tensor, values_TKD: Tensor, match: Match, step: int, gates_TK: Tensor | None = None
-    ) -> None:
-        """Keep every branch of a full step; ``gates_TK`` are reference gates, given always or never."""
-        tokens, k, hidden = values_TKD.shape
-        if self._ids_TJ is None:
-            self._allocate(tokens, values_TKD, with_reference=gates_TK is not None)
-        assert self._ids_TJ is not None
-        token_N = torch.arange(tokens, device=values_TKD.device).repeat_interleave(k)
-        at_N = token_N * self.num_entries + match.entry_TK.flatten()
-        self._put(at_N, values_TKD.view(-1, hidden), match.found_TK.flatten(), step)
-        self._ids_TJ.scatter_(1, match.entry_TK, expert_ids_TK)
-        if self._gates_TJ is not None and self._norms_TJ is not None and gates_TK is not None:
-            self._gates_TJ.scatter_(1, match.entry_TK, gates_TK.float())
-            self._norms_TJ.scatter_(1, match.entry_TK, values_TKD.float().norm(dim=-1))
-        self.touch(match, step)
+    def match(self, routing: Routing) -> Match:
+        """Find the row of each branch; unmatched branches get the rows of branches that the routing dropped."""
+        if self._row_TE is None:
+            row_N = torch.arange(routing.token_N.shape[0], device=routing.token_N.device)
+            return Match(row_N, torch.zeros_like(row_N, dtype=torch.bool))
+        found_row_N = self._row_TE.view(-1).index_select(0, self._place(routing)).long()
+        found_N = found_row_N != EMPTY
+        return Match(torch.where(found_N, found_row_N, _dropped_rows(found_row_N, found_N)), found_N)
 
-    def land(
-        self, match: Match, branch_N: Tensor, values_ND: Tensor, step: int, gates_TK: Tensor | None = None
-    ) -> None:
-        """Keep matched branches that were computed in ``step``, as it has them, after it was over.
+    def store_all(self, routing: Routing, match: Match, values_ND: Tensor, step: int) -> None:
+        """Keep every branch of a full step: ``values_ND`` in the order of the routing."""
+        if self._row_TE is None:
+            self._allocate(routing.num_tokens, values_ND)
+        if self.forecast:
+            assert self._slopes_ND is not None
+            gap_N = step - self._step_N[match.row_N]
+            before_ND = self._values_ND.rows(match.row_N)
+            self._slopes_ND.put(match.row_N, slopes(values_ND, before_ND, gap_N, match.found_N))
+        self._values_ND.put(match.row_N, values_ND)
+        self._step_N.index_fill_(0, match.row_N, step)
+        self._note(routing, match)
+        if self.scored:
+            self._gate_N[match.row_N] = routing.gate_N.float()
+            self._norm_N[match.row_N] = values_ND.float().norm(dim=-1)
 
-        ``branch_N``: positions among all branches of that step; ``gates_TK``: its reference gates, given always or
-        never.
+    def serve(self, routing: Routing, match: Match, refresh_N: Tensor, fresh: FreshRows, step: int) -> Tensor:
+        """Return [T, D]: the sum of current gate x branch, fresh if refreshed, else stored or forecast.
+
+        ``fresh`` holds the branches of ``refresh_N``, and is kept.
         """
-        k = match.entry_TK.shape[1]
-        at_N = branch_N // k * self.num_entries + match.entry_TK.flatten()[branch_N]
-        self._put(at_N, values_ND, torch.ones_like(at_N, dtype=torch.bool), step)
-        if self._gates_TJ is not None and self._norms_TJ is not None and gates_TK is not None:
-            self._gates_TJ.view(-1)[at_N] = gates_TK.flatten()[branch_N].float()
-            self._norms_TJ.view(-1)[at_N] = values_ND.float().norm(dim=-1)
-
-    def serve(
-        self,
-        routing: Routing,
-        match: Match,
-        refresh_TK: Tensor,
-        fresh: FreshRows,
-        step: int,
-        reference_gates_TK: Tensor | None = None,
-    ) -> Tensor:
-        """[T, D]: sum of the *current* gate x branch: fresh where it is refreshed, else stored or forecast.
-
-        ``fresh`` holds what ``refresh_TK`` says; it is kept at the entries that ``match`` gave it.
-        ``reference_gates_TK``: given always or never.
-        """
-        assert self._ids_TJ is not None, "the first step of a request is a full step"
-        ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
-        stored = StoredBranches(self._values_TJD, self._slopes_TJD if self.forecast else None, self._steps_TJ)
-        branches = BranchesToServe(gates_TK, match.entry_TK, match.found_TK, refresh_TK)
-        total_TD = kernels_for(gates_TK.device).serve_branches(stored, branches, fresh, step)
-        _replace(self._ids_TJ, match.entry_TK, refresh_TK, ids_TK)
-        if self._gates_TJ is not None and self._norms_TJ is not None and reference_gates_TK is not None:
-            _replace(self._gates_TJ, match.entry_TK, refresh_TK, reference_gates_TK.float())
-            norm_N = fresh.rows_RD.index_select(0, fresh.row_N).float().norm(dim=-1)
-            # The last place takes what stands for padding.
-            norms = norm_N.new_zeros(refresh_TK.numel() + 1).scatter_(0, fresh.branch_N, norm_N)
-            _replace(self._norms_TJ, match.entry_TK, refresh_TK, norms[:-1].view_as(refresh_TK))
-        self.touch(match, step)
+        stored = StoredBranches(self._values_ND, self._slopes_ND, self._step_N)
+        wanted = BranchesToServe(
+            routing.token_N, routing.start_T, routing.gate_N, match.row_N, match.found_N, refresh_N
+        )
+        total_TD = self.kernels.serve_branches(stored, wanted, fresh, step)
+        self._note(routing, match)
+        if self.scored:
+            row_N = match.row_N.index_select(0, fresh.branch_M)
+            self._gate_N[row_N] = routing.gate_N.index_select(0, fresh.branch_M).float()
+            self._norm_N[row_N] = fresh.rows_RD.index_select(0, fresh.row_M).float().norm(dim=-1)
         return total_TD
 
-    def expected_change(self, match: Match, step: int) -> Tensor:
-        """fp32 [T, K]: how far a stored branch is extrapolated, |slope| x steps; at order 0 the steps alone."""
-        gap_TK = (step - self._steps_TJ).gather(1, match.entry_TK).float()
-        if not self.forecast:
-            return gap_TK
-        norm_TJ = self._slopes_TJD.unpack().float().norm(dim=-1)
-        return gap_TK * norm_TJ.gather(1, match.entry_TK)
-
-    def reference(self, match: Match) -> Reference | None:
-        """What was kept of the branches of a routing; arbitrary where they are unmatched. None without gates."""
-        if self._gates_TJ is None or self._norms_TJ is None:
+    def scores(self, routing: Routing, match: Match) -> BranchScores | None:
+        """Return what was kept of the branches of a routing, if the cache is ``scored``."""
+        if not self.scored:
             return None
-        shares_TJ = self._norms_TJ / self._norms_TJ.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return Reference(self._gates_TJ.gather(1, match.entry_TK), shares_TJ.gather(1, match.entry_TK))
+        smallest = torch.finfo(torch.float32).tiny
+        norm_N = self._norm_N[match.row_N]
+        total_T = norm_N.new_zeros(routing.num_tokens).index_add_(0, routing.token_N, norm_N)
+        return BranchScores(self._gate_N[match.row_N], norm_N / total_T.clamp(min=smallest)[routing.token_N])
 
     @property
     def num_bytes(self) -> int:
-        if self._ids_TJ is None:
+        if self._row_TE is None:
             return 0
-        values = self._values_TJD.num_bytes + (self._slopes_TJD.num_bytes if self.forecast else 0)
-        tensors = [self._ids_TJ, self._steps_TJ, self._used_TJ]
-        tensors += [tensor for tensor in (self._gates_TJ, self._norms_TJ) if tensor is not None]
-        return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = [self._row_TE, self._step_N, *([self._gate_N, self._norm_N] if self.scored else [])]
+        packed = [self._values_ND, *([] if self._slopes_ND is None else [self._slopes_ND])]
+        return sum(tensor.nbytes for tensor in tensors) + sum(rows.num_bytes for rows in packed)
 
-    def _put(self, at_N: Tensor, values_ND: Tensor, found_N: Tensor, step: int) -> None:
-        """Values of ``step`` into entries; ``found_N``: those that hold an older value of the same branch."""
+    def _note(self, routing: Routing, match: Match) -> None:
+        """Record which branches the rows now stand for."""
+        assert self._row_TE is not None
+        self._row_TE.fill_(EMPTY)
+        self._row_TE.view(-1).index_copy_(0, self._place(routing), match.row_N.int())
+
+    def _place(self, routing: Routing) -> Tensor:
+        """Return int64 [N]: where each branch stands in the flattened table."""
+        return routing.token_N * self.num_experts + routing.expert_N
+
+    def _allocate(self, num_tokens: int, like_ND: Tensor) -> None:
+        self._row_TE = torch.full((num_tokens, self.num_experts), EMPTY, dtype=torch.int32, device=like_ND.device)
+        self._values_ND = self.storage.zeros(like_ND.shape, like_ND)
+        self._step_N = torch.zeros(like_ND.shape[0], dtype=torch.int32, device=like_ND.device)
         if self.forecast:
-            gap_N = step - self._steps_TJ.view(-1)[at_N]
-            self._slopes_TJD.put(at_N, slopes(values_ND, self._values_TJD.rows(at_N), gap_N, found_N))
-        self._values_TJD.put(at_N, values_ND)
-        self._steps_TJ.view(-1).index_fill_(0, at_N, step)
-
-    def _allocate(self, tokens: int, like_TKD: Tensor, *, with_reference: bool) -> None:
-        shape = (tokens, self.num_entries)
-        self._allocate_entries(tokens, like_TKD.device)
-        self._steps_TJ = torch.zeros(shape, dtype=torch.int32, device=like_TKD.device)
-        self._values_TJD = self.storage.zeros((*shape, like_TKD.shape[2]), like_TKD)
-        if self.forecast:
-            self._slopes_TJD = self.storage.zeros((*shape, like_TKD.shape[2]), like_TKD)
-        if with_reference:
-            self._gates_TJ = torch.zeros(shape, device=like_TKD.device)
-            self._norms_TJ = torch.zeros(shape, device=like_TKD.device)
+            self._slopes_ND = self.storage.zeros(like_ND.shape, like_ND)
+        if self.scored:
+            self._gate_N = torch.zeros(like_ND.shape[0], device=like_ND.device)
+            self._norm_N = torch.zeros(like_ND.shape[0], device=like_ND.device)
 
 
-def _replace(table_TJ: Tensor, entry_TK: Tensor, changed_TK: Tensor, new_TK: Tensor) -> None:
-    """Write ``new_TK`` to its entries where ``changed_TK``; dense, because the number of changes is not known."""
-    table_TJ.scatter_(1, entry_TK, torch.where(changed_TK, new_TK, table_TJ.gather(1, entry_TK)))
+def _dropped_rows(found_row_N: Tensor, found_N: Tensor) -> Tensor:
+    """Return int64 [N]: for the n-th unmatched branch the n-th row that no branch was found in; arbitrary elsewhere.
+
+    Rows and branches lie in the order of the images, so a row stays with its image. Nothing waits for the device.
+    """
+    num_rows = found_row_N.shape[0]
+    # The last place takes the writes of branches that need none.
+    is_free_N = torch.ones(num_rows + 1, dtype=torch.bool, device=found_N.device)
+    is_free_N[torch.where(found_N, found_row_N, num_rows)] = False
+    is_free_N = is_free_N[:num_rows]
+    nth_free_N = torch.where(is_free_N, is_free_N.cumsum(0) - 1, num_rows)
+    row_of_nth_N = torch.zeros(num_rows + 1, dtype=torch.int64, device=found_N.device)
+    row_of_nth_N[nth_free_N] = torch.arange(num_rows, device=found_N.device)
+    nth_unmatched_N = ((~found_N).cumsum(0) - 1).clamp(min=0)
+    return row_of_nth_N[nth_unmatched_N]

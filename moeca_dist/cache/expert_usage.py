@@ -1,10 +1,12 @@
 """How experts spread over the token positions, remembered over the steps (MoECa, arXiv 2606.15615).
 
-Shape suffixes: B images of one segment, T tokens of one image, E experts, X tokens of all images, K routed experts.
+Shape suffixes: B images, T tokens of one image, E experts, X tokens of all images.
 """
 
 import torch
 from torch import Tensor
+
+from moeca_dist.types import Routing
 
 
 class UsageHistory:
@@ -18,11 +20,11 @@ class UsageHistory:
         self.num_experts = num_experts
         self.usage_BTE: Tensor | None = None
 
-    def observe(self, expert_ids_XK: Tensor, num_images: int) -> None:
-        used_XE = torch.zeros(expert_ids_XK.shape[0], self.num_experts, device=expert_ids_XK.device)
-        used_XE.scatter_(1, expert_ids_XK, 1 - self.decay)
-        tokens = expert_ids_XK.shape[0] // max(1, num_images)
-        used_BTE = used_XE.view(num_images, tokens, self.num_experts)
+    def observe(self, routing: Routing, num_images: int) -> None:
+        """Add the routing of a step; images have equal numbers of tokens."""
+        used_XE = torch.zeros(routing.num_tokens, self.num_experts, device=routing.token_N.device)
+        used_XE.view(-1).index_fill_(0, routing.token_N * self.num_experts + routing.expert_N, 1 - self.decay)
+        used_BTE = used_XE.view(num_images, routing.num_tokens // max(1, num_images), self.num_experts)
         self.usage_BTE = used_BTE if self.usage_BTE is None else used_BTE.add_(self.usage_BTE, alpha=self.decay)
 
     @property

@@ -1,211 +1,206 @@
-"""One block of the network in one step: the caches of its segments, and what the block asks of them.
+"""What one block keeps between evaluations, and what it asks in one of them.
 
-A segment is a guidance half, whose images lie next to each other in the network's batch. The halves never share
-anything.
-
-Shape suffixes: B images of the network's batch, T tokens of one image, D hidden size, N rows: chosen tokens, H heads, C
-channels of a head.
+Shape suffixes: B images, T tokens of one image, D hidden size, N branches, R rows, H heads, C channels of a head.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.branch_cache import BranchCache
-from moeca_dist.cache.budget import Backlog, Budget
+from moeca_dist.cache.branch_cache import BranchCache, Match
 from moeca_dist.cache.expert_usage import UsageHistory
-from moeca_dist.cache.late import LateRefreshes
-from moeca_dist.cache.module_cache import KeyValueCache, RowCache, Rows
-from moeca_dist.cache.owner_cache import HomeTable, OwnedBlock
-from moeca_dist.cache.policy import Half, ModuleView, Policy
-from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.module_cache import KeyValueCache, ModuleCache, TokenIndex
+from moeca_dist.cache.owner_cache import OwnerCache
+from moeca_dist.cache.policy import BranchPolicy, LayerView, ModulePolicy, ModuleView
+from moeca_dist.cache.statistics import CacheStatistics, Reason
 from moeca_dist.cache.storage import Storage
-from moeca_dist.kernels.types import Forecast
-from moeca_dist.timing import UNTIMED, Timer
-from moeca_dist.types import StepContext
+from moeca_dist.kernels.types import Forecast, FreshRows
+from moeca_dist.timing import Timer
+from moeca_dist.types import Branches, Routing, StepContext, positions
+
+Module = Literal["attention", "dense", "moe", "shared"]
+"""``moe``: a MoE layer as a whole, for module policies. ``shared``: its shared expert, for branch policies."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One guidance half in one step: its images in the network's batch, and whether all of it is computed now."""
+class BlockStore:
+    """What one block keeps: module outputs, keys and values, expert usage and branches."""
 
-    half: Half
-    images: slice
-    full: bool
-
-
-class SegmentCache:
-    """What one block keeps for one segment: ``branches`` in placement ``home``, ``home`` in placement ``owner``."""
-
-    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int, storage: Storage) -> None:
+    def __init__(
+        self, policy: ModulePolicy | BranchPolicy, num_experts: int, branches: BranchCache | OwnerCache | None,
+        storage: Storage,
+    ) -> None:  # fmt: skip
+        """``branches``: None for policies of modules."""
+        self.num_experts = num_experts
+        self.modules: dict[Module, ModuleCache] = {}
+        self.keys_values = KeyValueCache(storage)
+        self.branches = branches
+        self.usage: UsageHistory | None = None
+        if isinstance(policy, BranchPolicy) and policy.usage_decay is not None:
+            self.usage = UsageHistory(policy.usage_decay, num_experts)
         self._order = policy.order
         self._storage = storage
-        self.modules: dict[str, RowCache] = {}
-        self.keys_values = KeyValueCache(storage)
-        decay = policy.usage_decay
-        self.usage = None if decay is None else UsageHistory(decay, num_experts)
-        entries = num_experts_per_tok + policy.extra_entries
-        self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
-        self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
-        self.backlog = Backlog()
 
-    def module(self, name: str) -> RowCache:
+    def module(self, name: Module) -> ModuleCache:
         if name not in self.modules:
-            self.modules[name] = RowCache(self._order, self._storage)
+            self.modules[name] = ModuleCache(self._order, self._storage)
         return self.modules[name]
 
     @property
     def num_bytes(self) -> int:
-        usage = 0 if self.usage is None else self.usage.num_bytes
-        modules = sum(rows.num_bytes for rows in self.modules.values())
-        branches = self.branches.num_bytes + self.home.num_bytes + self.backlog.num_bytes
-        return branches + modules + self.keys_values.num_bytes + usage
-
-
-@dataclass
-class Followed:
-    """The tokens that the last MoE block of a step refreshed, which the dense blocks after it refresh as well."""
-
-    rows: Rows | None = None
+        held = [*self.modules.values(), self.keys_values, self.branches, self.usage]
+        return sum(cache.num_bytes for cache in held if cache is not None)
 
 
 @dataclass(frozen=True)
-class BlockStep:
-    """One block in one step: what the block asks instead of computing everything.
+class RefreshPlan:
+    """What a MoE layer computes in one evaluation. It is decided before anything is computed.
 
-    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``budget``: None where the number of
-    rows follows from the data. ``late``: None where every refreshed branch lands in its step.
+    Attributes:
+        routing: of the current step.
+        match: where each branch is stored. None without a cache.
+        refresh_N: bool, branches that are computed now. None if all are.
+        branch_N: int64 positions of these branches in the routing, ascending. None if all are.
+    """
+
+    routing: Routing
+    match: Match | None = None
+    refresh_N: Tensor | None = None
+    branch_N: Tensor | None = None
+
+    @property
+    def branches(self) -> Branches:
+        """The branches that are computed now."""
+        every = self.routing.branches
+        if self.branch_N is None:
+            return every
+        return Branches(*(each.index_select(0, self.branch_N) for each in (every.token_N, every.expert_N)))
+
+    def refreshed_tokens(self, tokens_per_image: int) -> TokenIndex:
+        """Return the tokens of which some branch is computed now."""
+        assert self.refresh_N is not None
+        # NOTE: a host synchronisation on CUDA: the number of tokens decides the shapes.
+        return TokenIndex(self.routing.tokens_with(self.refresh_N).nonzero().squeeze(1), tokens_per_image)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One block's cache in one evaluation: what the block asks in place of computing everything.
+
+    Attributes:
+        is_full: whether everything is computed and stored.
+        image_ids_B: int64, seed and index of each image in one number.
+        half_B: int64, the guidance half of each image.
     """
 
     block: int
     step: StepContext
-    policy: Policy
-    segments: tuple[Segment, ...]
-    caches: tuple[SegmentCache, ...]
+    is_full: bool
+    policy: ModulePolicy | BranchPolicy
+    store: BlockStore
     image_ids_B: Tensor
+    half_B: Tensor
     statistics: CacheStatistics
-    followed: Followed
-    owned: OwnedBlock | None = None
-    timer: Timer = UNTIMED
-    budget: Budget | None = None
-    late: LateRefreshes | None = None
+    timer: Timer
+
+    # ---- modules -----------------------------------------------------------------------------------------------------
 
     @property
-    def all_full(self) -> bool:
-        return all(segment.full for segment in self.segments)
+    def computes_modules(self) -> bool:
+        """Whether attention, shared expert and dense blocks are computed now, for all tokens."""
+        return self.is_full or (isinstance(self.policy, BranchPolicy) and self.policy.computes_modules)
 
     @property
-    def per_branch(self) -> bool:
-        return self.policy.unit == "branch"
+    def syncs_attention(self) -> bool:
+        return isinstance(self.policy, BranchPolicy) and self.policy.attention_sync
 
-    @property
-    def only_forecasts(self) -> bool:
-        """Whether attention, shared expert and dense blocks are all served from the cache, and no row of them not."""
-        policy = self.policy
-        computed = policy.computes_modules or policy.attention_sync or policy.refreshes_rows
-        return not computed and not any(segment.full for segment in self.segments)
-
-    def forecasts(self, name: str) -> Iterator[tuple[slice, Forecast]]:
-        """The images of each segment, and what is expected of a module; where ``only_forecasts``."""
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            yield segment.images, cache.module(name).forecast(self.step.index)
-
-    def serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
-        """A module's output [B, T, D]: computed for the full segments and stored, from the cache for the others.
-
-        ``compute(images)`` gives the output for a slice of the batch; where all segments are full it is asked once, for
-        the whole batch, as the exact path does. It is asked on all ranks or on none, and measures itself.
-        """
+    def forecast(self, name: Module) -> Forecast:
+        """Return what is expected of a module's output, to be summed up by its user."""
         with self.timer.section("bookkeeping"):
-            return self._serve(name, like_BTD, compute)
+            return self.store.module(name).forecast(self.step.index)
 
-    def _serve(self, name: str, like_BTD: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
-        if self.policy.computes_modules:
-            out_BTD = compute(slice(None))
-            self.count(name, out_BTD)
-            return out_BTD
-        if self.all_full:
-            out_BTD = compute(slice(None))
-            self.count(name, out_BTD)
-            for segment, cache in zip(self.segments, self.caches, strict=True):
-                cache.module(name).store(out_BTD[segment.images], self.step.index)
-            return out_BTD
-        out_BTD = torch.empty_like(like_BTD)
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if segment.full:
-                fresh_BTD = compute(segment.images)
-                self.count(name, fresh_BTD)
-                cache.module(name).store(fresh_BTD, self.step.index)
-                out_BTD[segment.images] = fresh_BTD
-            else:
-                cache.module(name).forecast_into(out_BTD[segment.images], self.step.index)
-        return out_BTD
+    def keep(self, name: Module, output_BTD: Tensor) -> None:
+        """Store a module's output for later forecasts, if there will be any; count its tokens."""
+        self.count(name, output_BTD)
+        if not (isinstance(self.policy, BranchPolicy) and self.policy.computes_modules):
+            with self.timer.section("bookkeeping"):
+                self.store.module(name).store(output_BTD, self.step.index)
 
-    def serve_chosen(self, name: str, like_BTD: Tensor, compute: Callable[[Rows], Tensor]) -> Tensor:
-        """As ``serve``, but a cache step computes the tokens that the policy chooses.
-
-        ``compute(rows)`` gives outputs [N, D]; it is asked once, on all ranks, for the chosen tokens and for all tokens
-        of full segments together.
-        """
-        with self.timer.section("bookkeeping"):
-            return self._serve_chosen(name, like_BTD, compute)
-
-    def _serve_chosen(self, name: str, like_BTD: Tensor, compute: Callable[[Rows], Tensor]) -> Tensor:
-        rows = self._chosen(name, like_BTD)
-        fresh_ND = compute(rows)
-        out_BTD = torch.empty_like(like_BTD)
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if segment.full:
-                window, _ = rows.within(segment.images)
-                cache.module(name).store(fresh_ND[window].view_as(out_BTD[segment.images]), self.step.index)
-            else:
-                cache.module(name).forecast_into(out_BTD[segment.images], self.step.index)
-        self.refresh_rows(name, out_BTD, rows, fresh_ND)
-        return out_BTD
-
-    def refresh_rows(self, name: str, out_BTD: Tensor, rows: Rows, fresh_ND: Tensor) -> None:
-        """Put freshly computed rows of a module into its output and into the caches of the segments that are served."""
-        with self.timer.section("bookkeeping"):
-            out_BTD[rows.image_N, rows.position_N] = fresh_ND
-            for segment, cache in zip(self.segments, self.caches, strict=True):
-                if not segment.full:
-                    window, mine = rows.within(segment.images)
-                    cache.module(name).store_rows(mine, fresh_ND[window], self.step.index)
-                    self.statistics.rows[name] += mine.flat_N.shape[0]
+    def keep_tokens(self, name: Module, tokens: TokenIndex, fresh_ND: Tensor) -> None:
+        """Store a module's output for some tokens of a cached step; count them."""
         self.count(name, fresh_ND)
-
-    def store_keys_values(self, images: slice, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
-        """Keep the keys and values of ``images``, as ``serve`` asks for them, where attention is refreshed by rows."""
-        if not self.policy.attention_sync:
-            return
+        self.statistics.rows[name] += fresh_ND.shape[0]
         with self.timer.section("bookkeeping"):
-            for segment, cache in zip(self.segments, self.caches, strict=True):
-                if images == slice(None):
-                    cache.keys_values.store(keys_BHTC[segment.images], values_BHTC[segment.images])
-                elif images == segment.images:
-                    cache.keys_values.store(keys_BHTC, values_BHTC)
+            self.store.module(name).store_tokens(tokens, fresh_ND, self.step.index)
 
-    def refresh_keys_values(
-        self, segment: int, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keep fresh keys and values of a segment's tokens; those of all its tokens [B, H, T, C], with these."""
+    def tokens_to_compute(self, name: Module) -> TokenIndex:
+        """Return the tokens that a module policy computes in a cached step."""
+        assert isinstance(self.policy, ModulePolicy)
         with self.timer.section("bookkeeping"):
-            kept = self.caches[segment].keys_values
-            kept.store_rows(rows, keys_HNC, values_HNC)
-            return kept.read(rows, keys_HNC, values_HNC)
+            kept = self.store.module(name)
+            chosen_BT = self.policy.tokens(ModuleView(kept.value_BTD, kept.age_BT(self.step.index)))
+            # NOTE: a host synchronisation on CUDA: the number of tokens decides the shapes.
+            return TokenIndex(chosen_BT.flatten().nonzero().squeeze(1), chosen_BT.shape[1])
 
-    def count(self, name: str, computed: Tensor) -> None:
+    def count(self, name: Module | Literal["router"], computed: Tensor) -> None:
         """Count the tokens of a module's output [..., D]."""
         self.statistics.modules[name] += computed.shape[:-1].numel()
 
-    def _chosen(self, name: str, like_BTD: Tensor) -> Rows:
-        chosen = torch.ones(like_BTD.shape[:2], dtype=torch.bool, device=like_BTD.device)
-        for segment, cache in zip(self.segments, self.caches, strict=True):
-            if not segment.full:
-                kept = cache.module(name)
-                view = ModuleView(kept.value_BTD, kept.age_BT(self.step.index))
-                chosen[segment.images] = self.policy.rows(self.step, view)
-        # NOTE: a host synchronisation on CUDA: the number of rows decides the shapes.
-        return Rows(chosen.flatten().nonzero().squeeze(1), like_BTD.shape[1])
+    # ---- branches at home --------------------------------------------------------------------------------------------
+
+    def plan(self, routing: Routing) -> RefreshPlan:
+        """Decide which branches are computed now: all in a full step, else unmatched ones and the policy's choice."""
+        with self.timer.section("bookkeeping"):
+            assert isinstance(self.store.branches, BranchCache)
+            match = self.store.branches.match(routing)
+            refresh_N = self.decide(routing, match)
+            if refresh_N is None:
+                return RefreshPlan(routing, match)
+            # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
+            return RefreshPlan(routing, match, refresh_N, positions(refresh_N))
+
+    def decide(self, routing: Routing, match: Match) -> Tensor | None:
+        """Return bool [N]: branches that are computed now; None for all. Observes expert usage, counts reasons."""
+        policy, found_N = self.policy, match.found_N
+        assert isinstance(policy, BranchPolicy)
+        if self.store.usage is not None:
+            self.store.usage.observe(routing, self.image_ids_B.shape[0])
+        if self.is_full:
+            self.statistics.count_branches(self.step, self.block, routing.expert_N, Reason.FULL, self.store.num_experts)
+            return None
+        chosen_N = policy.refresh(self.step, self._view(routing, match))
+        reason_N = torch.where(found_N, Reason.SERVED.value, Reason.UNMATCHED.value)
+        if chosen_N is not None:
+            reason_N.masked_fill_(chosen_N & found_N, policy.reason.value)
+        self.statistics.count_branches(self.step, self.block, routing.expert_N, reason_N, self.store.num_experts)
+        return ~found_N if chosen_N is None else ~found_N | chosen_N
+
+    def merge(self, plan: RefreshPlan, rows_RD: Tensor, row_N: Tensor) -> Tensor:
+        """Return the routed sums [T, D] of a cached step, and keep the computed branches.
+
+        ``row_N``: which of ``rows_RD`` each branch of ``plan.branch_N`` is.
+        """
+        assert isinstance(self.store.branches, BranchCache)
+        assert plan.match is not None and plan.refresh_N is not None and plan.branch_N is not None
+        with self.timer.section("bookkeeping"):
+            fresh = FreshRows(rows_RD, plan.branch_N, row_N)
+            return self.store.branches.serve(plan.routing, plan.match, plan.refresh_N, fresh, self.step.index)
+
+    def keep_all(self, plan: RefreshPlan, values_ND: Tensor) -> None:
+        """Keep all branches of a full step, in the order of the routing."""
+        assert isinstance(self.store.branches, BranchCache) and plan.match is not None
+        with self.timer.section("bookkeeping"):
+            self.store.branches.store_all(plan.routing, plan.match, values_ND, self.step.index)
+
+    def _view(self, routing: Routing, match: Match) -> LayerView:
+        branches, usage = self.store.branches, self.store.usage
+        return LayerView(
+            self.block,
+            routing,
+            match.found_N,
+            self.image_ids_B,
+            self.half_B,
+            branches.scores(routing, match) if isinstance(branches, BranchCache) else None,
+            None if usage is None else usage.usage_BTE,
+        )

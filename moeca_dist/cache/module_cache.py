@@ -1,7 +1,6 @@
-"""Outputs of whole modules (attention, shared expert, dense block) kept between denoising steps.
+"""Outputs of whole modules (attention, shared expert, feed-forward, all blocks) kept between denoising steps.
 
-Shape suffixes: B images of one segment (of the whole batch in ``Rows``), T tokens of one image, D hidden size, N rows:
-chosen tokens.
+Shape suffixes: B images, T tokens of one image, D hidden size, N chosen tokens, H heads, C channels of a head.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from moeca_dist.kernels.types import Forecast
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenIndex:
     """Some tokens of a batch in ascending order: int64 ``flat_N`` counts tokens over all images."""
 
     flat_N: Tensor
@@ -28,79 +27,60 @@ class Rows:
     def position_N(self) -> Tensor:
         return self.flat_N % self.tokens_per_image
 
-    def within(self, images: slice) -> tuple[slice, "Rows"]:
-        """Those of a range of images, counted from its first: where they stand among all, and what they are."""
-        first = images.start * self.tokens_per_image
-        bounds = torch.tensor([first, images.stop * self.tokens_per_image], device=self.flat_N.device)
-        # NOTE: a host synchronisation on CUDA.
-        start, stop = torch.searchsorted(self.flat_N, bounds).tolist()
-        window = slice(start, stop)
-        return window, Rows(self.flat_N[window] - first, self.tokens_per_image)
+    def of(self, x_BTD: Tensor) -> Tensor:
+        """Return [N, D]: the rows of these tokens."""
+        return x_BTD[self.image_N, self.position_N]
 
 
-class RowCache:
-    """The newest output of one module for one segment, with its finite differences over the computed steps.
+class ModuleCache:
+    """The newest output of one module, with its finite differences over the computed steps.
 
-    ``order`` 0 keeps the output alone (reuse, FORA); order o forecasts with differences up to the o-th, as TaylorSeer
-    (arXiv 2503.06923, section 3.3) does. Steps need not be evenly spaced, and single rows may be newer than others.
+    ``order`` 0 keeps the output alone (reuse, FORA). Order o forecasts with differences up to the o-th, as TaylorSeer
+    does (arXiv 2503.06923, section 3.3). Steps need not be evenly spaced, and single tokens may be newer than others.
     """
 
     def __init__(self, order: int, storage: Storage = AS_COMPUTED) -> None:
         self.order = order
         self.storage = storage
         self._differences: list[Packed] = []
-        # One step for all rows, or an int32 tensor [B, T, 1] once rows were stored on their own.
+        # One step for all tokens, or an int32 tensor [B, T, 1] once tokens were stored on their own.
         self._step: int | Tensor = -1
 
     @property
     def value_BTD(self) -> Tensor:
-        """What was computed last, row by row."""
+        """The output that was computed last, token by token."""
         assert self._differences, "the first step of a request is a full step"
         return self._differences[0].unpack()
 
     def age_BT(self, step: int) -> Tensor:
-        """Steps since each row was computed, int32."""
-        return step - self._row_steps().squeeze(-1)
+        """Return int32: steps since each token was computed."""
+        return step - self._token_steps().squeeze(-1)
 
     def store(self, output_BTD: Tensor, step: int) -> None:
-        """Keep what was computed in ``step``; the cache owns the tensor from now on."""
+        """Keep what was computed in ``step``. The cache owns the tensor from now on."""
         differences = [output_BTD]
         for older in self._differences[: self.order]:
             differences.append((differences[-1] - older.unpack()) / (step - self._step))
         self._differences, self._step = [self.storage.pack(difference) for difference in differences], step
 
-    def store_rows(self, rows: Rows, values_ND: Tensor, step: int) -> None:
-        """Keep some rows computed in ``step``, each with differences to its own last computed value.
+    def store_tokens(self, tokens: TokenIndex, values_ND: Tensor, step: int) -> None:
+        """Keep some tokens computed in ``step``, each with differences to its own last computed value.
 
-        They may bring the first difference of an order; the other rows then count theirs as zero.
+        They may bring the first difference of an order. The other tokens then count theirs as zero.
         """
         assert self._differences, "the first step of a request is a full step"
-        self._step = self._row_steps()
+        self._step = self._token_steps()
         if len(self._differences) <= self.order:
             self._differences.append(self.storage.zeros(self._differences[0].shape, values_ND))
-        gap_N1 = step - self._step.view(-1, 1)[rows.flat_N]
+        gap_N1 = step - self._step.view(-1, 1)[tokens.flat_N]
         for difference in self._differences:
-            older_ND = difference.rows(rows.flat_N)
-            difference.put(rows.flat_N, values_ND)
+            older_ND = difference.rows(tokens.flat_N)
+            difference.put(tokens.flat_N, values_ND)
             values_ND = (values_ND - older_ND) / gap_N1
-        self._step.view(-1)[rows.flat_N] = step
-
-    def forecast_into(self, out_BTD: Tensor, step: int) -> None:
-        """Write the value expected in ``step``: the stored one at order 0."""
-        forecast = self.forecast(step)
-        if not forecast.terms:
-            out_BTD.copy_(forecast.value_BTD)
-        sum_BTD = forecast.value_BTD
-        for difference_BTD, factor in forecast.terms:
-            # One pass for each order: copying first would be another over memory, which is all that a forecast costs.
-            if isinstance(factor, Tensor):
-                torch.addcmul(sum_BTD, difference_BTD, factor.to(difference_BTD.dtype), out=out_BTD)
-            else:
-                torch.add(sum_BTD, difference_BTD, alpha=factor, out=out_BTD)
-            sum_BTD = out_BTD
+        self._step.view(-1)[tokens.flat_N] = step
 
     def forecast(self, step: int) -> Forecast:
-        """The value expected in ``step``, to be summed up where it is used."""
+        """Return the value expected in ``step``, to be summed up by its user."""
         factor: float | Tensor = 1.0
         terms = []
         for degree, difference in enumerate(self._differences[1:], start=1):
@@ -110,10 +90,10 @@ class RowCache:
 
     @property
     def num_bytes(self) -> int:
-        steps = self._step.numel() * self._step.element_size() if isinstance(self._step, Tensor) else 0
+        steps = self._step.nbytes if isinstance(self._step, Tensor) else 0
         return steps + sum(difference.num_bytes for difference in self._differences)
 
-    def _row_steps(self) -> Tensor:
+    def _token_steps(self) -> Tensor:
         if isinstance(self._step, Tensor):
             return self._step
         newest = self._differences[0].data_XD
@@ -121,35 +101,29 @@ class RowCache:
 
 
 class KeyValueCache:
-    """Keys (rotated, as attention uses them) and values of one block and segment, for attention row by row.
-
-    Shape suffixes: H heads, C channels of a head.
-    """
+    """Keys (rotated, as attention uses them) and values of one block, for attention token by token."""
 
     def __init__(self, storage: Storage = AS_COMPUTED) -> None:
         self.storage = storage
         self._kept: tuple[Packed, Packed] | None = None
 
     def store(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> None:
-        """Keep those of a full step; copies, because both are views of larger tensors."""
+        """Keep those of a full step. They are copied, because both are views of larger tensors."""
         keys, values = (
             self.storage.pack(each.clone(memory_format=torch.contiguous_format)) for each in (keys_BHTC, values_BHTC)
         )
         self._kept = keys, values
 
-    def store_rows(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> None:
-        """Keep those of single tokens."""
-        for kept, fresh_HNC in zip(self._stored(), (keys_HNC, values_HNC), strict=True):
-            kept.put(_head_rows(rows, kept.shape), fresh_HNC.reshape(-1, fresh_HNC.shape[-1]))
-
-    def read(self, rows: Rows, keys_HNC: Tensor, values_HNC: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, T, C] of all tokens, after ``store_rows`` of the same: these as computed, not as stored."""
+    def refresh(self, tokens: TokenIndex, keys_HNC: Tensor, values_HNC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of some tokens; return those of all tokens [B, H, T, C], the fresh ones as computed."""
+        assert self._kept is not None, "the first step of a request is a full step"
         found = []
-        for kept, fresh_HNC in zip(self._stored(), (keys_HNC, values_HNC), strict=True):
+        for kept, fresh_HNC in zip(self._kept, (keys_HNC, values_HNC), strict=True):
+            at_M, fresh_MC = _head_rows(tokens, kept.shape), fresh_HNC.reshape(-1, fresh_HNC.shape[-1])
+            kept.put(at_M, fresh_MC)
             all_BHTC = kept.unpack()
             if not kept.is_exact:
-                flat = all_BHTC.view(-1, all_BHTC.shape[-1])
-                flat.index_copy_(0, _head_rows(rows, kept.shape), fresh_HNC.reshape(-1, flat.shape[-1]))
+                all_BHTC.view(-1, all_BHTC.shape[-1]).index_copy_(0, at_M, fresh_MC)
             found.append(all_BHTC)
         return found[0], found[1]
 
@@ -157,13 +131,9 @@ class KeyValueCache:
     def num_bytes(self) -> int:
         return sum(kept.num_bytes for kept in self._kept or ())
 
-    def _stored(self) -> tuple[Packed, Packed]:
-        assert self._kept is not None, "the first step of a request is a full step"
-        return self._kept
 
-
-def _head_rows(rows: Rows, shape_BHTC: torch.Size) -> Tensor:
-    """Where the heads of some tokens are among the rows [B * H * T], head by head."""
-    _, heads, tokens, _ = shape_BHTC
-    head_H1 = torch.arange(heads, device=rows.flat_N.device)[:, None]
-    return ((rows.image_N * heads + head_H1) * tokens + rows.position_N).flatten()
+def _head_rows(tokens: TokenIndex, shape_BHTC: torch.Size) -> Tensor:
+    """Return int64 [H * N]: where the heads of some tokens are among the rows [B * H * T], head by head."""
+    _, heads, per_image, _ = shape_BHTC
+    head_H1 = torch.arange(heads, device=tokens.flat_N.device)[:, None]
+    return ((tokens.image_N * heads + head_H1) * per_image + tokens.position_N).flatten()

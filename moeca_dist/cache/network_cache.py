@@ -1,41 +1,100 @@
-"""What the whole network added to its input, kept between steps (TeaCache, arXiv 2411.19108).
+"""What all blocks together add to their input, kept between steps: by a schedule, or by TeaCache's signal.
 
 Shape suffixes: B images of the network's batch, T tokens of one image, D hidden size, S signal.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
+from moeca_dist.cache.module_cache import ModuleCache
+from moeca_dist.cache.policy import Half, NetworkPolicy
+from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.storage import AS_COMPUTED, Storage
+from moeca_dist.timing import Timer
+from moeca_dist.types import StepContext
 
 
 class NetworkCache:
-    """The last computed change from the first block's input to the last block's output.
+    """The change from the first block's input to the last block's output, one for each guidance half."""
 
-    The change of a signal is accumulated step by step and starts anew when the network is computed.
-    """
-
-    def __init__(self, storage: Storage = AS_COMPUTED) -> None:
-        self.storage = storage
+    def __init__(
+        self, policy: NetworkPolicy, num_images: int, halves: Sequence[Half], storage: Storage = AS_COMPUTED
+    ) -> None:
+        """``num_images``: of each half."""
+        self.policy = policy
+        self.halves = halves
+        self.slices = [slice(index * num_images, (index + 1) * num_images) for index in range(len(halves))]
+        self.changes = [ModuleCache(policy.order, storage) for _ in halves]
         self._signal_S: Tensor | None = None
         self._accumulated = 0.0
-        self._change_BTD: Packed | None = None
 
-    def is_due(self, signal_S: Tensor, delta: float) -> bool:
-        """Whether the accumulated relative L1 change of the signal has reached ``delta``; asked once per step."""
+    def add_signal(self, signal_S: Tensor) -> bool:
+        """Add the signal's relative L1 change since the last step; return whether the sum has reached ``delta``.
+
+        The sum starts anew when it has. The first signal is always due (TeaCache, arXiv 2411.19108, section 3.3).
+        """
+        assert self.policy.delta is not None
         before_S, self._signal_S = self._signal_S, signal_S
-        if before_S is None:
-            return True
-        # NOTE: one host synchronisation per step on CUDA.
-        self._accumulated += ((signal_S - before_S).abs().mean() / before_S.abs().mean()).item()
-        return self._accumulated >= delta
-
-    def store(self, change_BTD: Tensor) -> None:
-        self._change_BTD, self._accumulated = self.storage.pack(change_BTD), 0.0
-
-    def apply(self, x_BTD: Tensor) -> Tensor:
-        assert self._change_BTD is not None, "the first step of a request is computed"
-        return x_BTD + self._change_BTD.unpack()
+        if before_S is not None:
+            # NOTE: one host synchronisation per step on CUDA.
+            self._accumulated += ((signal_S - before_S).abs().mean() / before_S.abs().mean()).item()
+            if self._accumulated < self.policy.delta:
+                return False
+        self._accumulated = 0.0
+        return True
 
     @property
     def num_bytes(self) -> int:
-        return 0 if self._change_BTD is None else self._change_BTD.num_bytes
+        return sum(change.num_bytes for change in self.changes)
+
+
+@dataclass(frozen=True)
+class NetworkStep:
+    """The network's cache in one evaluation. Which halves are computed is the same on all ranks."""
+
+    step: StepContext
+    cache: NetworkCache
+    statistics: CacheStatistics
+    timer: Timer
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether ``due`` wants the modulation of the time alone."""
+        return self.cache.policy.delta is not None
+
+    def due(self, signal_S: Tensor | None) -> list[bool]:
+        """Return for each half whether its blocks run now. Asked once in every step."""
+        if signal_S is None:
+            return [self.cache.policy.is_full(self.step, half) for half in self.cache.halves]
+        is_due = self.cache.add_signal(signal_S)
+        self.statistics.signals += 1
+        self.statistics.reached += is_due and self.step.index > 0
+        return [is_due] * len(self.cache.halves)
+
+    def images(self, due: Sequence[bool]) -> slice:
+        """Return the images of the halves that are due, which lie next to each other; there is at least one."""
+        computed = [images for images, is_due in zip(self.cache.slices, due, strict=True) if is_due]
+        return slice(computed[0].start, computed[-1].stop)
+
+    def store(self, due: Sequence[bool], x_BTD: Tensor, computed_BTD: Tensor) -> None:
+        """Keep what the blocks added to ``x_BTD``; ``computed_BTD``: their output for ``images(due)``."""
+        with self.timer.section("bookkeeping"):
+            first = self.images(due).start
+            for images, change, is_due in zip(self.cache.slices, self.cache.changes, due, strict=True):
+                if is_due:
+                    here = slice(images.start - first, images.stop - first)
+                    change.store(computed_BTD[here] - x_BTD[images], self.step.index)
+
+    def expected(self, due: Sequence[bool], x_BTD: Tensor) -> Tensor:
+        """Return [B, T, D]: the blocks' expected output for the halves that are not due; arbitrary for the others."""
+        with self.timer.section("bookkeeping"):
+            out_BTD = torch.empty_like(x_BTD)
+            for images, change, is_due in zip(self.cache.slices, self.cache.changes, due, strict=True):
+                if not is_due:
+                    change.forecast(self.step.index).sum(out=out_BTD[images])
+                    out_BTD[images] += x_BTD[images]
+                    self.statistics.skipped += images.stop - images.start
+            return out_BTD

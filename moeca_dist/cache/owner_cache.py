@@ -1,58 +1,66 @@
-"""The branch cache of placement ``owner``: values beside the experts, the table of what is where beside the tokens.
+"""The branch cache at the owners: values beside the experts, the table of what is where beside the tokens.
 
-The home rank decides everything: it matches branches, and hands out the rows of each owner's cache. So it knows what
-an owner holds without asking, and an owner writes and reads the rows that it is told.
+    home rank: OwnerSlotTable                      owner rank: OwnerBranchStore
+    slot_TE  expert 0   1   2                      home 0: row 0, row 1, ...   values_RD, slopes_RD, step_R
+    token 0         4   -   0   <- slot at the     home 1: row 0, row 1, ...
+    token 1         -   1   -      expert's owner
 
-Shape suffixes: T tokens of one segment, K routed experts per token, J entries per token, D hidden size, N branches,
-S tokens that are summed here, E experts.
+The home rank decides everything: it matches branches, and hands out slots of each owner's store (``SlotAllocator``).
+So it knows what an owner holds without asking, and an owner writes and reads the slots that it is told. Each home rank
+numbers its own slots from 0.
+
+Shape suffixes: T tokens of the home rank, E experts, D hidden size, N branches, R rows at an owner, S tokens that are
+summed here, P ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.cache.branch_cache import EntryTable, Match
-from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
+from moeca_dist.cache.branch_cache import EMPTY, Match
+from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage, stretched
 from moeca_dist.kernels.reference import slopes
+from moeca_dist.types import Routing
 
 
-class RowPool:
-    """Which rows of each owner's cache this home rank uses, for one block; both guidance halves draw from it."""
+class SlotAllocator:
+    """Which slots of each owner's store this home rank uses, for one block."""
 
     def __init__(self, num_owners: int) -> None:
         self._taken: list[Tensor] = [torch.zeros(0, dtype=torch.bool) for _ in range(num_owners)]
 
     @property
     def capacities(self) -> list[int]:
-        """Rows that each owner must have room for."""
+        """Slots that each owner must have room for."""
         return [taken.shape[0] for taken in self._taken]
 
     @property
     def in_use(self) -> list[int]:
         return [int(taken.sum()) for taken in self._taken]
 
-    def release(self, owner_N: Tensor, row_N: Tensor) -> None:
+    def release(self, owner_N: Tensor, slot_N: Tensor) -> None:
+        """Give slots back."""
         for owner, taken in enumerate(self._taken):
             if taken.shape[0]:
-                taken[row_N[owner_N == owner]] = False
+                taken[slot_N[owner_N == owner]] = False
 
     def take(self, owner_N: Tensor) -> Tensor:
-        """A row [N] at each owner that nothing else uses; the lowest ones, so that caches stay compact."""
-        row_N = torch.empty_like(owner_N)
+        """Return a free slot [N] at each owner; the lowest ones, so that stores stay compact."""
+        slot_N = torch.empty_like(owner_N)
         for owner in range(len(self._taken)):
             wanted_N = owner_N == owner
+            # NOTE: a host synchronisation on CUDA: the number of slots decides the shapes.
             if count := int(wanted_N.sum()):
-                row_N[wanted_N] = self._take_from(owner, count, owner_N.device)
-        return row_N
+                slot_N[wanted_N] = self._take_from(owner, count, owner_N.device)
+        return slot_N
 
     def _take_from(self, owner: int, count: int, device: torch.device) -> Tensor:
         taken = self._taken[owner].to(device)
         free = (~taken).nonzero().squeeze(1)[:count]
         if missing := count - free.shape[0]:
-            # Growing copies the owner's cache: by a sixteenth at least, so that it is rare.
+            # Growing copies the owner's store: by a sixteenth at least, so that it is rare.
             grown = taken.new_zeros(missing if not taken.shape[0] else max(missing, taken.shape[0] // 16))
             taken = torch.cat([taken, grown])
             free = (~taken).nonzero().squeeze(1)[:count]
@@ -61,63 +69,71 @@ class RowPool:
         return free
 
 
-class HomeTable(EntryTable):
-    """What a home rank keeps for one block and segment: where each branch is, and each token's routed sum.
+class OwnerSlotTable:
+    """What a home rank keeps of one block: the slot of each branch at its owner, and each token's routed sum.
 
-    Tokens of which nothing is refreshed are served from the sums: the last one, or with ``forecast`` the line through
-    the last two. Two sums over different experts give no slope, so a token whose experts changed keeps its old one:
-    on the shipped model that is 0.3 dB better than a slope across the change.
+    Tokens without a refreshed branch are served from the sums: the last one, or with ``forecast`` the line through the
+    last two. Sums over different experts give no slope, so a token whose experts changed keeps its old one. On the
+    shipped model that is 0.3 dB better than a slope across the change.
     """
 
-    def __init__(self, num_entries: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
-        super().__init__(num_entries)
+    def __init__(self, num_experts: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
+        self.num_experts = num_experts
         self.forecast = forecast
         self.storage = storage
-        self._rows_TJ: Tensor
+        self._slot_TE: Tensor | None = None
         # Allocated with the first sums, when shapes and dtype are known.
         self._sums_TD: Packed | None = None
         self._slopes_TD: Packed
-        self._steps_T: Tensor
+        self._step_T: Tensor
 
-    def assign(self, expert_ids_TK: Tensor, match: Match, pool: RowPool, owner_of_expert_E: Tensor) -> Tensor:
-        """The row [T, K] of every branch at its owner; unmatched ones take over the entries that ``match`` gave."""
-        if self._ids_TJ is None:
-            self._allocate_entries(expert_ids_TK.shape[0], expert_ids_TK.device)
-            assert self._ids_TJ is not None
-            self._rows_TJ = torch.zeros_like(self._ids_TJ)
-        token_N, slot_N = (~match.found_TK).nonzero().unbind(1)
-        if token_N.shape[0]:
-            entry_N, ids_N = match.entry_TK[token_N, slot_N], expert_ids_TK[token_N, slot_N]
-            left_N = self._ids_TJ[token_N, entry_N]
-            held_N = left_N >= 0
-            pool.release(owner_of_expert_E[left_N[held_N]], self._rows_TJ[token_N, entry_N][held_N])
-            self._rows_TJ[token_N, entry_N] = pool.take(owner_of_expert_E[ids_N])
-            self._ids_TJ[token_N, entry_N] = ids_N
-        return self._rows_TJ.gather(1, match.entry_TK)
+    def match(self, routing: Routing) -> Match:
+        """Find the slot of each branch; those of unmatched branches are handed out by ``assign``."""
+        if self._slot_TE is None:
+            shape, device = (routing.num_tokens, self.num_experts), routing.token_N.device
+            self._slot_TE = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
+        slot_N = self._slot_TE[routing.token_N, routing.expert_N].long()
+        return Match(slot_N, slot_N != EMPTY)
+
+    def assign(self, routing: Routing, match: Match, slots: SlotAllocator, owner_of_expert_E: Tensor) -> Tensor:
+        """Return the slot [N] of every branch. Branches that the routing dropped leave theirs."""
+        assert self._slot_TE is not None
+        # NOTE: host synchronisations on CUDA, here and below: numbers of branches decide the shapes.
+        new_N = (~match.found_N).nonzero().squeeze(1)
+        if not new_N.shape[0]:
+            return match.row_N
+        is_routed_TE = torch.zeros_like(self._slot_TE, dtype=torch.bool)
+        is_routed_TE[routing.token_N, routing.expert_N] = True
+        token_X, expert_X = (~is_routed_TE & (self._slot_TE != EMPTY)).nonzero().unbind(1)
+        slots.release(owner_of_expert_E[expert_X], self._slot_TE[token_X, expert_X].long())
+        self._slot_TE[token_X, expert_X] = EMPTY
+        token_M, expert_M = routing.token_N[new_N], routing.expert_N[new_N]
+        self._slot_TE[token_M, expert_M] = slots.take(owner_of_expert_E[expert_M]).int()
+        return self._slot_TE[routing.token_N, routing.expert_N].long()
 
     def serve(self, touched_T: Tensor, changed_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
-        """[T, D] routed sums: ``fresh_TD`` where touched, and kept; elsewhere what is expected in ``step``.
+        """Return routed sums [T, D]: ``fresh_TD`` if touched, and kept; else what is expected in ``step``.
 
         ``changed_T``: touched tokens of which some branch was unmatched.
         """
         if self._sums_TD is None:
             self._sums_TD = self.storage.pack(fresh_TD.clone())
-            self._steps_T = torch.full_like(touched_T, step, dtype=torch.int64)
+            self._step_T = torch.full_like(touched_T, step, dtype=torch.int64)
             if self.forecast:
                 self._slopes_TD = self.storage.zeros(fresh_TD.shape, fresh_TD)
             return fresh_TD
         if self.forecast:
             steady_N = (touched_T & ~changed_T).nonzero().squeeze(1)
-            gap_N = (step - self._steps_T[steady_N]).to(fresh_TD.dtype)
+            gap_N = (step - self._step_T[steady_N]).to(fresh_TD.dtype)
             change_ND = fresh_TD.index_select(0, steady_N) - self._sums_TD.rows(steady_N)
             self._slopes_TD.put(steady_N, change_ND / gap_N[:, None])
         token_N = touched_T.nonzero().squeeze(1)
         fresh_ND = fresh_TD.index_select(0, token_N)
         self._sums_TD.put(token_N, fresh_ND)
-        self._steps_T[token_N] = step
+        self._step_T[token_N] = step
         expected_TD = self._sums_TD.unpack()
         if self.forecast:
-            ahead_T = (step - self._steps_T).to(fresh_TD.dtype)
+            ahead_T = (step - self._step_T).to(fresh_TD.dtype)
             expected_TD = torch.addcmul(expected_TD, self._slopes_TD.unpack(), ahead_T[:, None])
         elif self._sums_TD.is_exact:
             expected_TD = expected_TD.clone()
@@ -126,14 +142,13 @@ class HomeTable(EntryTable):
 
     @property
     def num_bytes(self) -> int:
-        if self._ids_TJ is None or self._sums_TD is None:
+        if self._slot_TE is None or self._sums_TD is None:
             return 0
         values = self._sums_TD.num_bytes + (self._slopes_TD.num_bytes if self.forecast else 0)
-        tensors = [self._ids_TJ, self._used_TJ, self._rows_TJ, self._steps_T]
-        return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return values + self._slot_TE.nbytes + self._step_T.nbytes
 
 
-class OwnedBranches:
+class OwnerBranchStore:
     """The unweighted outputs of this rank's experts for all ranks' tokens in one block, row by row, with slopes.
 
     Each home rank has rows of its own, which it numbers from 0.
@@ -142,46 +157,43 @@ class OwnedBranches:
     def __init__(self, num_homes: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
         self.forecast = forecast
         self.storage = storage
-        self._rows_per_home = [0] * num_homes
+        self._slots_per_home = [0] * num_homes
         self._bases_P: Tensor
         self._values_RD: Packed | None = None
         self._slopes_RD: Packed
-        self._steps_R: Tensor
+        self._step_R: Tensor
 
-    def make_room(self, rows_per_home: Sequence[int], like_RD: Tensor) -> None:
-        """Hold at least so many rows for each home rank, of the width and dtype of ``like_RD``."""
-        if self._values_RD is not None and self._rows_per_home == list(rows_per_home):
+    def make_room(self, slots_per_home: Sequence[int], like_RD: Tensor) -> None:
+        """Hold at least so many slots for each home rank, of the width and dtype of ``like_RD``."""
+        if self._values_RD is not None and self._slots_per_home == list(slots_per_home):
             return
-        before, self._rows_per_home = self._rows_per_home, list(rows_per_home)
-        ends = torch.tensor(self._rows_per_home, device=like_RD.device).cumsum(0)
-        self._bases_P = ends - ends.new_tensor(self._rows_per_home)
+        before, self._slots_per_home = self._slots_per_home, list(slots_per_home)
+        ends = torch.tensor(self._slots_per_home, device=like_RD.device).cumsum(0)
+        self._bases_P = ends - ends.new_tensor(self._slots_per_home)
         if self._values_RD is None:
             self._values_RD = self.storage.zeros((0, like_RD.shape[1]), like_RD)
             self._slopes_RD = self._values_RD
-            self._steps_R = torch.zeros(0, dtype=torch.int32, device=like_RD.device)
-
-        def stretched(rows: Tensor) -> Tensor:
-            return _stretched(rows, before, self._rows_per_home)
-
-        self._values_RD = self._values_RD.map(stretched)
-        self._steps_R = stretched(self._steps_R)
+            self._step_R = torch.zeros(0, dtype=torch.int32, device=like_RD.device)
+        after = self._slots_per_home
+        self._values_RD = self._values_RD.stretched(before, after)
+        self._step_R = stretched(self._step_R, before, after)
         if self.forecast:
-            self._slopes_RD = self._slopes_RD.map(stretched)
+            self._slopes_RD = self._slopes_RD.stretched(before, after)
 
-    def places(self, home_N: Tensor, row_N: Tensor) -> Tensor:
-        return self._bases_P[home_N] + row_N
+    def rows(self, home_N: Tensor, slot_N: Tensor) -> Tensor:
+        return self._bases_P[home_N] + slot_N
 
-    def store(self, place_N: Tensor, found_N: Tensor, values_ND: Tensor, step: int) -> None:
+    def store(self, row_N: Tensor, found_N: Tensor, values_ND: Tensor, step: int) -> None:
         """Keep freshly computed branches; ``found_N``: whether the row holds an older value of the same branch."""
         assert self._values_RD is not None
         if self.forecast:
-            gap_N = step - self._steps_R[place_N]
-            self._slopes_RD.put(place_N, slopes(values_ND, self._values_RD.rows(place_N), gap_N, found_N))
-        self._values_RD.put(place_N, values_ND)
-        self._steps_R[place_N] = step
+            gap_N = step - self._step_R[row_N]
+            self._slopes_RD.put(row_N, slopes(values_ND, self._values_RD.rows(row_N), gap_N, found_N))
+        self._values_RD.put(row_N, values_ND)
+        self._step_R[row_N] = step
 
     def weighted_sums(
-        self, place_N: Tensor, gates_N: Tensor, starts_S: Tensor, step: int, fresh: tuple[Tensor, Tensor]
+        self, row_N: Tensor, gates_N: Tensor, starts_S: Tensor, step: int, fresh: tuple[Tensor, Tensor]
     ) -> Tensor:
         """[S, D]: sum of gate x stored (or forecast) value over consecutive branches, from each start to the next.
 
@@ -192,23 +204,23 @@ class OwnedBranches:
             return fresh[1].new_zeros(0, self._values_RD.shape[1])
         weights_N = gates_N.to(self._values_RD.dtype)
         if not self._values_RD.is_exact:
-            values_ND = self._expected(place_N, step).index_copy_(0, *fresh)
-            each_N = torch.arange(place_N.shape[0], device=place_N.device)
+            values_ND = self._expected(row_N, step).index_copy_(0, *fresh)
+            each_N = torch.arange(row_N.shape[0], device=row_N.device)
             return F.embedding_bag(each_N, values_ND, starts_S, mode="sum", per_sample_weights=weights_N)
         values_RD = self._values_RD.unpack()
-        sums_SD = F.embedding_bag(place_N, values_RD, starts_S, mode="sum", per_sample_weights=weights_N)
+        sums_SD = F.embedding_bag(row_N, values_RD, starts_S, mode="sum", per_sample_weights=weights_N)
         if self.forecast:
-            ahead_N, slopes_RD = weights_N * (step - self._steps_R[place_N]), self._slopes_RD.unpack()
-            sums_SD += F.embedding_bag(place_N, slopes_RD, starts_S, mode="sum", per_sample_weights=ahead_N)
+            ahead_N, slopes_RD = weights_N * (step - self._step_R[row_N]), self._slopes_RD.unpack()
+            sums_SD += F.embedding_bag(row_N, slopes_RD, starts_S, mode="sum", per_sample_weights=ahead_N)
         return sums_SD
 
-    def _expected(self, place_N: Tensor, step: int) -> Tensor:
+    def _expected(self, row_N: Tensor, step: int) -> Tensor:
         """[N, D] values of branches in ``step``, a tensor of their own."""
         assert self._values_RD is not None
-        values_ND = self._values_RD.rows(place_N)
+        values_ND = self._values_RD.rows(row_N)
         if self.forecast:
-            ahead_N1 = (step - self._steps_R[place_N]).to(values_ND.dtype)[:, None]
-            values_ND.addcmul_(self._slopes_RD.rows(place_N), ahead_N1)
+            ahead_N1 = (step - self._step_R[row_N]).to(values_ND.dtype)[:, None]
+            values_ND.addcmul_(self._slopes_RD.rows(row_N), ahead_N1)
         return values_ND
 
     @property
@@ -216,20 +228,17 @@ class OwnedBranches:
         if self._values_RD is None:
             return 0
         values = self._values_RD.num_bytes + (self._slopes_RD.num_bytes if self.forecast else 0)
-        return values + self._steps_R.numel() * self._steps_R.element_size()
+        return values + self._step_R.numel() * self._step_R.element_size()
 
 
-@dataclass(frozen=True)
-class OwnedBlock:
-    """One block in placement ``owner``: this rank as a home (``pool``) and as an owner (``store``)."""
+class OwnerCache:
+    """One block with branch values at the owners: this rank as a home (``table``, ``slots``) and as an owner."""
 
-    pool: RowPool
-    store: OwnedBranches
+    def __init__(self, num_experts: int, num_ranks: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
+        self.table = OwnerSlotTable(num_experts, forecast=forecast, storage=storage)
+        self.slots = SlotAllocator(num_ranks)
+        self.store = OwnerBranchStore(num_ranks, forecast=forecast, storage=storage)
 
-
-def _stretched(rows: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Runs of ``before[p]`` rows, each lengthened to ``after[p]`` with zeros."""
-    parts = []
-    for run, old, new in zip(rows.split(list(before)), before, after, strict=True):
-        parts += [run, rows.new_zeros(new - old, *rows.shape[1:])]
-    return torch.cat(parts)
+    @property
+    def num_bytes(self) -> int:
+        return self.table.num_bytes + self.store.num_bytes

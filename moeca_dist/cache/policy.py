@@ -1,122 +1,149 @@
-"""What a caching policy decides; each policy is one file in ``cache/policies``.
+"""What a caching policy decides. There are three kinds, by what is computed or served as one: the whole network, a
+module (attention or feed-forward), or a branch (one token at one routed expert).
 
-A policy is a frozen value without state: its decisions follow from the step, the layer, the routing and what the cache
-holds. ``is_full`` follows from the step alone, so all ranks agree on it without talking.
+A policy is a frozen value without state. Its decisions follow from the step, the layer, the routing and the cache.
+``is_full`` follows from the step alone, so all ranks agree on it without talking.
 
-Shape suffixes: B images of one segment, T tokens of one segment (of one image with B), K routed experts per token,
-E experts, D hidden size.
+Shape suffixes: B images, T tokens of one image, E experts, N branches of all images, D hidden size.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Final, Literal
 
 from torch import Tensor
 
-from moeca_dist.cache.branch_cache import Match, Reference
-from moeca_dist.cache.statistics import CacheStatistics
+from moeca_dist.cache.statistics import CacheStatistics, Reason
 from moeca_dist.types import Routing, StepContext
 
 Half = Literal["conditional", "unconditional"]
-Unit = Literal["network", "module", "branch"]
+HALVES: Final[tuple[Half, Half]] = ("conditional", "unconditional")
 
 
-@dataclass(frozen=True)
-class LayerView:
-    """What a policy sees of one layer and segment in a cache step.
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What the three kinds share. ``order`` of the forecast: 0 reuses stored values."""
 
-    ``image_ids_T``: the request's seed and index mixed into one int64 per token, and ``positions_T`` the token's place
-    in its image: whatever is drawn at random depends on them, never on the batch. ``reference`` and ``usage_BTE`` are
-    there for policies that asked for them with ``reference_gates`` and ``usage_decay``.
+    order: int = 0
+
+    name: ClassVar[str]
+
+    def is_full(self, step: StepContext, half: Half) -> bool:
+        """Return whether ``step`` computes and stores everything of this guidance half."""
+        raise NotImplementedError
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether ``is_full`` alone decides which steps are full, before the run."""
+        return True
+
+    @property
+    def halves_agree(self) -> bool:
+        """Whether both guidance halves are full in the same steps."""
+        return True
+
+    def remark(self, statistics: CacheStatistics) -> str | None:
+        """Return what the user should know about a finished run, such as a threshold that never fired."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPolicy(Policy):
+    """A policy that computes or serves all blocks together.
+
+    With ``delta`` the step alone does not decide: an evaluation is due once the accumulated relative change of the
+    time's modulation has reached it.
     """
 
-    layer: int
-    half: Half
-    routing: Routing
-    match: Match
-    image_ids_T: Tensor
-    positions_T: Tensor
-    num_images: int
-    reference: Reference | None = None
-    usage_BTE: Tensor | None = None
+    delta: float | None = None
+
+    @property
+    def is_scheduled(self) -> bool:
+        return self.delta is None
 
 
 @dataclass(frozen=True)
 class ModuleView:
-    """What a policy sees of one module and segment: the newest output of every token and its age in steps."""
+    """What a policy sees of one module: the newest output of every token [B, T, D], and its age in steps [B, T]."""
 
     value_BTD: Tensor
     age_BT: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModulePolicy(Policy):
+    """A policy that computes or serves attention and feed-forwards, each as a whole.
+
+    With ``refreshes_tokens`` a cached step computes the feed-forwards of the tokens that ``tokens`` chooses.
+    """
+
+    refreshes_tokens: ClassVar[bool] = False
+
+    def tokens(self, view: ModuleView) -> Tensor:
+        """Return bool [B, T]: tokens whose feed-forward a cached step computes."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class RefreshPlan:
-    """``refresh_TK``: branches computed now and stored; the others are served from the cache. Covers all unmatched.
+class BranchScores:
+    """How stored branches stood when they were last computed: fp32 [N] gates, and fp32 [N] shares.
 
-    ``forced_TK``: those among them that were not judged each on its own; None where all matched ones were.
-    ``priority_TK``: which matched branches come first where there is not room for all, higher first; None: gate x
-    expected change. ``judges_matched``: whether it ever refreshes one of them.
+    A share is the norm of the stored output in the sum over the token's branches. Both are arbitrary for unmatched
+    branches.
     """
 
-    refresh_TK: Tensor
-    forced_TK: Tensor | None = None
-    priority_TK: Tensor | None = None
-    judges_matched: bool = True
+    gate_N: Tensor
+    share_N: Tensor
 
 
-class Policy(Protocol):
-    """``unit``: whether branches, whole modules or the whole network is served from the cache.
+@dataclass(frozen=True)
+class LayerView:
+    """What a policy sees of one layer in a cached step.
 
-    ``order`` of the forecast: 0 reuses stored values. ``attention_sync``: a token with a refreshed branch refreshes its
-    rows of attention and of the shared expert with it, and of the dense blocks that follow. ``computes_modules``:
-    attention, shared expert and dense blocks are computed in cache steps too. ``refreshes_rows``: ``rows`` chooses
-    tokens of the feed-forward. ``delta``: threshold of a policy that skips the network while its input changes little,
-    None where the step alone says what is skipped. ``usage_decay``: of the moving average of expert usage, None
-    without one.
+    Attributes:
+        block: index of the block.
+        routing: of the current step.
+        found_N: bool, branches that the cache holds.
+        image_ids_B: int64, seed and index of each image in one number.
+        half_B: int64, 0 for conditional images and 1 for unconditional ones.
+        scores: None unless the policy has a ``usage_decay``.
+        usage_BTE: moving average of expert usage, float32. None as ``scores``.
     """
 
-    @property
-    def name(self) -> str: ...
+    block: int
+    routing: Routing
+    found_N: Tensor
+    image_ids_B: Tensor
+    half_B: Tensor
+    scores: BranchScores | None = None
+    usage_BTE: Tensor | None = None
 
     @property
-    def unit(self) -> Unit: ...
+    def num_images(self) -> int:
+        return self.image_ids_B.shape[0]
 
     @property
-    def order(self) -> int: ...
+    def tokens_per_image(self) -> int:
+        return self.routing.num_tokens // max(1, self.num_images)
 
-    @property
-    def extra_entries(self) -> int: ...
 
-    @property
-    def attention_sync(self) -> bool: ...
+@dataclass(frozen=True, kw_only=True)
+class BranchPolicy(Policy):
+    """A policy that decides on each branch; unmatched branches are always computed.
 
-    @property
-    def computes_modules(self) -> bool: ...
+    Attributes:
+        attention_sync: whether a token with a refreshed branch refreshes its rows of attention, of the shared expert
+            and of the dense blocks that follow.
+        usage_decay: of the moving average of expert usage. None for policies that do not score stored branches.
+        computes_modules: whether attention, shared expert and dense blocks are computed in cached steps too.
+        reason: why matched branches are refreshed, for the statistics.
+    """
 
-    @property
-    def refreshes_rows(self) -> bool: ...
+    attention_sync: bool = False
+    usage_decay: float | None = None
 
-    @property
-    def delta(self) -> float | None: ...
+    computes_modules: ClassVar[bool] = False
+    reason: ClassVar[Reason] = Reason.SCORE
 
-    @property
-    def usage_decay(self) -> float | None: ...
-
-    def is_full(self, step: StepContext, half: Half) -> bool:
-        """Whether ``step`` computes and stores everything for this guidance half."""
-        ...
-
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        """Which branches of a cache step are computed; asked only where ``unit`` is branch."""
-        ...
-
-    def rows(self, step: StepContext, view: ModuleView) -> Tensor:
-        """bool [B, T]: tokens whose feed-forward is computed in a cache step; asked only with ``refreshes_rows``."""
-        ...
-
-    def reference_gates(self, routing: Routing) -> Tensor | None:
-        """[T, K]: what to remember of the gates of branches that are computed now; None for nothing."""
-        ...
-
-    def remark(self, statistics: CacheStatistics) -> str | None:
-        """What the user should know about a finished run, such as a threshold that never fired."""
-        ...
+    def refresh(self, step: StepContext, view: LayerView) -> Tensor | None:
+        """Return bool [N]: matched branches that a cached step computes. None for none of them."""
+        return None

@@ -1,40 +1,77 @@
 """The cache of one batch of requests: made for it, freed with it.
 
-A session holds one set of caches for each block and segment, and one for the network as a whole.
+The batch of the network holds the images of the requests, with guidance twice: conditional ones, then unconditional
+ones. A session divides it into parts. Guidance halves with one schedule are one part, and run as one batch. Halves
+with schedules of their own are a part each, and the blocks are evaluated part by part.
 
-Shape suffixes: B images of the network's batch, T tokens of one image, D hidden size, S signal.
+Shape suffixes: B images of a part, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.budget import Budget
-from moeca_dist.cache.late import LateRefreshes
-from moeca_dist.cache.layer_cache import BlockStep, Followed, Segment, SegmentCache
-from moeca_dist.cache.module_cache import RowCache
-from moeca_dist.cache.network_cache import NetworkCache
-from moeca_dist.cache.owner_cache import OwnedBlock, OwnedBranches, RowPool
-from moeca_dist.cache.policy import Half, Policy
+from moeca_dist.cache.branch_cache import BranchCache
+from moeca_dist.cache.layer_cache import BlockStore, LayerCache
+from moeca_dist.cache.network_cache import NetworkCache, NetworkStep
+from moeca_dist.cache.owner_cache import OwnerCache
+from moeca_dist.cache.policy import HALVES, BranchPolicy, Half, ModulePolicy, NetworkPolicy, Policy
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import AS_COMPUTED, Storage
+from moeca_dist.kernels.reference import REFERENCE
+from moeca_dist.kernels.types import Kernels
 from moeca_dist.timing import UNTIMED, Timer
 from moeca_dist.types import Request, StepContext
 
-HALVES: tuple[Half, Half] = ("conditional", "unconditional")
-Compute = Callable[[slice], Tensor]
-"""A slice of the batch's images -> what all blocks make of them [B, T, D]."""
+
+@dataclass(frozen=True)
+class PartCache:
+    """The caches of images that are full in the same steps, block by block.
+
+    Attributes:
+        images: where they lie in the batch of the network.
+        half: the guidance half whose schedule they follow.
+        image_ids_B: int64, seed and index of each image in one number.
+        half_B: int64, the guidance half of each image.
+    """
+
+    images: slice
+    half: Half
+    blocks: tuple[BlockStore, ...]
+    image_ids_B: Tensor
+    half_B: Tensor
+
+
+@dataclass(frozen=True)
+class PartStep:
+    """One part of the batch in one evaluation."""
+
+    step: StepContext
+    part: PartCache
+    policy: ModulePolicy | BranchPolicy
+    statistics: CacheStatistics
+    timer: Timer
+
+    @property
+    def images(self) -> slice:
+        return self.part.images
+
+    def block(self, index: int) -> LayerCache:
+        part, is_full = self.part, self.policy.is_full(self.step, self.part.half)
+        return LayerCache(
+            index, self.step, is_full, self.policy, part.blocks[index], part.image_ids_B, part.half_B,
+            self.statistics, self.timer,
+        )  # fmt: skip
+
+
+StepCache = NetworkStep | tuple[PartStep, ...]
+"""What the network gets with an evaluation: one cache for all blocks, or the parts of the batch."""
 
 
 class CacheSession:
-    """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
-
-    ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``. ``budget``: the rows that a cache step computes at most, in exchange
-    mode ``budget``. ``late``: of this session alone; None where every refreshed branch lands in its step.
-    """
+    """The caches of one batch. ``at(step)`` is what the network gets with each evaluation."""
 
     def __init__(
         self,
@@ -44,148 +81,79 @@ class CacheSession:
         guided: bool,
         num_blocks: int,
         num_experts: int,
-        num_experts_per_tok: int,
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
-        budget: Budget | None = None,
-        late: LateRefreshes | None = None,
         storage: Storage = AS_COMPUTED,
+        kernels: Kernels = REFERENCE,
         timer: Timer = UNTIMED,
-        bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Open the caches; nothing is allocated before the first evaluation.
+
+        Args:
+            owner_ranks: size of the expert-parallel group if the owners of the experts keep branch values. All its
+                ranks then open their sessions together. None if values are kept at home.
+        """
         self.policy = policy
-        self.timer = timer
-        self.budget = budget
-        self.late = late
         self.statistics = statistics
-        self._bytes_beside = bytes_beside
-        self._halves = HALVES if guided else HALVES[:1]
-        self._num_images = len(requests)
-        self._image_ids_B = _image_ids(requests).to(device)
-        self._blocks = [
-            tuple(SegmentCache(policy, num_experts, num_experts_per_tok, storage) for _ in self._halves)
-            for _ in range(num_blocks)
-        ]
-        self.network = NetworkCache(storage)
-        self.changes = tuple(RowCache(policy.order, storage) for _ in self._halves)  # of the whole network, by schedule
-        self._owned = [
-            None
-            if owner_ranks is None
-            else OwnedBlock(
-                RowPool(owner_ranks), OwnedBranches(owner_ranks, forecast=policy.order > 0, storage=storage)
+        self.timer = timer
+        halves = HALVES if guided else HALVES[:1]
+        self._network: NetworkCache | None = None
+        self._parts: list[PartCache] = []
+        if isinstance(policy, NetworkPolicy):
+            self._network = NetworkCache(policy, len(requests), halves, storage)
+            return
+        assert isinstance(policy, ModulePolicy | BranchPolicy)
+        image_ids_B = _image_ids(requests).to(device)
+        for part_halves in [halves] if policy.halves_agree else [(half,) for half in halves]:
+            first = len(requests) * halves.index(part_halves[0])
+            blocks = tuple(
+                BlockStore(policy, num_experts, _branches(policy, num_experts, owner_ranks, storage, kernels), storage)
+                for _ in range(num_blocks)
             )
-            for _ in range(num_blocks)
-        ]
-
-    def assign(self, requests: Sequence[Request]) -> None:
-        """Other images, as many as before, in tensors that are there: for a session whose steps are replayed."""
-        self._image_ids_B.copy_(_image_ids(requests))
-
-    def at(self, step: StepContext) -> "StepCache":
-        self.note_peak()
-        segments = tuple(
-            Segment(
-                half,
-                slice(index * self._num_images, (index + 1) * self._num_images),
-                self.policy.is_full(step, half),
+            half_B = torch.tensor([HALVES.index(half) for half in part_halves], device=device)
+            self._parts.append(
+                PartCache(
+                    slice(first, first + len(requests) * len(part_halves)),
+                    part_halves[0],
+                    blocks,
+                    image_ids_B.repeat(len(part_halves)),
+                    half_B.repeat_interleave(len(requests)),
+                )
             )
-            for index, half in enumerate(self._halves)
-        )
-        return StepCache(step, self, segments, self._image_ids_B)
 
-    def block(self, index: int) -> tuple[SegmentCache, ...]:
-        return self._blocks[index]
-
-    def owned(self, index: int) -> OwnedBlock | None:
-        return self._owned[index]
-
-    def note_peak(self) -> None:
-        """Record how much the session holds, and what is kept beside it; asked before every step and at its end."""
-        held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
-        held += sum(change.num_bytes for change in self.changes)
-        held += 0 if self.late is None else self.late.num_bytes
-        held += sum(owned.store.num_bytes for owned in self._owned if owned is not None) + self._bytes_beside()
-        self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
-
-
-@dataclass(frozen=True)
-class StepCache:
-    """The session in one step."""
-
-    step: StepContext
-    session: CacheSession
-    segments: tuple[Segment, ...]
-    image_ids_B: Tensor
-    followed: Followed = field(default_factory=Followed)
-
-    def block(self, index: int) -> BlockStep:
-        session = self.session
-        return BlockStep(
-            index,
-            self.step,
-            session.policy,
-            self.segments,
-            session.block(index),
-            self.image_ids_B,
-            session.statistics,
-            self.followed,
-            session.owned(index),
-            session.timer,
-            session.budget,
-            session.late,
-        )
+    def at(self, step: StepContext) -> StepCache:
+        if self._network is not None:
+            return NetworkStep(step, self._network, self.statistics, self.timer)
+        assert isinstance(self.policy, ModulePolicy | BranchPolicy)
+        return tuple(PartStep(step, part, self.policy, self.statistics, self.timer) for part in self._parts)
 
     @property
-    def per_network(self) -> bool:
-        """Whether the blocks are computed or skipped all together."""
-        return self.session.policy.unit == "network"
+    def parts(self) -> tuple[PartCache, ...]:
+        return tuple(self._parts)
 
-    def serve_network(self, x_BTD: Tensor, signal: Callable[[], Tensor], compute: Compute) -> Tensor:
-        """The output of all blocks [B, T, D] for the input ``x_BTD``: computed, or the input plus the expected change.
+    @property
+    def num_bytes(self) -> int:
+        """How much the session holds now."""
+        blocks = sum(block.num_bytes for part in self._parts for block in part.blocks)
+        return blocks + (0 if self._network is None else self._network.num_bytes)
 
-        ``compute(images)`` runs the blocks for a slice of the batch and measures itself; ``signal()`` is the time alone
-        [S], asked where a threshold on its change decides. Which of them run is the same on all ranks.
-        """
-        delta = self.session.policy.delta
-        return self._by_schedule(x_BTD, compute) if delta is None else self._by_change(x_BTD, signal(), delta, compute)
+    def note_peak(self, bytes_beside: int = 0) -> None:
+        """Record how much is held now; ``bytes_beside``: by what belongs to the cache and is kept elsewhere."""
+        self.statistics.bytes_peak = max(self.statistics.bytes_peak, self.num_bytes + bytes_beside)
 
-    def _by_change(self, x_BTD: Tensor, signal_S: Tensor, delta: float, compute: Compute) -> Tensor:
-        session, network = self.session, self.session.network
-        session.statistics.signals += 1
-        with session.timer.section("bookkeeping"):
-            if not network.is_due(signal_S, delta):
-                session.statistics.skipped += x_BTD.shape[0]
-                return network.apply(x_BTD)
-        session.statistics.reached += self.step.index > 0
-        out_BTD = compute(slice(None))
-        with session.timer.section("bookkeeping"):
-            network.store(out_BTD - x_BTD)
-        return out_BTD
 
-    def _by_schedule(self, x_BTD: Tensor, compute: Compute) -> Tensor:
-        changes, index, timer = self.session.changes, self.step.index, self.session.timer
-        if all(segment.full for segment in self.segments):
-            out_BTD = compute(slice(None))
-            with timer.section("bookkeeping"):
-                for segment, change in zip(self.segments, changes, strict=True):
-                    change.store(out_BTD[segment.images] - x_BTD[segment.images], index)
-            return out_BTD
-        out_BTD = torch.empty_like(x_BTD)
-        for segment, change in zip(self.segments, changes, strict=True):
-            here_BTD = x_BTD[segment.images]
-            if segment.full:
-                out_BTD[segment.images] = compute(segment.images)
-                with timer.section("bookkeeping"):
-                    change.store(out_BTD[segment.images] - here_BTD, index)
-                continue
-            with timer.section("bookkeeping"):
-                change.forecast_into(out_BTD[segment.images], index)
-                out_BTD[segment.images] += here_BTD
-            self.session.statistics.skipped += here_BTD.shape[0]
-        return out_BTD
+def _branches(
+    policy: Policy, num_experts: int, owner_ranks: int | None, storage: Storage, kernels: Kernels
+) -> BranchCache | OwnerCache | None:
+    if not isinstance(policy, BranchPolicy):
+        return None
+    forecast = policy.order > 0
+    if owner_ranks is not None:
+        return OwnerCache(num_experts, owner_ranks, forecast=forecast, storage=storage)
+    return BranchCache(num_experts, kernels, forecast=forecast, scored=policy.usage_decay is not None, storage=storage)
 
 
 def _image_ids(requests: Sequence[Request]) -> Tensor:
-    """int64 [B], on the host: seed and index of each request in one number."""
+    """Return int64 [B], on the host: seed and index of each request in one number."""
     return torch.tensor([request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64)

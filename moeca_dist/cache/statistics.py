@@ -1,10 +1,9 @@
 """What the cache did in one run on this rank, and what was sent meanwhile, counted where it happens.
 
-Shape suffixes: S steps, Y reasons, E experts, T tokens, K routed experts per token.
+Shape suffixes: S steps, Y reasons, E experts, N branches.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -22,9 +21,7 @@ class Reason(IntEnum):
     UNMATCHED = 1  # the cache holds nothing of it
     FORCED = 2  # a rule of the policy computes it without judging it
     SCORE = 3  # the policy judged this very branch, by a score or (the control) by a draw
-    LATE = 4  # judged or by a rule, but of low gate: computed now, served as stored until the next step
-    SERVED = 5  # reused or forecast
-    DEFERRED = 6  # to be computed, but there was no room: reused or forecast, or another expert stands in
+    SERVED = 4  # reused or forecast
 
 
 REFRESHED = tuple(reason for reason in Reason if reason < Reason.SERVED)
@@ -32,7 +29,7 @@ REFRESHED = tuple(reason for reason in Reason if reason < Reason.SERVED)
 
 @dataclass
 class CacheStatistics:
-    """Counters of a run; steps and blocks are indices of denoising steps and of MoE blocks.
+    """RunCounters of a run; steps and blocks are indices of denoising steps and of MoE blocks.
 
     ``modules[name]``: tokens for which a module (``attention``, ``dense``, ``shared``, ``router``, ``moe``) was
     computed, summed over blocks and steps; ``rows[name]``: those of them that were computed one by one in a step that
@@ -48,8 +45,6 @@ class CacheStatistics:
     branches: dict[int, Tensor] = field(default_factory=dict)
     """By MoE block: branches of each step, reason and expert, int64 [S, Y, E]; on the model's device, which counting
     must not stall."""
-    demand: dict[int, Tensor] = field(default_factory=dict)
-    """By MoE block: how often an image and expert group needed so many rows, int64; where rows are budgeted."""
     bytes_per_step: Counter[int] = field(default_factory=Counter)
     bytes_peak: int = 0
 
@@ -58,23 +53,14 @@ class CacheStatistics:
         self.bytes_per_step[step] += sent_so_far - self.bytes_per_step.total()
 
     def count_branches(
-        self, step: StepContext, block: int, expert_ids_TK: Tensor, reason: Tensor | Reason, num_experts: int
+        self, step: StepContext, block: int, expert_N: Tensor, reason: Tensor | Reason, num_experts: int
     ) -> None:
-        """Count branches by expert; ``reason``: of each [T, K], in any integer dtype, or of all of them."""
+        """Count branches by expert; ``reason``: int64 [N], one for each, or one for all of them."""
         if block not in self.branches:
             shape = (step.num_steps, len(Reason), num_experts)
-            self.branches[block] = torch.zeros(shape, dtype=torch.int64, device=expert_ids_TK.device)
-        if isinstance(reason, Tensor):
-            reason = reason.long()
-        cell_N = (reason * num_experts + expert_ids_TK).flatten()
+            self.branches[block] = torch.zeros(shape, dtype=torch.int64, device=expert_N.device)
+        cell_N = reason * num_experts + expert_N
         self.branches[block][step.index].view(-1).index_add_(0, cell_N, torch.ones_like(cell_N))
-
-    def count_demand(self, block: int, demand_BG: Tensor, most: int) -> None:
-        """Count how many rows, at most ``most``, the images and expert groups of a step would need."""
-        if block not in self.demand:
-            self.demand[block] = torch.zeros(most + 1, dtype=torch.int64, device=demand_BG.device)
-        rows_N = demand_BG.flatten()
-        self.demand[block].index_add_(0, rows_N, torch.ones_like(rows_N))
 
     def per_step(self, reason: Reason) -> Counter[tuple[int, int]]:
         """Branches by (step, block)."""
@@ -92,29 +78,16 @@ class CacheStatistics:
 
     def merge(self, other: "CacheStatistics") -> None:
         """Add what another rank counted; peaks add up too, because ranks hold their caches at the same time."""
-        self._add(other, Tensor.cpu)
-        self.bytes_peak += other.bytes_peak
-
-    def add_round(self, other: "CacheStatistics") -> None:
-        """Add what was counted apart for a round of the same run, which goes on counting its own."""
-        self._add(other, Tensor.clone)
-        self.bytes_peak = max(self.bytes_peak, other.bytes_peak)
-
-    def _add(self, other: "CacheStatistics", taken: Callable[[Tensor], Tensor]) -> None:
         for name in ("modules", "rows", "bytes_per_step"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
         self.signals += other.signals
         self.reached += other.reached
-        for name in _COUNTED:
-            mine = getattr(self, name)
-            for block, counts in getattr(other, name).items():
-                mine[block] = mine[block] + taken(counts) if block in mine else taken(counts)
+        for block, counts_SYE in other.branches.items():
+            mine_SYE = self.branches.get(block)
+            self.branches[block] = counts_SYE.cpu() if mine_SYE is None else mine_SYE + counts_SYE.cpu()
+        self.bytes_peak += other.bytes_peak
 
     def __getstate__(self) -> dict[str, Any]:
-        """What travels to other ranks: they may not have this rank's device."""
-        on_host = {name: {block: counts.cpu() for block, counts in getattr(self, name).items()} for name in _COUNTED}
-        return self.__dict__ | on_host
-
-
-_COUNTED = ("branches", "demand")
+        """Return what travels to other ranks, which may not have this rank's device."""
+        return self.__dict__ | {"branches": {block: counts.cpu() for block, counts in self.branches.items()}}

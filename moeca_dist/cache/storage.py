@@ -6,7 +6,7 @@ what a step computes is used as computed in that step.
 Shape suffixes: D width of a row (hidden size, or channels of a head), N rows; ``X`` stands for any leading sizes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,9 +58,10 @@ class Packed:
         if self.scale_X1 is not None and packed.scale_X1 is not None:
             _flat(self.scale_X1).index_copy_(0, index_N, packed.scale_X1)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Packed":
-        """The same rows arranged anew, by a function that leaves the last dimension alone."""
-        return Packed(change(self.data_XD), None if self.scale_X1 is None else change(self.scale_X1), self.dtype)
+    def stretched(self, before: Sequence[int], after: Sequence[int]) -> "Packed":
+        """Return runs of ``before[p]`` rows lengthened to ``after[p]`` rows each, with zeros."""
+        scale_X1 = None if self.scale_X1 is None else stretched(self.scale_X1, before, after)
+        return Packed(stretched(self.data_XD, before, after), scale_X1, self.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -108,3 +109,11 @@ def _flat(part_XD: Tensor) -> Tensor:
     """[rows, D]; float8 as bytes, because few operators know it."""
     flat = part_XD.view(-1, part_XD.shape[-1])
     return flat.view(torch.uint8) if flat.dtype == _FLOAT8 else flat
+
+
+def stretched(rows: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """Lengthen runs of ``before[p]`` rows to ``after[p]`` rows each, with zeros."""
+    parts = []
+    for run, old, new in zip(rows.split(list(before)), before, after, strict=True):
+        parts += [run, rows.new_zeros(new - old, *rows.shape[1:])]
+    return torch.cat(parts)

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.policy import Half
-from moeca_dist.cache.session import HALVES
+from moeca_dist.cache.policy import HALVES, Half
 from moeca_dist.sampling.guidance import Guidance
 from moeca_dist.types import StepContext
 

@@ -25,7 +25,7 @@ FORMAT = 1
 NORM_TOLERANCE = 1e-3
 # Options of the cache section that change what is computed where, or how full steps are named, but nothing that weights
 # are fitted to.
-_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "placement", "memory_limit", "interval", "full_steps"})
+_WITHOUT_EFFECT_ON_VALUES = frozenset({"calibration", "location", "memory_limit", "interval", "full_steps"})
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,12 @@ def weight_norms(model: DiffusionTransformer) -> tuple[float, ...]:
     return tuple(float(parameter.detach().float().square().mean().sqrt()) for parameter in held)
 
 
-def fitting_calibration(path: Path, wanted: FittedFor) -> Calibration:
-    """Read a calibration and check it against the run.
-
-    Raises UserError for a file that is missing, no calibration, damaged, or fitted for something else.
-    """
-    calibration = read_calibration(path)
+def check_fits(calibration: Calibration, wanted: FittedFor, path: Path | None) -> None:
+    """Raise UserError if the calibration was fitted for something else; ``path``: its file, if there is one."""
     difference = calibration.fitted_for.difference(wanted)
     if difference is not None:
-        raise UserError(f"cache.calibration {path} was fitted for {difference}: fit it anew with moeca calibrate")
-    return calibration
+        name = "the calibration" if path is None else f"cache.calibration {path}"
+        raise UserError(f"{name} was fitted for {difference}: fit it anew with moeca calibrate")
 
 
 def read_calibration(path: Path) -> Calibration:

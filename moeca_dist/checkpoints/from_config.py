@@ -10,7 +10,9 @@ from moeca_dist.checkpoints.random_init import randomise
 from moeca_dist.checkpoints.tensor_source import open_source
 from moeca_dist.config import ModelConfig
 from moeca_dist.errors import UserError
+from moeca_dist.kernels.select import kernels_of
 from moeca_dist.models.backbone import DiffusionTransformer
+from moeca_dist.models.parallelize import use_kernels
 from moeca_dist.models.registry import build_model, override, published_spec
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.parallel.expert_placement import PlacementTable
@@ -44,17 +46,19 @@ def check_weights(config: ModelConfig) -> ModelSpec:
 
 
 def load_weights(config: ModelConfig, mesh: Mesh, table: PlacementTable | None = None) -> DiffusionTransformer:
-    """This rank's part of the network, ready for inference; ``table`` None: equal runs of experts.
+    """Load this rank's part of the network, ready for inference; ``table`` None: equal runs of experts.
 
-    Raises UserError as ``check_weights`` does, and for a table of another network or number of ranks.
+    Raises UserError as ``check_weights`` does, for a table of another network or number of ranks, and for kernels that
+    cannot run on the device.
     """
-    spec = check_weights(config)
+    spec, kernels = check_weights(config), kernels_of(config.kernels, mesh.device)
     if config.checkpoint is not None:
-        return load_model(config.checkpoint, mesh=mesh, placement=table, dtype=config.dtype, **_stated(config))
+        model = load_model(config.checkpoint, mesh=mesh, placement=table, dtype=config.dtype, **_stated(config))
+        return use_kernels(model, kernels)
     with torch.device("meta"):
         model = build_model(spec)
     shard_for(model, mesh, table)
-    return randomise(model, mesh.device, parse_dtype(config.dtype))
+    return use_kernels(randomise(model, mesh.device, parse_dtype(config.dtype)), kernels)
 
 
 def _random_spec(config: ModelConfig) -> ModelSpec:

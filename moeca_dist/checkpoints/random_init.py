@@ -8,6 +8,7 @@ from torch import Tensor
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.dit_moe import sincos_positions
 from moeca_dist.models.registry import FAMILIES
+from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.moe.router import SigmoidRouter
 
 
@@ -27,6 +28,7 @@ def randomise(model: DiffusionTransformer, device: torch.device, dtype: torch.dt
         if ".experts.w" not in name:
             _fill(tensor, name)
     for block, layer in model.moe_layers():
+        assert isinstance(layer.experts, RoutedExperts)
         for weights, projection in ((layer.experts.w1, "gate"), (layer.experts.w3, "up"), (layer.experts.w2, "down")):
             for slot, expert in enumerate(layer.local_expert_ids):
                 _fill(weights[slot], family.expert_key(block, expert, projection))

@@ -62,16 +62,18 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
     output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
     """
     tell_deepspeed_the_device()
-    from moeca_dist.parallel.agreement import agreed
-    from moeca_dist.runtime.checks import check_cache_fits, check_config
+    from moeca_dist.parallel.agreement import on_all_ranks
     from moeca_dist.runtime.engine import join
+    from moeca_dist.runtime.run_plan import RunPlan
+    from moeca_dist.types import Request
 
     mesh = join(config)
     try:
-        highest = [labels[-1] for labels in args.labels or ()]
-        spec = agreed(mesh, lambda: check_config(config, highest))
-        agreed(mesh, lambda: check_cache_fits(config, spec, mesh, args.num_images))
-        folder = agreed(
+        plan = on_all_ranks(mesh, lambda: RunPlan.resolve(config, mesh.world_size))
+        highest = [Request(index, labels[-1]) for index, labels in enumerate(args.labels or ())]
+        on_all_ranks(mesh, lambda: plan.check_requests(highest))
+        on_all_ranks(mesh, lambda: plan.check_memory(args.num_images, mesh.device))
+        folder = on_all_ranks(
             mesh,
             lambda: _open_folder(args) if mesh.rank == 0 else None,
         )
@@ -122,7 +124,7 @@ def _generate_into(
 
 def _saved(engine: "Engine", folder: "OutputFolder") -> Config:
     """The configuration that repeats the run, with a calibration that was made for it beside it."""
-    config = engine.resolved_config
+    config = engine.config
     if engine.calibration is None or config.cache.calibration is not None:
         return config
     path = folder.add_file("calibration.json", engine.calibration.to_json())

@@ -55,16 +55,16 @@ def _tune(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     validate_world(config, launcher_number("WORLD_SIZE", 1))
     tell_deepspeed_the_device()
-    from moeca_dist.parallel.agreement import agreed
-    from moeca_dist.runtime.checks import check_config
+    from moeca_dist.parallel.agreement import on_all_ranks
     from moeca_dist.runtime.engine import join
+    from moeca_dist.runtime.run_plan import RunPlan
     from moeca_dist.tuning.files import TunedFiles
 
     files = TunedFiles(args.out)
     mesh = join(config)
     try:
-        agreed(mesh, lambda: check_config(config, []))
-        agreed(mesh, lambda: files.check(overwrite=args.overwrite) if mesh.rank == 0 else None)
+        on_all_ranks(mesh, lambda: RunPlan.resolve(config, mesh.world_size))
+        on_all_ranks(mesh, lambda: files.check(overwrite=args.overwrite) if mesh.rank == 0 else None)
         _tune_and_write(config, mesh, files, args)
     except UserError:
         mesh.close()
@@ -74,7 +74,7 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _tune_and_write(config: Config, mesh: "Mesh", files: "TunedFiles", args: argparse.Namespace) -> None:
-    from moeca_dist.parallel.agreement import agreed
+    from moeca_dist.parallel.agreement import on_all_ranks
     from moeca_dist.runtime.engine import Engine
     from moeca_dist.tuning.resume import StateFile
     from moeca_dist.tuning.target import Target
@@ -87,13 +87,13 @@ def _tune_and_write(config: Config, mesh: "Mesh", files: "TunedFiles", args: arg
     settings = Settings(target, args.num_images, args.seed, args.refinements)
     check_target(engine, target)
     identity = run_identity(engine, settings)
-    state = agreed(mesh, lambda: StateFile(files.state, identity) if mesh.rank == 0 else None)
+    state = on_all_ranks(mesh, lambda: StateFile(files.state, identity) if mesh.rank == 0 else None)
     try:
         tuned = tune(engine, settings, state, progress=mesh.rank == 0)
         if state is None:
             return
         # The schedule fits one number of steps, but any number of ranks.
-        files.write(tuned, engine.resolved_config.model_copy(update={"parallel": config.parallel}))
+        files.write(tuned, engine.config.model_copy(update={"parallel": config.parallel}))
         state.remove()
     finally:
         if state is not None:

@@ -24,13 +24,14 @@ REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
 )
 RENAMED_KEYS: Mapping[str, str] = MappingProxyType(
     {
-        # old section.key: new section.key
+        "cache.placement": "cache.location",
+        "parallel.rows": "parallel.row_dtype",
     }
 )
 REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("parallel.exchange", "planned"): "remove it, the ranks agree in every layer on what travels",
-        # (section.key, value): what to do instead
+        ("parallel.row_dtype", "fp8"): "use int8, which loses 8 to 14 dB less at the same bytes",
         ("cache.dtype", "float16"): "use bfloat16, which takes as much memory",
     }
 )

@@ -81,7 +81,7 @@ def _without_stale_calibration(tree: dict[str, Any], changes: Sequence[Mapping[s
     sampling = tree.get("sampling", {})
     for change in changes:
         of_cache, of_sampling = change.get("cache", {}), change.get("sampling", {})
-        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "placement", "memory_limit"}
+        stale = isinstance(of_cache, dict) and of_cache.keys() - {"calibration", "location", "memory_limit"}
         for key in ("num_steps", "cfg_scale"):
             if isinstance(of_sampling, dict) and key in of_sampling and isinstance(sampling, dict):
                 stale = stale or of_sampling[key] != sampling.get(key)

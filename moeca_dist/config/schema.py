@@ -40,6 +40,8 @@ class ModelConfig(_Section):
     """Side of the (latent) image in pixels."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["torch", "triton"] = "torch"
+    """What small operators run as: PyTorch, or Triton on a CUDA device."""
     cuda_graphs: bool = False
     """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
 
@@ -60,9 +62,8 @@ class ParallelConfig(_Section):
     the same number of groups a run is the same on any number of ranks, whatever waits."""
     budget_fill: bool = False
     """Whether rows that nobody needs recompute the stored branches that are expected to be off most."""
-    rows: Literal["exact", "fp8", "int8"] = "exact"
-    """How rows travel between ranks: as computed, or as 8-bit codes of how they changed; where all experts are on one
-    rank nothing travels."""
+    row_dtype: Literal["exact", "int8"] = "exact"
+    """How rows travel between ranks: as computed, or as int8 codes with one scale per row. On one rank nothing does."""
     expert_placement: PathField | None = None
     """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -122,7 +123,7 @@ class CacheConfig(_Section):
 
     On CPU a share of the host's. What would keep more is refused before sampling.
     """
-    placement: Literal["home", "owner", "auto"] | None = None
+    location: Literal["home", "owner", "auto"] | None = None
     """Which side of the exchange keeps branch values; ``auto``: ``owner`` on two ranks, else ``home``.
 
     None: ``home``, with which the images are those of one rank whatever the policy.

@@ -27,7 +27,7 @@ class LoadBalancer:
     def _counter(self, name: str) -> Any:
         def count(_module: nn.Module, _inputs: tuple[Any, ...], routing: Routing) -> None:
             load_E = self._load_E[name]
-            load_E += torch.bincount(routing.expert_ids_TK.flatten(), minlength=len(load_E))
+            load_E += torch.bincount(routing.expert_N, minlength=len(load_E))
 
         return count
 

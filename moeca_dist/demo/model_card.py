@@ -44,7 +44,7 @@ class RoutingWatcher:
             gate.register_forward_hook(lambda _module, _inputs, routing, layer=layer: self._count(layer, routing))
 
     def _count(self, layer: int, routing: Routing) -> None:
-        ids_TK = routing.expert_ids_TK
+        ids_TK = routing.expert_N.view(routing.num_tokens, -1)
         self.load_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=self.load_LE.shape[1])
         previous_TK = self._previous[layer]
         if previous_TK is not None:

@@ -1,24 +1,23 @@
-"""The kernels in plain PyTorch: what runs on CPU, and what the others are tested against.
+"""The kernels in plain PyTorch: what runs by default, and what the others are tested against.
 
 Nothing here waits for the device: all shapes follow from those of the arguments.
 
 Shape suffixes: as in ``types``.
 """
 
+from typing import Final
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.kernels.int8_rows import RowFormat, decode, encode
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,
     Forecast,
     FreshRows,
     GatheredRows,
-    HeldRows,
-    RoutedTokens,
-    RouterWeights,
+    Kernels,
     RowStore,
     StoredBranches,
 )
@@ -27,34 +26,27 @@ NORM_EPS = 1e-6
 
 
 class ReferenceKernels:
-    fuses_routing = False
-
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         expert_R = expert_R.long()
         order_R = expert_R.argsort(stable=True)
-        counts_L = expert_R.new_zeros(num_experts + 1).scatter_add_(0, expert_R, torch.ones_like(expert_R))[:-1]
+        counts_L = expert_R.new_zeros(num_experts).scatter_add_(0, expert_R, torch.ones_like(expert_R))
         rows_RD = x_SD.index_select(0, source_R.index_select(0, order_R))
         return GatheredRows(rows_RD, counts_L, inverse(order_R))
 
     def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:
-        entries = stored.steps_TJ.shape[1]
-        first_T1 = torch.arange(0, stored.steps_TJ.numel(), entries, device=stored.steps_TJ.device)[:, None]
-        at_TK = branches.entry_TK + first_T1
-        weights_TK = (branches.gates_TK * ~branches.refresh_TK).to(stored.values_TJD.dtype)
-        # Bags of rows take a third of the time of a batched product of weights and entries on CPU.
-        total_TD = _weighted_rows(at_TK, stored.values_TJD, weights_TK)
-        if stored.slopes_TJD is not None:
-            ahead_TK = weights_TK * (step - stored.steps_TJ.gather(1, branches.entry_TK))
-            total_TD += _weighted_rows(at_TK, stored.slopes_TJD, ahead_TK)
-        if fresh.branch_N.shape[0]:
-            if fresh.padded:
-                fresh = _padding_last(fresh)
+        weights_N = (branches.gate_N * ~branches.refresh_N).to(stored.values_ND.dtype)
+        total_TD = _weighted_rows(branches, stored.values_ND, weights_N)
+        if stored.slopes_ND is not None:
+            ahead_N = weights_N * (step - stored.step_N.index_select(0, branches.row_N))
+            total_TD += _weighted_rows(branches, stored.slopes_ND, ahead_N)
+        if fresh.branch_M.shape[0]:
             _add_fresh(total_TD, branches, fresh)
-            _keep(stored, branches, fresh, at_TK, step)
+            _keep(stored, branches, fresh, step)
         return total_TD
 
     def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:
-        torch.add(x_BTD, gate_BD[:, None] * _expected(forecast), out=after_BTD)
+        expected_BTD = forecast.sum() if forecast.terms else forecast.value_BTD
+        torch.add(x_BTD, gate_BD[:, None] * expected_BTD, out=after_BTD)
 
     def residual_modulated(
         self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering
@@ -64,122 +56,43 @@ class ReferenceKernels:
         scaled_BTD = normed_BTD * (1 + entering.scale_BD[:, None])
         torch.add(scaled_BTD, entering.shift_BD[:, None], out=entering.out_BTD)
 
-    def route(
-        self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
-    ) -> RoutedTokens:
-        if router.scoring == "sigmoid":
-            scores_TE = F.linear(x_TD.float(), router.weight_ED.float()).sigmoid()
-        else:
-            scores_TE = F.linear(x_TD, router.weight_ED).softmax(dim=-1)
-        choice_TE = scores_TE if router.bias_E is None else scores_TE + router.bias_E
-        ids_TK = choice_TE.topk(router.k, dim=-1).indices
-        gates_TK = scores_TE.gather(-1, ids_TK)
-        if router.normalised:
-            gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20) * router.scale
-        return RoutedTokens(scores_TE, ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
 
-    def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
-        reference_ND = _held(held)
-        coded_NW = encode(rows_ND, reference_ND, form)
-        if held is not None:
-            _hold(held, decode(coded_NW, reference_ND, form, rows_ND.dtype))
-        return coded_NW
-
-    def decode_rows(
-        self, coded_NW: Tensor, held: HeldRows | None, form: RowFormat, width: int, dtype: torch.dtype
-    ) -> Tensor:
-        rows_ND = decode(coded_NW, _held(held), form, dtype)
-        if held is not None:
-            _hold(held, rows_ND)
-        return rows_ND
-
-
-def _held(held: HeldRows | None) -> Tensor | None:
-    return None if held is None else held.rows_SD.index_select(0, held.key_N)
-
-
-def _hold(held: HeldRows, rows_ND: Tensor) -> None:
-    # What is not finite would break all that follows: after it the pair starts anew.
-    held.rows_SD.index_copy_(0, held.key_N, rows_ND.nan_to_num(0.0, 0.0, 0.0))
-
-
-def match_entries(ids_TK: Tensor, ids_TJ: Tensor, used_TJ: Tensor, last_step: int) -> tuple[Tensor, Tensor]:
-    """(entry_TK, found_TK): each branch by its expert id; the others get the entries that were used longest ago."""
-    same_TKJ = ids_TK[:, :, None] == ids_TJ[:, None, :]
-    found_TK = same_TKJ.any(-1)
-    # Entries in use are sorted behind all others; the stable sort makes the choice independent of the device.
-    age_TJ = used_TJ + same_TKJ.any(1) * (last_step + 2)
-    free_TJ = age_TJ.argsort(dim=-1, stable=True)
-    nth_TK = ((~found_TK).cumsum(-1) - 1).clamp(min=0)
-    return torch.where(found_TK, same_TKJ.int().argmax(-1), free_TJ.gather(1, nth_TK)), found_TK
+REFERENCE: Final[Kernels] = ReferenceKernels()
 
 
 def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:
-    """[N, D] change per step; zero where ``before`` is another expert's value, or none."""
+    """Return [N, D] change per step; zero if ``before`` is another branch's value, or none."""
     inverse_N = torch.where(found_N, gap_N.to(values_ND.dtype).reciprocal(), 0.0)
     return (values_ND - before_ND) * inverse_N[:, None]
 
 
 def inverse(order_N: Tensor) -> Tensor:
-    """Where each element went: ``inverse[order[i]] = i``."""
+    """Return where each element went: ``inverse[order[i]] = i``."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.shape[0], device=order_N.device))
 
 
-def _weighted_rows(at_TK: Tensor, stored_TJD: RowStore, weights_TK: Tensor) -> Tensor:
-    """[T, D]: sum over k of weight x the row ``at`` of all stored ones."""
-    rows = stored_TJD.unpack().view(-1, stored_TJD.shape[-1])
-    return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
-
-
-def _padding_last(fresh: FreshRows) -> FreshRows:
-    """Ascending: sums then have one order, whatever the order of the rows."""
-    branch_N, order_N = fresh.branch_N.sort()
-    return FreshRows(fresh.rows_RD, branch_N, fresh.row_N.index_select(0, order_N), padded=True)
+def _weighted_rows(branches: BranchesToServe, stored_ND: RowStore, weights_N: Tensor) -> Tensor:
+    """Return [T, D]: the sum of weight x stored row over the branches of each token."""
+    # Bags of rows take a third of the time of a batched product of weights and rows on CPU.
+    return F.embedding_bag(
+        branches.row_N, stored_ND.unpack(), branches.start_T, per_sample_weights=weights_N, mode="sum"
+    )
 
 
 def _add_fresh(total_TD: Tensor, branches: BranchesToServe, fresh: FreshRows) -> None:
     """Add gate x row, in the order of the branches."""
-    tokens, k = branches.gates_TK.shape
-    branch_N = fresh.branch_N.clamp(max=tokens * k - 1) if fresh.padded else fresh.branch_N
-    gates_N = branches.gates_TK.flatten().index_select(0, branch_N).to(total_TD.dtype)
-    weighted_ND = fresh.rows_RD.index_select(0, fresh.row_N) * gates_N[:, None]
-    if fresh.padded:
-        # Rows of padding were never computed and may hold anything, so a weight of 0 is not enough.
-        weighted_ND = torch.where((fresh.branch_N < tokens * k)[:, None], weighted_ND, 0.0)
-    total_TD.index_add_(0, branch_N // k, weighted_ND)
+    gate_M = branches.gate_N.index_select(0, fresh.branch_M).to(total_TD.dtype)
+    weighted_MD = fresh.rows_RD.index_select(0, fresh.row_M) * gate_M[:, None]
+    total_TD.index_add_(0, branches.token_N.index_select(0, fresh.branch_M), weighted_MD)
 
 
-def _keep(stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, at_TK: Tensor, step: int) -> None:
-    branch_N, row_N = fresh.branch_N, fresh.row_N
-    some_1: Tensor | None = None
-    if fresh.padded:
-        # Padding repeats the first branch, or where there is none writes back what one entry held.
-        last, arange_N = at_TK.numel() - 1, torch.arange(branch_N.shape[0], device=branch_N.device)
-        some_1 = branch_N[:1] <= last
-        pick_N = torch.where(branch_N <= last, arange_N, 0)
-        branch_N, row_N = branch_N[pick_N].clamp(max=last), row_N[pick_N]
-    at_N = at_TK.flatten().index_select(0, branch_N)
-    values_ND = fresh.rows_RD.index_select(0, row_N)
-    before_ND = None if some_1 is None and stored.slopes_TJD is None else stored.values_TJD.rows(at_N)
-    if some_1 is not None and before_ND is not None:
-        values_ND = torch.where(some_1[:, None], values_ND, before_ND)
-    steps = stored.steps_TJ.view(-1)
-    if stored.slopes_TJD is not None and before_ND is not None:
-        gap_N, found_N = step - steps[at_N], branches.found_TK.flatten()[branch_N]
-        slopes_ND = slopes(values_ND, before_ND, gap_N, found_N)
-        if some_1 is not None:
-            slopes_ND = torch.where(some_1[:, None], slopes_ND, stored.slopes_TJD.rows(at_N))
-        stored.slopes_TJD.put(at_N, slopes_ND)
-    stored.values_TJD.put(at_N, values_ND)
-    now_N = torch.full_like(at_N, step, dtype=steps.dtype)
-    steps[at_N] = now_N if some_1 is None else torch.where(some_1, now_N, steps[at_N])
-
-
-def _expected(forecast: Forecast) -> Tensor:
-    out_BTD = forecast.value_BTD
-    for difference_BTD, factor in forecast.terms:
-        if isinstance(factor, Tensor):
-            out_BTD = torch.addcmul(out_BTD, difference_BTD, factor.to(difference_BTD.dtype))
-        else:
-            out_BTD = torch.add(out_BTD, difference_BTD, alpha=factor)
-    return out_BTD
+def _keep(stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> None:
+    """Store fresh branches, and how they changed since they were last computed."""
+    at_M = branches.row_N.index_select(0, fresh.branch_M)
+    values_MD = fresh.rows_RD.index_select(0, fresh.row_M)
+    if stored.slopes_ND is not None:
+        gap_M = step - stored.step_N[at_M]
+        found_M = branches.found_N[fresh.branch_M]
+        stored.slopes_ND.put(at_M, slopes(values_MD, stored.values_ND.rows(at_M), gap_M, found_M))
+    stored.values_ND.put(at_M, values_MD)
+    stored.step_N.index_fill_(0, at_M, step)

@@ -1,25 +1,24 @@
 """What goes into the kernels and what comes out of them.
 
-Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens of one segment, K routed experts per
-token, J entries per token, N refreshed branches or coded rows, E experts, B images, X any leading sizes, W bytes of a
-coded row.
+Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens, N branches of a routing (rows of the
+branch cache), M refreshed branches, B images, X any leading sizes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moeca_dist.kernels.int8_rows import RowFormat
-
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """Rows grouped by expert, in their order within each; padding stands behind all of them.
+    """Rows grouped by expert, in their order within each.
 
-    ``counts_L``: int64, on the device. ``position_R``: where each row went.
+    Attributes:
+        counts_L: int64 rows of each expert, on the device.
+        position_R: int64, where each row went.
     """
 
     rows_RD: Tensor
@@ -38,15 +37,15 @@ class RowStore(Protocol):
 
     @property
     def exact(self) -> Tensor | None:
-        """The stored rows themselves where they are kept as they are computed."""
+        """The stored rows themselves, if they are kept as they are computed."""
         ...
 
     def unpack(self) -> Tensor:
-        """All rows in the dtype of the computation."""
+        """Return all rows in the dtype of the computation."""
         ...
 
     def rows(self, index_N: Tensor) -> Tensor:
-        """[N, D] of all rows, flattened to [rows, D]."""
+        """Return [N, D] of all rows, flattened to [rows, D]."""
         ...
 
     def put(self, index_N: Tensor, values_ND: Tensor) -> None:
@@ -56,69 +55,65 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True)
 class StoredBranches:
-    """Entries of one block and segment: values [T, J, D], their change per step, and the step of each, int32."""
+    """The rows of a branch cache: values [N, D], their change per step, and the int32 step of each."""
 
-    values_TJD: RowStore
-    slopes_TJD: RowStore | None
-    steps_TJ: Tensor
+    values_ND: RowStore
+    slopes_ND: RowStore | None
+    step_N: Tensor
 
 
 @dataclass(frozen=True)
 class BranchesToServe:
-    """A segment's branches: where each is stored, whether it is there already, and whether it is computed now."""
+    """The branches of a routing, by token.
 
-    gates_TK: Tensor
-    entry_TK: Tensor
-    found_TK: Tensor
-    refresh_TK: Tensor
+    Attributes:
+        token_N, gate_N: int64 token and float gate of each branch.
+        start_T: int64 first branch of each token.
+        row_N: int64 row of the cache, all distinct.
+        found_N, refresh_N: bool, whether the row holds an older value of the branch; whether it is computed now.
+    """
+
+    token_N: Tensor
+    start_T: Tensor
+    gate_N: Tensor
+    row_N: Tensor
+    found_N: Tensor
+    refresh_N: Tensor
 
 
 @dataclass(frozen=True)
 class FreshRows:
-    """Computed branches of a segment.
-
-    ``branch_N``: positions among the segment's branches, ascending; ``row_N``: which of ``rows_RD`` each is. Where
-    ``padded``, the lists have a fixed length and any order, and T * K stands for padding, whose rows are arbitrary.
-    """
+    """Computed branches: int64 positions ``branch_M`` in the routing, ascending, and int64 rows ``row_M`` of them."""
 
     rows_RD: Tensor
-    branch_N: Tensor
-    row_N: Tensor
-    padded: bool
+    branch_M: Tensor
+    row_M: Tensor
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A module's stored output with its differences: ``value + sum(factor * difference)``, none of them at order 0.
+    """A module's output: ``value + sum(factor * difference)``, without terms if it was computed or is reused.
 
-    Factors are numbers, or tensors [B, T, 1] where rows are of different age.
+    Factors are numbers, or tensors [B, T, 1] if tokens are of different age.
     """
 
     value_BTD: Tensor
     terms: Sequence[tuple[Tensor, float | Tensor]] = ()
 
+    def sum(self, out: Tensor | None = None) -> Tensor:
+        """Return [B, T, D] in a tensor of its own, or in ``out``.
 
-@dataclass(frozen=True)
-class RouterWeights:
-    """``bias_E`` chooses, but does not weigh (DeepSeek-V3, section 2.1.2); ``normalised`` over the chosen experts."""
-
-    weight_ED: Tensor
-    bias_E: Tensor | None
-    k: int
-    scoring: Literal["sigmoid", "softmax"]
-    normalised: bool
-    scale: float
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """``scores_TE`` of all experts; ``entry_TK`` and ``found_TK`` as ``cache.branches.Match`` has them."""
-
-    scores_TE: Tensor
-    expert_ids_TK: Tensor
-    gates_TK: Tensor
-    entry_TK: Tensor
-    found_TK: Tensor
+        One pass for each term: copying first would be another over memory, which is all that a forecast costs.
+        """
+        if not self.terms:
+            return self.value_BTD.clone() if out is None else out.copy_(self.value_BTD)
+        sum_BTD = self.value_BTD
+        for difference_BTD, factor in self.terms:
+            if isinstance(factor, Tensor):
+                sum_BTD = torch.addcmul(sum_BTD, difference_BTD, factor.to(difference_BTD.dtype), out=out)
+            else:
+                sum_BTD = torch.add(sum_BTD, difference_BTD, alpha=factor, out=out)
+        return sum_BTD
 
 
 @dataclass(frozen=True)
@@ -130,29 +125,15 @@ class Entering:
     scale_BD: Tensor
 
 
-@dataclass(frozen=True)
-class HeldRows:
-    """What the other end of an exchange holds too: of ``rows_SD`` those of ``key_N``, each of which comes once."""
-
-    rows_SD: Tensor
-    key_N: Tensor
-
-
 class Kernels(Protocol):
-    """Every function has one meaning; ``reference`` says it in plain PyTorch.
-
-    ``fuses_routing``: whether ``route`` is faster than routing and matching one after the other.
-    """
-
-    @property
-    def fuses_routing(self) -> bool: ...
+    """Every function has one meaning; ``reference`` says it in plain PyTorch."""
 
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
-        """``x_SD[source_R]`` grouped by expert; ``expert_R == num_experts`` marks padding."""
+        """Group ``x_SD[source_R]`` by expert."""
         ...
 
     def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:
-        """[T, D]: sum of gate x (fresh, stored or forecast) branch; fresh ones are stored, with their slopes."""
+        """Return [T, D]: the sum of gate x (fresh, stored or forecast) branch. Store fresh ones with their slopes."""
         ...
 
     def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:
@@ -162,21 +143,5 @@ class Kernels(Protocol):
     def residual_modulated(
         self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering
     ) -> None:
-        """The same, and ``norm(after) * (1 + scale) + shift`` to ``entering``."""
-        ...
-
-    def route(
-        self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
-    ) -> RoutedTokens:
-        """Router, top-k and id match in one; see ``cache.branches.EntryTable.match`` for the entries."""
-        ...
-
-    def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
-        """uint8 [N, W], see ``row_codes``; what is held becomes what the other end decodes, 0 where not finite."""
-        ...
-
-    def decode_rows(
-        self, coded_NW: Tensor, held: HeldRows | None, form: RowFormat, width: int, dtype: torch.dtype
-    ) -> Tensor:
-        """[N, ``width``]; what is held becomes these rows, 0 where not finite: bit for bit as at the other end."""
+        """Do the same, and write ``norm(after) * (1 + scale) + shift`` to ``entering``."""
         ...

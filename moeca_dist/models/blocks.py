@@ -11,12 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeca_dist.cache.layer_cache import BlockStep
+from moeca_dist.cache.layer_cache import LayerCache
+from moeca_dist.cache.module_cache import TokenIndex
+from moeca_dist.cache.policy import ModulePolicy
+from moeca_dist.kernels.reference import REFERENCE
+from moeca_dist.kernels.types import Forecast, Kernels
 from moeca_dist.models.attention import Attention, RotaryTable
-from moeca_dist.models.cached_block import CachedBlock
+from moeca_dist.models.cached_block import (
+    attention_output,
+    branch_feed_forward,
+    dense_feed_forward,
+    module_feed_forward,
+)
 from moeca_dist.models.modulation import Modulation, modulate, normalise
+from moeca_dist.models.spec import ModelSpec
+from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.layer import MoELayer
-from moeca_dist.parallel.references import BlockCoding
+from moeca_dist.moe.router import Router
 from moeca_dist.timing import UNTIMED, Timer
 
 TIME_FREQUENCIES = 256
@@ -87,38 +98,55 @@ class AdaLNBlock(nn.Module):
         self.attn = attention
         self.add_module(feed_forward_name, feed_forward)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        self._feed_forward_name = feed_forward_name
+        self.feed_forward_name = feed_forward_name
+        self.kernels: Kernels = REFERENCE
 
     @property
     def feed_forward(self) -> nn.Module:
-        """A MoE layer or a dense MLP."""
-        return self.get_submodule(self._feed_forward_name)
+        """The MoE layer or dense MLP."""
+        return self.get_submodule(self.feed_forward_name)
 
     def modulation(self, c_BD: Tensor) -> Modulation:
-        return Modulation(*self.adaLN_modulation(c_BD).chunk(6, dim=-1))
+        return Modulation(self.kernels, *self.adaLN_modulation(c_BD).chunk(6, dim=-1))
 
-    def forward(
+    def forward(self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer = UNTIMED) -> Tensor:
+        """Return [B, T, D] with everything computed: the exact path."""
+        modulation = self.modulation(c_BD)
+        with timer.section("attention"):
+            attn_out_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
+        x_BTD, ff_in_BTD = modulation.enter_feed_forward(x_BTD, Forecast(attn_out_BTD))
+        with timer.section("experts" if isinstance(self.feed_forward, MoELayer) else "dense"):
+            return modulation.after_feed_forward(x_BTD, Forecast(self.feed_forward(ff_in_BTD)))
+
+    def cached(
         self,
         x_BTD: Tensor,
         c_BD: Tensor,
         rotary: RotaryTable | None,
-        cache: BlockStep | None = None,
-        timer: Timer = UNTIMED,
-        coding: BlockCoding | None = None,
-    ) -> Tensor:
-        """``cache=None`` computes everything: the exact path, measured with ``timer``."""
-        modulation = self.modulation(c_BD)
-        if cache is not None:
-            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
-        with timer.section("attention"):
-            attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
-        after_BTD, entering_BTD = modulation.enter_feed_forward(x_BTD, attended_BTD)
-        if isinstance(self.feed_forward, MoELayer):
-            with timer.section("experts"):
-                fed_BTD = self.feed_forward(entering_BTD, coding=coding)
-                return modulation.after_feed_forward(after_BTD, fed_BTD)
-        with timer.section("dense"):
-            return modulation.after_feed_forward(after_BTD, self.feed_forward(entering_BTD))
+        cache: LayerCache,
+        tokens: TokenIndex | None,
+    ) -> tuple[Tensor, TokenIndex | None]:
+        """Return [B, T, D] with ``cache``, and the tokens whose rows of attention the last MoE block refreshed.
+
+        ``tokens``: those of the blocks before this one.
+        """
+        modulation, feed_forward = self.modulation(c_BD), self.feed_forward
+        attn_out = attention_output(self.attn, x_BTD, modulation, rotary, cache)
+        if isinstance(cache.policy, ModulePolicy):
+            x_BTD = modulation.after_attention(x_BTD, attn_out)
+            ff_out = module_feed_forward(feed_forward, x_BTD, modulation, cache)
+            return modulation.after_feed_forward(x_BTD, ff_out), None
+        if isinstance(feed_forward, MoELayer):
+            return branch_feed_forward(feed_forward, self.attn, x_BTD, attn_out, modulation, rotary, cache)
+        x_BTD = dense_feed_forward(feed_forward, self.attn, x_BTD, attn_out, modulation, rotary, cache, tokens)
+        return x_BTD, tokens
+
+
+def moe_layer(spec: ModelSpec, router: Router) -> MoELayer:
+    """Return a MoE layer of the published kind: SwiGLU experts with stacked weights, and a shared one."""
+    experts = RoutedExperts(spec.hidden_size, spec.expert_width, spec.num_experts)
+    shared = SwiGLU(spec.hidden_size, spec.shared_width) if spec.shared_width else None
+    return MoELayer(router, experts, shared, spec.num_experts)
 
 
 class FinalLayer(nn.Module):

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from moeca_dist.models.attention import NormedSelfAttention, SelfAttention
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.blocks import AdaLNBlock
+from moeca_dist.models.blocks import AdaLNBlock, moe_layer
 from moeca_dist.models.spec import ModelSpec, TimeConvention
-from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import SoftmaxRouter
 
 EXPERT_RATIO = 4
@@ -51,7 +50,7 @@ def _outer(frequencies: Tensor, *positions: Tensor) -> list[Tensor]:
 def _block(spec: ModelSpec) -> AdaLNBlock:
     attention = (NormedSelfAttention if spec.qk_norm else SelfAttention)(spec.hidden_size, spec.num_heads)
     router = SoftmaxRouter(spec.hidden_size, spec.num_experts, spec.num_experts_per_tok)
-    layer = MoELayer(spec.hidden_size, router, spec.num_experts, spec.expert_width, spec.shared_width)
+    layer = moe_layer(spec, router)
     return AdaLNBlock(spec.hidden_size, attention, layer, "moe")
 
 

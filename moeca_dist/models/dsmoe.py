@@ -7,9 +7,8 @@ from torch import Tensor
 
 from moeca_dist.models.attention import RotaryTable, SelfAttention, rotary_table
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.blocks import AdaLNBlock, DenseMLP
+from moeca_dist.models.blocks import AdaLNBlock, DenseMLP, moe_layer
 from moeca_dist.models.spec import ModelSpec, TimeConvention
-from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import SigmoidRouter
 
 DENSE_RATIO = 4
@@ -35,7 +34,7 @@ def _block(spec: ModelSpec, index: int) -> AdaLNBlock:
         spec.topk_group,
         spec.routed_scaling_factor,
     )
-    layer = MoELayer(spec.hidden_size, router, spec.num_experts, spec.expert_width, spec.shared_width)
+    layer = moe_layer(spec, router)
     return AdaLNBlock(spec.hidden_size, attention, layer, "mlp")
 
 

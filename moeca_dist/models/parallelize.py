@@ -1,14 +1,22 @@
-"""The pass that turns a single-device model into a rank's part of an expert-parallel one."""
+"""The passes that turn a single-device model into a rank's part of an expert-parallel one."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 from torch import nn
 
+from moeca_dist.kernels.types import Kernels
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.moe.experts import RoutedExperts
+from moeca_dist.moe.layer import MoELayer
+from moeca_dist.moe.owner_layer import OwnerMoELayer
+from moeca_dist.moe.value_location import Location
 from moeca_dist.parallel.dispatcher import Dispatcher
 from moeca_dist.parallel.expert_placement import ExpertPlacement, PlacementTable
+from moeca_dist.parallel.row_packing import RowDtype
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def shard_experts(
@@ -27,14 +35,45 @@ def shard_experts(
     for block, layer in model.moe_layers():
         placement = table.by_block[block]
         layer.local_expert_ids = placement.experts_of(ep_rank)
-        _keep_experts(layer.experts, len(layer.local_expert_ids))
+        layer.experts.keep_only(layer.local_expert_ids)
         if shared is not None:
             layer.dispatcher = shared(placement)
     return model
 
 
-def _keep_experts(experts: RoutedExperts, num_local: int) -> None:
-    for name in ("w1", "w2", "w3"):
-        whole = getattr(experts, name)
-        setattr(experts, name, nn.Parameter(whole.new_empty(num_local, *whole.shape[1:]), requires_grad=False))
-    experts.num_experts = num_local
+def use_kernels(model: DiffusionTransformer, kernels: Kernels) -> DiffusionTransformer:
+    """Let all parts of ``model`` use ``kernels``, in place."""
+    model.kernels = kernels
+    for block in model.adaln_blocks():
+        block.kernels = kernels
+    for _, layer in model.moe_layers():
+        layer.dispatcher.kernels = kernels
+    return model
+
+
+def arrange_layers(model: DiffusionTransformer, location: Location | None, row_dtype: RowDtype) -> DiffusionTransformer:
+    """Return ``model`` with branch values kept at ``location`` and rows that travel as ``row_dtype``.
+
+    The model is left alone, and shares all parameters with what is returned: runs that differ can use one network.
+    """
+    layer_class = OwnerMoELayer if location == "owner" else MoELayer
+    layers = dict(model.moe_layers())
+    if all(type(layer) is layer_class and layer.dispatcher.row_dtype == row_dtype for layer in layers.values()):
+        return model
+    arranged = _shallow(model)
+    arranged.blocks = nn.ModuleList(model.blocks)
+    for index, layer in layers.items():
+        block = _shallow(model.adaln_blocks()[index])
+        new_layer = layer_class(layer.gate, layer.experts, layer.shared_experts, layer.num_experts)
+        new_layer.local_expert_ids = layer.local_expert_ids
+        new_layer.dispatcher = layer.dispatcher.with_row_dtype(row_dtype)
+        setattr(block, block.feed_forward_name, new_layer)
+        arranged.blocks[index] = block
+    return arranged
+
+
+def _shallow(module: AnyModule) -> AnyModule:
+    """Return a module with the same parameters and submodules, which can be replaced one by one."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

@@ -1,8 +1,10 @@
-"""Expert networks: DeepSpeed's grouped SwiGLU for routed experts, a plain one for the shared expert.
+"""Expert networks: DeepSpeed's grouped SwiGLU for routed experts, modules of other libraries, a plain shared expert.
 
 Shape suffixes: R rows (branches, grouped by expert), D hidden size, I expert width, L experts held
 here.
 """
+
+from collections.abc import Sequence
 
 import torch
 from deepspeed.moe.ep_experts import GroupedExperts
@@ -23,7 +25,34 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RoutedExperts(GroupedExperts):
+class Experts(nn.Module):
+    """The routed experts of one rank: ``forward(rows_RD, rows_per_expert_L)`` gives each row's output [R, D].
+
+    Rows of expert l follow those of l - 1. R may be 0, and so may any count.
+    """
+
+    def keep_only(self, expert_ids: Sequence[int]) -> None:
+        """Drop all other experts, before weights are loaded."""
+        raise NotImplementedError
+
+
+class ExpertModules(Experts):
+    """One module [R, D] -> [R, D] for each expert, of any library, called one after the other."""
+
+    def __init__(self, experts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, rows_RD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
+        # NOTE: a host synchronisation on CUDA: each expert gets a tensor of its own.
+        groups = rows_RD.split(rows_per_expert_L.tolist())
+        return torch.cat([expert(rows) for expert, rows in zip(self.experts, groups, strict=True)])
+
+    def keep_only(self, expert_ids: Sequence[int]) -> None:
+        self.experts = nn.ModuleList([expert for index, expert in enumerate(self.experts) if index in expert_ids])
+
+
+class RoutedExperts(GroupedExperts, Experts):
     """DeepSpeed's ``GroupedExperts``: w1 [L, I, D] gate, w3 [L, I, D] up, w2 [L, D, I] down.
 
     The grouped GEMM serves CPU too: against a loop over experts it saves 2 to 10% where each gets few rows, as in a
@@ -39,6 +68,13 @@ class RoutedExperts(GroupedExperts):
         if self.use_grouped_mm and rows_RD.device.type == "cpu":
             return self._grouped_on_cpu(rows_RD, rows_per_expert_L)
         return super().forward(rows_RD, rows_per_expert_L)
+
+    def keep_only(self, expert_ids: Sequence[int]) -> None:
+        for name in ("w1", "w2", "w3"):
+            whole = getattr(self, name)
+            kept = whole.new_empty(len(expert_ids), *whole.shape[1:])
+            setattr(self, name, nn.Parameter(kept, requires_grad=False))
+        self.num_experts = len(expert_ids)
 
     def _grouped_on_cpu(self, rows_RD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
         """DeepSpeed's grouped path with a plain activation: its fused one is a GPU kernel wherever Triton is found."""

@@ -1,215 +1,90 @@
-"""The one place where router, branch cache, exchange and experts meet.
+"""One MoE layer: router, branch cache, exchange and experts meet here, in the order in which a token sees them.
 
-Shape suffixes: B images, T tokens (of one image with B, else of all), D hidden size, K routed experts per token, N
-branches, R rows computed here.
+Shape suffixes: B images, T tokens (of one image with B, else of all), D hidden size, N branches, R rows computed here.
 """
-
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from moeca_dist.cache.branch_cache import Match
-from moeca_dist.cache.layer_cache import BlockStep
-from moeca_dist.cache.module_cache import Rows
-from moeca_dist.moe import late
-from moeca_dist.moe.budgeted import budgeted_layer
-from moeca_dist.moe.cached_layer import (
-    BudgetedRows,
-    LayerPlan,
-    count_reasons,
-    decide,
-    fresh_parts,
-    observe,
-    route,
-    segment_parts,
-    serve,
-)
-from moeca_dist.moe.experts import RoutedExperts, SwiGLU
-from moeca_dist.moe.owner_layer import routed_at_owners
+from moeca_dist.cache.layer_cache import LayerCache, RefreshPlan
+from moeca_dist.cache.module_cache import TokenIndex
+from moeca_dist.moe.experts import Experts
 from moeca_dist.moe.router import Router
-from moeca_dist.parallel.all_to_all import AllToAllDispatcher
-from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher, LocalDispatcher
-from moeca_dist.parallel.handle import Pending
-from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.types import Branches
+from moeca_dist.parallel.dispatcher import Dispatcher, LocalDispatcher
 
 
 class MoELayer(nn.Module):
-    """router -> dispatch -> grouped experts -> combine, plus the shared expert.
+    """router -> dispatch -> experts -> combine, plus the shared expert.
 
-    Built for one device with all experts; ``models.parallelize`` leaves a rank's own experts here and swaps the
-    dispatcher. With a cache only the branches travel that its policy refreshes; without one, all do.
+    It is built for one device with all experts. ``models.parallelize`` leaves a rank's own experts here and swaps the
+    dispatcher. With a cache only the branches travel that its policy refreshes, and values are kept at home.
     """
 
-    def __init__(
-        self, hidden_size: int, router: Router, num_experts: int, expert_width: int, shared_width: int
-    ) -> None:
+    def __init__(self, router: Router, experts: Experts, shared: nn.Module | None, num_experts: int) -> None:
+        """Join the parts of a layer.
+
+        Args:
+            experts: those of this rank, all at first. Stacked weights, or modules of any library.
+            shared: acts on each token by itself. None: the layer adds its own input in its place.
+            num_experts: of all ranks.
+        """
         super().__init__()
         self.gate = router
-        self.experts = RoutedExperts(hidden_size, expert_width, num_experts)
-        self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
+        self.experts = experts
+        self.shared_experts = shared
         self.num_experts = num_experts
         self.local_expert_ids = tuple(range(num_experts))
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
 
-    def forward(self, x_BTD: Tensor, cache: BlockStep | None = None, coding: BlockCoding | None = None) -> Tensor:
-        """``cache=None`` computes every branch, and ``coding=None`` sends rows as they are: the exact path."""
-        if cache is not None:
-            return self.compute(x_BTD, self.decide(x_BTD, cache), cache, coding=coding)
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return [B, T, D] with every branch computed: the exact path. Owners return one weighted sum per token."""
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
-        # Nothing is kept, so outputs are summed up where the experts are.
-        dispatcher = self.dispatcher.coded(coding)
-        coming = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        sending = self.dispatcher.dispatch(x_TD, routing.branches, routing.gate_N)
         shared_TD = self._shared(x_TD)  # while rows travel
-        dispatched = coming.wait()
-        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        returning = self.dispatcher.combine_sums(outputs_RD, dispatched, routing)
-        return (returning.wait() + shared_TD).view_as(x_BTD)
+        arrived = sending.wait()
+        outputs_RD = self.experts(arrived.rows_RD, arrived.rows_per_expert_L)
+        routed_TD = self.dispatcher.combine_sums(outputs_RD, arrived, routing).wait()
+        return (routed_TD + shared_TD).view_as(x_BTD)
 
-    def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
-        """Route, and ask the policy which branches are computed now."""
+    def plan(self, x_BTD: Tensor, cache: LayerCache) -> RefreshPlan:
+        """Route, and decide which branches are computed now. Rows of attention may be refreshed before ``cached``."""
         x_TD = x_BTD.flatten(0, 1)
-        if cache.late is not None:
-            cache.late.advance()
-            cache.late.land(cache.block)
-        if cache.budget is not None:
-            plan = budgeted_layer(x_TD, self.gate, cache, self.dispatcher)
-        else:
-            plan = self._plan(x_TD, cache)
-        with cache.timer.section("bookkeeping"):
-            count_reasons(plan, cache, self.num_experts)
-        return plan
-
-    def _plan(self, x_TD: Tensor, cache: BlockStep) -> LayerPlan:
-        parts = segment_parts(x_TD, cache)
         cache.count("router", x_TD)
-        if cache.all_full and cache.owned is None:
-            # At home a full step needs no decisions; owners are told what to keep in every step.
-            routing = self.gate(x_TD)
-            self.dispatcher.count_exact(routing, x_TD)
-            return LayerPlan(routing, parts, [])
-        if cache.owned is not None:
-            routing = self.gate(x_TD)
-            matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
-        else:
-            routed = route(x_TD, self.gate, parts, with_scores=False)
-            routing, matches = routed.routing, list(routed.matches)
+        routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
-        with cache.timer.section("bookkeeping"):
-            pairs = zip(parts, matches, strict=True)
-            return LayerPlan(
-                routing, parts, [decide(part, routing, match, cache, late.delayed) for part, match in pairs]
-            )
+        return cache.plan(routing)
 
-    def compute(
-        self,
-        x_BTD: Tensor,
-        plan: LayerPlan,
-        cache: BlockStep,
-        rows: Rows | None = None,
-        coding: BlockCoding | None = None,
-    ) -> Tensor:
-        """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
+    def cached(self, x_BTD: Tensor, plan: RefreshPlan, cache: LayerCache, tokens: TokenIndex | None = None) -> Tensor:
+        """Return [B, T, D] with the branches of ``plan`` computed and the others served.
+
+        ``tokens``: those whose input is newer than the plan, for which the shared expert is computed as well.
+        """
         x_TD = x_BTD.flatten(0, 1)
-        coming = self._routed(x_TD, plan, cache, coding)
-        shared_BTD = self._shared_output(x_BTD, cache, rows)  # while rows travel
-        routed_TD = coming.wait()
+        sending = self.dispatcher.dispatch(x_TD, plan.branches)  # no collective if no rank computes a branch
+        shared_BTD = self._cached_shared(x_BTD, cache, tokens)  # while rows travel
+        arrived = sending.wait()
+        outputs_RD = self.experts(arrived.rows_RD, arrived.rows_per_expert_L)
+        rows_ND = self.dispatcher.combine(outputs_RD, arrived).wait()
+        if cache.is_full:
+            routed_TD = self.dispatcher.weighted_sum(rows_ND, arrived, plan.routing)
+            cache.keep_all(plan, rows_ND.index_select(0, arrived.slot_of_branch_N))
+        else:
+            routed_TD = cache.merge(plan, rows_ND, arrived.slot_of_branch_N)
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
-
-    def _shared_output(self, x_BTD: Tensor, cache: BlockStep, rows: Rows | None) -> Tensor:
-        """[B, T, D], computed or from the cache, and computed for ``rows``; depends on no other rank."""
-
-        def shared(images: slice) -> Tensor:
-            with cache.timer.section("experts"):
-                return self._shared(x_BTD[images])
-
-        shared_BTD = cache.serve("shared", x_BTD, shared)
-        if rows is not None:
-            fresh_ND = self._shared(x_BTD.flatten(0, 1).index_select(0, rows.flat_N))
-            cache.refresh_rows("shared", shared_BTD, rows, fresh_ND)
-        return shared_BTD
-
-    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, coding: BlockCoding | None) -> Pending[Tensor]:
-        """[T, D], rows being on their way. The choice of placement: branch values beside the experts, or at home."""
-        if cache.owned is not None:
-            assert isinstance(self.dispatcher, AllToAllDispatcher)
-            return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts, coding)
-        if plan.fixed is not None:
-            return self._fixed_step(x_TD, plan, plan.fixed, cache)
-        dispatcher = self.dispatcher.coded(coding)
-        return (self._full_step if cache.all_full else self._step)(x_TD, plan, cache, dispatcher)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
         return self.shared_experts(x) if self.shared_experts is not None else x
 
-    def _computed(self, dispatched: DispatchedRows) -> Pending[Tensor]:
-        """Outputs [N, D] of dispatched branches, on their way back."""
-        outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-        return self.dispatcher.combine(outputs_RD, dispatched)
-
-    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> Pending[Tensor]:
-        routing = plan.routing
-
-        def finish(dispatched: DispatchedRows) -> Tensor:
-            returning = self._computed(dispatched)
-            with cache.timer.section("bookkeeping"):
-                matches = self._match_all(plan)  # while outputs travel
-            rows_ND = returning.wait()
-            routed_TD = self.dispatcher.weighted_sum(rows_ND, dispatched, routing)
-            with cache.timer.section("bookkeeping"):
-                self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, matches, cache)
-            return routed_TD
-
-        return dispatcher.dispatch(x_TD, routing.all_branches()).then(finish)
-
-    def _match_all(self, plan: LayerPlan) -> list[Match]:
-        """Where a full step will store its branches, segment by segment."""
-        matches = []
-        for part in plan.parts:
-            mine = part.routing(plan.routing)
-            observe(part, mine)
-            matches.append(part.kept.branches.match(mine.expert_ids_TK))
-        return matches
-
-    def _keep_all(self, fresh_ND: Tensor, plan: LayerPlan, matches: Sequence[Match], cache: BlockStep) -> None:
-        """Store all branches of a full step; ``fresh_ND`` in the order of the routing."""
-        routing = plan.routing
-        values_TKD = fresh_ND.view(*routing.expert_ids_TK.shape, fresh_ND.shape[1])
-        for part, match in zip(plan.parts, matches, strict=True):
-            mine, branches = part.routing(routing), part.kept.branches
-            gates_TK = cache.policy.reference_gates(mine)
-            branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
-
-    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> Pending[Tensor]:
-        """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
-        routing = plan.routing
-        with cache.timer.section("bookkeeping"):
-            branch_N = plan.refreshed_branches()
-            branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        traffic_PC = late_PC = None
-        if late.may_be_late_here(cache):
-            traffic_PC, late_PC = late.agree(plan, dispatcher)
-
-        def finish(dispatched: DispatchedRows) -> Tensor:
-            rows_ND = self._computed(dispatched).wait()
-            with cache.timer.section("bookkeeping"):
-                total_TD = serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
-            if late_PC is not None:
-                late.depart(x_TD, plan, late_PC, cache, dispatcher, self._computed)
-            return total_TD
-
-        return dispatcher.dispatch(x_TD, branches, traffic=traffic_PC).then(finish)
-
-    def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
-        """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""
-
-        def finish(dispatched: DispatchedRows) -> Tensor:
-            outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-            rows_ND = self.dispatcher.combine_fixed(outputs_RD, dispatched).wait()
-            with cache.timer.section("bookkeeping"):
-                return serve(plan, budgeted.fresh(rows_ND, dispatched.slot_of_branch_N), cache)
-
-        return self.dispatcher.dispatch_fixed(x_TD, budgeted.fixed).then(finish)
+    def _cached_shared(self, x_BTD: Tensor, cache: LayerCache, tokens: TokenIndex | None) -> Tensor:
+        if cache.computes_modules:
+            shared_BTD = self._shared(x_BTD)
+            cache.keep("shared", shared_BTD)
+            return shared_BTD
+        shared_BTD = cache.forecast("shared").sum()
+        if tokens is not None:
+            fresh_ND = self._shared(tokens.of(x_BTD))
+            cache.keep_tokens("shared", tokens, fresh_ND)
+            shared_BTD[tokens.image_N, tokens.position_N] = fresh_ND
+        return shared_BTD

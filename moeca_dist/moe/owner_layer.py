@@ -1,92 +1,76 @@
-"""One MoE layer in placement ``owner``: the home rank decides, the owners keep, compute and sum up.
+"""One MoE layer with branch values at the owners: the home rank decides, the owners keep, compute and sum up.
 
-Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, R branches asked of this rank,
-N those of them that are refreshed, S pairs of a token and this rank.
+Shape suffixes: B images, T tokens (of one image with B, else of all), D hidden size, R branches asked of this rank,
+N those of them that are refreshed (or branches of this rank), S pairs of a token and this rank, M pairs of this rank's
+tokens and owners.
 """
 
 import torch
 from torch import Tensor
 
-from moeca_dist.cache.layer_cache import BlockStep
-from moeca_dist.cache.owner_cache import OwnedBranches
-from moeca_dist.moe.cached_layer import LayerPlan
-from moeca_dist.moe.experts import RoutedExperts
-from moeca_dist.parallel.handle import Pending
-from moeca_dist.parallel.owner_exchange import ArrivedPairs, Asked, PairExchange
-from moeca_dist.parallel.references import BlockCoding
+from moeca_dist.cache.layer_cache import LayerCache, RefreshPlan
+from moeca_dist.cache.module_cache import TokenIndex
+from moeca_dist.cache.owner_cache import OwnerBranchStore, OwnerCache
+from moeca_dist.moe.layer import MoELayer
+from moeca_dist.parallel.all_to_all import AllToAllDispatcher
+from moeca_dist.parallel.owner_exchange import OwnerRequest, ReceivedRequest
 from moeca_dist.parallel.row_packing import token_sums
 
 
-def routed_at_owners(
-    x_TD: Tensor,
-    plan: LayerPlan,
-    cache: BlockStep,
-    pairs: PairExchange,
-    experts: RoutedExperts,
-    coding: BlockCoding | None = None,
-) -> Pending[Tensor]:
-    """[T, D] routed sums. A collective of the group, like every exchange: all its ranks call it in every step."""
-    assert cache.owned is not None
-    with cache.timer.section("bookkeeping"):
-        asked = _ask(plan, cache, pairs)
-    coming = pairs.dispatch(x_TD, asked, cache.owned.pool.capacities, coding)
-    return coming.then(lambda arrived: _sums(x_TD, plan, cache, asked, arrived, pairs, experts))
+class OwnerMoELayer(MoELayer):
+    """A MoE layer whose branch values are kept by the ranks that own the experts.
+
+    A token travels if any of its branches is refreshed. Each owner of its experts then returns one row: the weighted
+    sum of the branches that it holds. All ranks of the group take part in every evaluation.
+    """
+
+    def plan(self, x_BTD: Tensor, cache: LayerCache) -> RefreshPlan:
+        x_TD = x_BTD.flatten(0, 1)
+        cache.count("router", x_TD)
+        routing = self.gate(x_TD)
+        self.dispatcher.count_exact(routing, x_TD)
+        with cache.timer.section("bookkeeping"):
+            match = _kept(cache).table.match(routing)
+            refresh_N = cache.decide(routing, match)
+        # Owners are told what to keep in full steps too.
+        return RefreshPlan(routing, match, torch.ones_like(match.found_N) if refresh_N is None else refresh_N)
+
+    def cached(self, x_BTD: Tensor, plan: RefreshPlan, cache: LayerCache, tokens: TokenIndex | None = None) -> Tensor:
+        assert isinstance(self.dispatcher, AllToAllDispatcher)
+        assert plan.match is not None and plan.refresh_N is not None
+        exchange, kept, x_TD = self.dispatcher.owners, _kept(cache), x_BTD.flatten(0, 1)
+        with cache.timer.section("bookkeeping"):
+            owner_E = exchange.owner_of_expert(x_TD.device)
+            slot_N = kept.table.assign(plan.routing, plan.match, kept.slots, owner_E)
+            request = OwnerRequest(plan.routing, plan.refresh_N, plan.match.found_N, slot_N)
+        sending = exchange.dispatch(x_TD, request, kept.slots.capacities)
+        shared_BTD = self._cached_shared(x_BTD, cache, tokens)  # while rows travel
+        received = sending.wait()
+        sums_SD = self._sums(received, kept.store, x_TD, cache)
+        rows_MD = exchange.combine(sums_SD, received).wait()
+        with cache.timer.section("bookkeeping"):
+            fresh_TD = token_sums(rows_MD, received.sent.token_M, x_TD.shape[0])
+            touched_T = plan.routing.tokens_with(plan.refresh_N)
+            changed_T = plan.routing.tokens_with(~plan.match.found_N)
+            routed_TD = kept.table.serve(touched_T, changed_T, fresh_TD, cache.step.index)
+        return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
+
+    def _sums(self, received: ReceivedRequest, store: OwnerBranchStore, x_TD: Tensor, cache: LayerCache) -> Tensor:
+        """Compute and keep the refreshed branches that are asked of this rank; return the sums [S, D] of all."""
+        step = cache.step.index
+        # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
+        branch_N = received.refresh_R.nonzero().squeeze(1)
+        expert_N, order_N = received.local_expert_R[branch_N].sort(stable=True)
+        branch_N = branch_N[order_N]
+        rows_ND = received.hidden_HD.index_select(0, received.hidden_row_R[branch_N])
+        fresh_ND = self.experts(rows_ND, torch.bincount(expert_N, minlength=len(self.local_expert_ids)))
+        with cache.timer.section("bookkeeping"):
+            store.make_room(received.capacities, x_TD)
+            row_R = store.rows(received.home_R, received.slot_R)
+            store.store(row_R[branch_N], received.found_R[branch_N], fresh_ND, step)
+            return store.weighted_sums(row_R, received.gates_R, received.starts_S, step, (branch_N, fresh_ND))
 
 
-def _sums(
-    x_TD: Tensor,
-    plan: LayerPlan,
-    cache: BlockStep,
-    asked: Asked,
-    arrived: ArrivedPairs,
-    pairs: PairExchange,
-    experts: RoutedExperts,
-) -> Tensor:
-    """This rank as an owner, then as a home."""
-    assert cache.owned is not None
-    store, step = cache.owned.store, cache.step.index
-    with cache.timer.section("bookkeeping"):
-        store.make_room(arrived.capacities, x_TD)
-        fresh = _refresh(arrived, store, experts, cache)
-        places_R = store.places(arrived.home_R, arrived.row_R)
-        sums_SD = store.weighted_sums(places_R, arrived.gates_R, arrived.starts_S, step, fresh)
-    rows_MD = pairs.combine(sums_SD, arrived).wait()
-    with cache.timer.section("bookkeeping"):
-        fresh_TD = token_sums(rows_MD, arrived.sent.token_M, x_TD.shape[0])
-        touched_T, changed_T = asked.refresh_TK.any(1), (~asked.found_TK).any(1)
-        served = [
-            part.kept.home.serve(touched_T[part.tokens], changed_T[part.tokens], fresh_TD[part.tokens], step)
-            for part in plan.parts
-        ]
-        return torch.cat(served)
-
-
-def _ask(plan: LayerPlan, cache: BlockStep, pairs: PairExchange) -> Asked:
-    """What every segment's policy wants refreshed, and where the home table has put it."""
-    assert cache.owned is not None
-    routing = plan.routing
-    owner_of_expert_E = pairs.owners(routing.expert_ids_TK.device)
-    rows = []
-    for part, decision in zip(plan.parts, plan.decisions, strict=True):
-        home, ids_TK = part.kept.home, routing.expert_ids_TK[part.tokens]
-        rows.append(home.assign(ids_TK, decision.match, cache.owned.pool, owner_of_expert_E))
-        home.touch(decision.match, cache.step.index)
-    refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
-    found_TK = torch.cat([decision.match.found_TK for decision in plan.decisions])
-    return Asked(routing.expert_ids_TK, routing.gates_TK, refresh_TK, found_TK, torch.cat(rows))
-
-
-def _refresh(
-    arrived: ArrivedPairs, store: OwnedBranches, experts: RoutedExperts, cache: BlockStep
-) -> tuple[Tensor, Tensor]:
-    """Compute the refreshed branches, grouped by expert, and keep them: which they are [N], and their values [N, D]."""
-    # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-    branch_N = arrived.refresh_R.nonzero().squeeze(1)
-    expert_N, order_N = arrived.local_expert_R[branch_N].sort(stable=True)
-    branch_N = branch_N[order_N]
-    rows_ND = arrived.hidden_HD.index_select(0, arrived.hidden_row_R[branch_N])
-    with cache.timer.section("experts"):
-        fresh_ND = experts(rows_ND, torch.bincount(expert_N, minlength=experts.num_experts))
-    places_N = store.places(arrived.home_R[branch_N], arrived.row_R[branch_N])
-    store.store(places_N, arrived.found_R[branch_N], fresh_ND, cache.step.index)
-    return branch_N, fresh_ND
+def _kept(cache: LayerCache) -> OwnerCache:
+    assert isinstance(cache.store.branches, OwnerCache)
+    return cache.store.branches

@@ -7,47 +7,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeca_dist.kernels.types import RouterWeights
 from moeca_dist.types import Routing
 
 
 class Router(nn.Module):
-    """Scores of all experts, the choice among them, and the gates of chosen ones."""
+    """``forward(x_TD)`` gives a ``Routing``: the branches of every token, with their final gates."""
+
+
+class TopKRouter(Router):
+    """Scores of all experts, the choice of K among them for each token, and the gates of the chosen ones."""
 
     def forward(self, x_TD: Tensor) -> Routing:
-        return self.route(self.scores(x_TD))
-
-    def route(self, scores_TE: Tensor) -> Routing:
+        scores_TE = self.scores(x_TD)
         expert_ids_TK = self.choose(scores_TE)
-        return Routing(expert_ids_TK, self.gates(scores_TE, expert_ids_TK))
-
-    def weights(self) -> RouterWeights | None:
-        """What a kernel needs to do all of it at once; None where it cannot."""
-        return None
+        return Routing.top_k(expert_ids_TK, self.gates(scores_TE, expert_ids_TK))
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        """[T, E]"""
+        """Return [T, E]."""
         raise NotImplementedError
 
     def choose(self, scores_TE: Tensor) -> Tensor:
-        """int64 [T, K] ids of the experts with the highest scores."""
+        """Return int64 [T, K]: ids of the experts with the highest scores."""
         raise NotImplementedError
 
     def gates(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """[T, K] weights of any distinct experts, normalised over them as the model does it over the chosen ones."""
+        """Return [T, K]: weights of distinct experts, normalised as the model does it over the chosen ones."""
         raise NotImplementedError
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(TopKRouter):
     """DiT-MoE: raw softmax probabilities of the top-k, not renormalised, in the activation dtype."""
 
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.num_experts_per_tok = num_experts_per_tok
-
-    def weights(self) -> RouterWeights:
-        return RouterWeights(self.weight, None, self.num_experts_per_tok, "softmax", normalised=False, scale=1.0)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight).softmax(dim=-1)
@@ -59,7 +53,7 @@ class SoftmaxRouter(Router):
         return scores_TE.gather(-1, expert_ids_TK)
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(TopKRouter):
     """DSMoE (after DeepSeek-V3, arXiv 2412.19437, section 2.1.2): sigmoid scores, all in fp32.
 
     The correction bias and the groups decide which experts are chosen; the weights are the scores *without* the bias,
@@ -84,13 +78,6 @@ class SigmoidRouter(Router):
         self.n_group = n_group
         self.topk_group = topk_group
         self.routed_scaling_factor = routed_scaling_factor
-
-    def weights(self) -> RouterWeights | None:
-        if self.topk_group != self.n_group:
-            return None
-        bias_E = self.e_score_correction_bias
-        scale = self.routed_scaling_factor
-        return RouterWeights(self.weight, bias_E, self.num_experts_per_tok, "sigmoid", normalised=True, scale=scale)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD.float(), self.weight.float()).sigmoid()

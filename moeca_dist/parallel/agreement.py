@@ -9,7 +9,7 @@ from moeca_dist.parallel.mesh import Mesh
 T = TypeVar("T")
 
 
-def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
+def on_all_ranks(mesh: Mesh, work: Callable[[], T]) -> T:
     """Run ``work`` on every rank; where it raises UserError on any, raise it on all, naming the rank if not rank 0."""
     result: T | None = None
     problem: UserError | None = None

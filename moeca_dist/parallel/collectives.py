@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist.errors import PeerLostError
-from moeca_dist.parallel.handle import Pending
+from moeca_dist.parallel.handle import Handle
 from moeca_dist.timing import UNTIMED, Timer
 
 _ROWS: Final = "exchanging expert rows"
@@ -29,17 +29,17 @@ class Traffic:
     """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself.
 
     ``bytes_exact``: what would have crossed for this rank's tokens, both ways, with every routed branch computed.
-    ``agreements``: gatherings of row counts, whose few bytes are not counted.
+    ``count_exchanges``: gatherings of row counts, whose few bytes are not counted.
     """
 
     bytes_sent: int = 0
     bytes_exact: int | Tensor = 0
     collectives: int = 0
-    collectives_elided: int = 0
-    agreements: int = 0
+    collectives_skipped: int = 0
+    count_exchanges: int = 0
 
 
-class Exchange:
+class Collectives:
     """Collectives over one process group. ``device`` is where the group's backend wants its tensors."""
 
     def __init__(self, group: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
@@ -53,7 +53,7 @@ class Exchange:
 
     def gather_counts(self, counts_C: Tensor) -> Tensor:
         """Every rank's int64 counts [C] -> the matrix [P, C] on the host, the same on all ranks."""
-        self.traffic.agreements += 1
+        self.traffic.count_exchanges += 1
         gathered = torch.empty(self.size, counts_C.shape[0], dtype=counts_C.dtype, device=self.device)
         with self.timer.section("wait"):
             with self._watching("agreeing on row counts"):
@@ -61,7 +61,7 @@ class Exchange:
             # NOTE: a device-to-host synchronisation; variable splits need their sizes on the host.
             return gathered.cpu()
 
-    def start_rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
+    def all_to_all_async(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Handle[Tensor]:
         """Send ``sent[p]`` consecutive rows to each rank p; who waits gets ``received[p]`` rows from each, in order.
 
         ``rows``: [sum(sent), D], left alone until then. The rows travel while the caller computes: on CPU in gloo's own
@@ -83,7 +83,7 @@ class Exchange:
                     wait()
                 return arriving.to(rows.device)
 
-        return Pending(finish)
+        return Handle(finish)
 
     def _start(self, arriving: Tensor, rows: Tensor, sent: list[int], received: list[int]) -> list[Callable[[], Any]]:
         """What waits for all of it; what is sent stays alive until then."""
@@ -105,9 +105,9 @@ class Exchange:
         """A rank of the group as one of the world."""
         return int(dist.get_global_rank(self.group, rank))
 
-    def elide(self) -> None:
+    def count_skipped(self) -> None:
         """Record a payload collective that no rank needs."""
-        self.traffic.collectives_elided += 1
+        self.traffic.collectives_skipped += 1
 
     def reset_traffic(self, timer: Timer = UNTIMED) -> None:
         """Start counting anew, and measure with ``timer``: a report covers one run."""

@@ -1,27 +1,24 @@
 """Branches made into rows for experts, and their outputs brought home: the interface, and the case without ranks.
 
-A dispatcher turns branches (tokens and the experts that they go to) into rows grouped by local expert, and brings the
-expert outputs home: branch by branch where they are kept there, else summed up. Both ways are only started, so that the
+A dispatcher turns branches (tokens and the experts that they go to) into rows grouped by local expert. It brings the
+expert outputs home: branch by branch if they are kept there, else summed up. Both ways are only started, so that the
 caller can compute meanwhile what does not depend on the rows. What the way back needs travels in the frozen
 ``DispatchedRows``.
 
-Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, L layers or experts held here, N
-branches of this rank, M pairs of a token of this rank and an owner, P ranks of the group, C counts, R rows received and
-computed here, S pairs received (or slots for one rank).
+Shape suffixes: T tokens of this rank, D hidden size, L experts held here, N branches of this rank, R rows received and
+computed here, S pairs (of a token and an owner) received.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.kernels.select import kernels_for
-from moeca_dist.parallel.coded_wire import CodedPairs
-from moeca_dist.parallel.handle import Pending
-from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.row_packing import Leg, Pairs
+from moeca_dist.kernels.reference import REFERENCE
+from moeca_dist.kernels.types import Kernels
+from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.row_packing import RowDtype, Splits, TokenOwnerPairs
 from moeca_dist.types import Branches, Routing
 
 
@@ -29,26 +26,29 @@ from moeca_dist.types import Branches, Routing
 class RowPlan:
     """Where the branches of one dispatch went: this rank's ``pairs``, and what it was sent as an owner.
 
-    ``branches`` and ``leg``: branches and pairs there and here, rank by rank. ``payload``: whether any rank of the
-    group sends anything, the same on all of them. ``starts_S``: the first received branch of each pair; ``gates_R``:
-    their gates, None where branches return one by one. ``coded``: None where rows travel as they are.
+    Attributes:
+        per_branch, per_pair: numbers of branches and of pairs to and from each rank.
+        payload: whether any rank of the group sends anything, the same on all of them.
+        starts_S: the first received branch of each pair.
+        gates_R: gates of the received branches. None if branches return one by one.
     """
 
-    pairs: Pairs
-    branches: Leg
-    leg: Leg
+    pairs: TokenOwnerPairs
+    per_branch: Splits
+    per_pair: Splits
     payload: bool
     starts_S: Tensor
     gates_R: Tensor | None
-    coded: CodedPairs | None = None
 
 
 @dataclass(frozen=True)
 class DispatchedRows:
     """Hidden rows grouped by local expert, with what combine needs to bring the outputs home.
 
-    ``slot_of_branch_N``: position of each branch among the rows that combine returns. ``row_of_received_R``: for each
-    received branch, its row. ``plan`` None: all experts are here.
+    Attributes:
+        slot_of_branch_N: position of each branch among the rows that combine returns.
+        row_of_received_R: for each received branch, its row.
+        plan: None if all experts are here.
     """
 
     rows_RD: Tensor
@@ -58,104 +58,64 @@ class DispatchedRows:
     plan: RowPlan | None = None
 
 
-@dataclass(frozen=True)
-class FixedRows:
-    """Branches in a fixed number of slots for each rank, whose experts are all there.
-
-    ``token_PS``: int64; ``expert_PS``: int64 global ids, the number of experts in empty slots.
-    """
-
-    token_PS: Tensor
-    expert_PS: Tensor
-
-
 class Dispatcher(Protocol):
-    """How a MoE layer reaches the experts."""
+    """What a MoE layer asks of the exchange. ``row_dtype``: how rows travel between ranks."""
 
-    def coded(self, coding: BlockCoding | None) -> "Dispatcher":
-        """The same exchange with its rows coded, but those of ``dispatch_fixed``; None: all rows as they are."""
+    row_dtype: RowDtype
+    kernels: Kernels
+
+    def with_row_dtype(self, row_dtype: RowDtype) -> "Dispatcher":
+        """Return a dispatcher of the same experts whose rows travel as ``row_dtype``."""
         ...
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
         ...
 
-    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
-        """int64 [C], on the device: what the ranks must know of some branches before they travel."""
+    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Handle[DispatchedRows]:
+        """Send hidden rows of ``branches`` to their experts. With ``gates_N`` the owners return weighted sums."""
         ...
 
-    def agree(self, counts_LC: Tensor) -> Tensor:
-        """Every rank's counts of L layers [P, L, C], on the host: a collective, and a host synchronisation."""
+    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Handle[Tensor]:
+        """Return expert outputs [R, D] as outputs [N, D] of this rank's branches, ordered as ``slot_of_branch_N``."""
         ...
 
-    def dispatch(
-        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> Pending[DispatchedRows]:
-        """``branches`` in the order of their tokens; with ``gates_N`` the owners return weighted sums.
-
-        ``traffic`` [P, C]: the counts of these branches, where the ranks have agreed on them already.
-        """
-        ...
-
-    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        """[R, D] expert outputs -> [N, D] outputs of this rank's branches, in the order of ``slot_of_branch_N``."""
-        ...
-
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        """Equal splits: a hidden row for every slot, without an agreement and without a host synchronisation."""
-        ...
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        """[R, D] -> [N, D] outputs, arbitrary for empty slots; ``slot_of_branch_N`` says where that of each slot is."""
-        ...
-
-    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
-        """[R, D] outputs of all branches of ``routing``, dispatched with their gates -> [T, D] weighted sums."""
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Handle[Tensor]:
+        """Return weighted sums [T, D] of all branches of ``routing``, which were dispatched with their gates."""
         ...
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
-        """[T, D]: what ``combine_sums`` returns, bit for bit, from all branches as ``combine`` returned them."""
+        """Return what ``combine_sums`` does, bit for bit, from all branches as ``combine`` returned them."""
         ...
 
 
 class LocalDispatcher:
     """All experts are here: order the rows by expert, nothing travels."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, row_dtype: RowDtype = "exact", kernels: Kernels = REFERENCE) -> None:
         self.num_experts = num_experts
+        self.row_dtype: RowDtype = row_dtype
+        self.kernels = kernels
 
-    def coded(self, coding: BlockCoding | None) -> "LocalDispatcher":
-        return self  # nothing travels
+    def with_row_dtype(self, row_dtype: RowDtype) -> "LocalDispatcher":
+        return LocalDispatcher(self.num_experts, row_dtype, self.kernels)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         pass  # nothing travels
 
-    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
-        return torch.zeros(0, dtype=torch.int64, device=refresh_TK.device)
+    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Handle[DispatchedRows]:
+        rows = self.kernels.gather_rows(x_TD, branches.token_N, branches.expert_N, self.num_experts)
+        return Handle.ready(DispatchedRows(rows.rows_RD, rows.counts_L, rows.position_R, rows.position_R))
 
-    def agree(self, counts_LC: Tensor) -> Tensor:
-        return counts_LC.cpu()[None]
+    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Handle[Tensor]:
+        return Handle.ready(outputs_RD)
 
-    def dispatch(
-        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> Pending[DispatchedRows]:
-        rows = kernels_for(x_TD.device).gather_rows(x_TD, branches.token_N, branches.expert_ids_N, self.num_experts)
-        return Pending.ready(DispatchedRows(rows.rows_RD, rows.counts_L, rows.position_R, rows.position_R))
-
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        return self.dispatch(x_TD, Branches(fixed.token_PS.flatten(), fixed.expert_PS.flatten()))
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        return Pending.ready(outputs_RD)
-
-    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        return Pending.ready(outputs_RD)
-
-    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
-        return Pending.ready(self.weighted_sum(outputs_RD, dispatched, routing))
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Handle[Tensor]:
+        return Handle.ready(self.weighted_sum(outputs_RD, dispatched, routing))
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
-        """A token's branches are added in the order of the slots, without materialising [T, K, D]."""
-        slots_TK = dispatched.slot_of_branch_N.view_as(routing.expert_ids_TK)
-        gates_TK = routing.gates_TK.to(rows_ND.dtype)
-        return F.embedding_bag(slots_TK, rows_ND, per_sample_weights=gates_TK, mode="sum")
+        """Add a token's branches in their order, without materialising weighted rows."""
+        gates_N = routing.gate_N.to(rows_ND.dtype)
+        return F.embedding_bag(
+            dispatched.slot_of_branch_N, rows_ND, routing.start_T, per_sample_weights=gates_N, mode="sum"
+        )

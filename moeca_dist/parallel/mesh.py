@@ -16,7 +16,7 @@ from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
 from moeca_dist.errors import PeerLostError, UserError
-from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.collectives import Collectives
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class Mesh:
     ep_size: int
     device: torch.device
     backend: str | None
-    world: Exchange | None
-    expert_group: Exchange | None
+    world: Collectives | None
+    expert_group: Collectives | None
 
     @property
     def dp_size(self) -> int:
@@ -95,11 +95,11 @@ class Mesh:
         _join_world(backend, timeout)
         # gloo moves host tensors; NCCL moves those of the device.
         exchange_device = device if backend == "nccl" else torch.device("cpu")
-        world = Exchange(None, launcher.rank, launcher.world_size, exchange_device, timeout_s)
+        world = Collectives(None, launcher.rank, launcher.world_size, exchange_device, timeout_s)
         expert_group = None
         if ep_size > 1:
             group = _create_expert_group(ep_size, timeout)
-            expert_group = Exchange(group, launcher.rank % ep_size, ep_size, exchange_device, timeout_s)
+            expert_group = Collectives(group, launcher.rank % ep_size, ep_size, exchange_device, timeout_s)
         return cls(launcher.rank, launcher.world_size, ep_size, device, backend, world, expert_group)
 
     def close(self) -> None:

@@ -1,54 +1,71 @@
-"""The exchange of placement ``owner``: headers and hidden rows to the owners, pre-summed rows back.
+"""The exchange with branch values at the owners: headers and hidden rows to them, summed rows back.
 
-A token travels ("touched") if any of its branches is refreshed; then every owner of its experts gets a header that
-names its branches, the owners where something is refreshed get the hidden row, once, and each owner returns one row:
-the weighted sum of the branches it holds.
+A token travels ("touched") if any of its branches is refreshed. Then every owner of its experts gets a header for each
+of its branches. Owners of refreshed branches get the hidden row too, once. Each owner returns one row: the weighted sum
+of the branches that it holds.
 
-Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, E experts, P ranks of the group,
-N branches sent, M pairs sent, H hidden rows received, R branches received, S pairs received.
+    header: three int32 words of a branch
+    word 0   | local expert: 29 bits | found: 1 | refresh: 1 | starts a pair: 1 |
+    word 1   | slot in the owner's store                                       |
+    word 2   | bits of the fp32 gate                                           |
+
+Shape suffixes: T tokens of this rank, D hidden size, E experts, P ranks of the group, N branches sent, M pairs (of a
+token and an owner) sent, H hidden rows sent or received, R branches received, S pairs received.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeca_dist.parallel.coded_wire import CodedPairs, HiddenRows, others
-from moeca_dist.parallel.collectives import Exchange
+from moeca_dist.parallel.collectives import Collectives
 from moeca_dist.parallel.expert_placement import ExpertPlacement
-from moeca_dist.parallel.handle import Pending
-from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.row_packing import WORD_BYTES, Leg, Pairs, legs, paired, send, send_back
-from moeca_dist.types import positions
+from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.row_packing import (
+    WORD_BYTES,
+    RowDtype,
+    Splits,
+    TokenOwnerPairs,
+    group_by_owner,
+    send,
+    send_back,
+    splits_from_counts,
+)
+from moeca_dist.types import Routing
 
-HEADER_BYTES = 3 * WORD_BYTES  # per branch: expert and flags, row, gate; where rows are coded, the pair's key besides
+HEADER_BYTES = 3 * WORD_BYTES
 _STARTS_PAIR, _REFRESH, _FOUND, _EXPERT_SHIFT = 1, 2, 4, 3
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a home rank asks of the owners, for all its tokens.
+class OwnerRequest:
+    """What a home rank asks of the owners, for all its tokens. Tokens without a refreshed branch stay at home.
 
-    ``rows_TK``: where each branch is in its owner's cache; ``found_TK``: whether it is there already. Tokens without a
-    refreshed branch stay at home.
+    Attributes:
+        refresh_N, found_N: bool, branches that are computed now; branches that the owner holds.
+        slot_N: int64, where each branch is in its owner's store.
     """
 
-    expert_ids_TK: Tensor
-    gates_TK: Tensor
-    refresh_TK: Tensor
-    found_TK: Tensor
-    rows_TK: Tensor
+    routing: Routing
+    refresh_N: Tensor
+    found_N: Tensor
+    slot_N: Tensor
 
 
 @dataclass(frozen=True)
-class ArrivedPairs:
+class ReceivedRequest:
     """Branches that an owner is asked for, pair by pair, in the order of the home ranks.
 
-    ``starts_S``: the first branch of each pair. ``hidden_row_R``: the hidden row of each branch, meaningful where it
-    is refreshed. ``local_expert_R``: positions among the owner's experts. ``capacities``: rows that each home rank
-    uses of this rank's cache. ``sent`` and ``leg``: this rank's own pairs as a home, and how many went where;
-    ``payload`` is the same on all ranks. ``coded``: None where rows travel as they are.
+    Attributes:
+        hidden_row_R: the hidden row of each branch, meaningful if it is refreshed.
+        home_R: the home rank of each branch.
+        starts_S: the first branch of each pair.
+        local_expert_R: position of the expert among the owner's.
+        slot_R: where the branch is in this rank's store, counted by its home.
+        capacities: slots that each home rank uses of this rank's store.
+        sent, per_pair: this rank's own pairs as a home, and how many went where.
+        payload: whether any rank sends anything, the same on all of them.
     """
 
     hidden_HD: Tensor
@@ -59,29 +76,29 @@ class ArrivedPairs:
     gates_R: Tensor
     refresh_R: Tensor
     found_R: Tensor
-    row_R: Tensor
+    slot_R: Tensor
     capacities: tuple[int, ...]
-    sent: Pairs
-    leg: Leg
+    sent: TokenOwnerPairs
+    per_pair: Splits
     payload: bool
-    coded: CodedPairs | None = None
 
 
-class PairExchange:
+class OwnerExchange:
     """Both legs over one group. All ranks agree on every size from the gathered counts, so also on whether to talk."""
 
-    def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
-        self.exchange = exchange
+    def __init__(self, collectives: Collectives, placement: ExpertPlacement, row_dtype: RowDtype = "exact") -> None:
+        self.collectives = collectives
+        self.row_dtype = row_dtype
         self.num_ranks = placement.num_ranks
         # As this rank's tokens see it: replicated experts are here.
-        owners = placement.owners_for(exchange.rank)
+        owners = placement.owners_for(collectives.rank)
         places = [{expert: i for i, expert in enumerate(placement.experts_of(rank))} for rank in range(self.num_ranks)]
         local_ids = [places[owner][expert] for expert, owner in enumerate(owners)]
         self.owner_of_expert_E = torch.tensor(owners, dtype=torch.int64)
         self.local_id_E = torch.tensor(local_ids, dtype=torch.int64)
 
-    def owners(self, device: torch.device) -> Tensor:
-        """The owner [E] of each expert, this rank where it is replicated.
+    def owner_of_expert(self, device: torch.device) -> Tensor:
+        """Return the owner [E] of each expert, this rank if it is replicated.
 
         The tables move once, to wherever routing is computed.
         """
@@ -89,82 +106,44 @@ class PairExchange:
         self.local_id_E = self.local_id_E.to(device)
         return self.owner_of_expert_E
 
-    def dispatch(
-        self, x_TD: Tensor, asked: Asked, capacities: Sequence[int], coding: BlockCoding | None = None
-    ) -> Pending[ArrivedPairs]:
-        """``capacities``: rows that this rank uses of each rank's cache; ``coding`` None: rows travel as they are."""
-        header_N3, pairs, hidden_M = self._headers(asked)
+    def dispatch(self, x_TD: Tensor, request: OwnerRequest, capacities: Sequence[int]) -> Handle[ReceivedRequest]:
+        """Send ``request``; ``capacities``: slots that this rank uses of each rank's store."""
+        header_N3, pairs, hidden_M = self._headers(request)
         device = header_N3.device
         # NOTE: a host synchronisation on CUDA: the number of hidden rows decides the shapes.
         hidden_H = hidden_M.nonzero().squeeze(1)
         token_H, owner_H = pairs.token_M.index_select(0, hidden_H), pairs.owner_M.index_select(0, hidden_H)
         hidden_P = torch.bincount(owner_H, minlength=self.num_ranks)
         counts = [*pairs.counts(self.num_ranks), hidden_P, torch.tensor(capacities, device=device)]
-        gathered = self.exchange.gather_counts(torch.stack(counts).flatten())
-        traffic_P4P = gathered.view(self.num_ranks, 4, self.num_ranks)
-        branches, leg, hidden, wanted = legs(traffic_P4P, self.exchange.rank)
-        payload = bool(traffic_P4P[:, 0].any())
+        gathered = self.collectives.gather_counts(torch.stack(counts).flatten())
+        counts_P4P = gathered.view(self.num_ranks, 4, self.num_ranks)
+        branches, per_pair, hidden, wanted = splits_from_counts(counts_P4P, self.collectives.rank)
+        payload = bool(counts_P4P[:, 0].any())
         rows_HD = x_TD.index_select(0, token_H)
-        mine = (pairs, leg, payload)
-        if coding is None or not payload:
-            coming = send(self.exchange, header_N3, rows_HD, branches, hidden, payload=payload)
-            return coming.then(lambda arrived: _read(*arrived, branches.received, wanted.received, mine))
-        rank = self.exchange.rank
-        header_N4 = torch.cat([header_N3, coding.owner_keys(pairs.token_N, pairs.owner_N)[:, None]], 1)
-        to_H = coding.home_keys(others(token_H, hidden.sent, rank), others(owner_H, hidden.sent, rank))
-        sending = HiddenRows(rank, rows_HD, hidden, to_H, coding)
-        coming = send(self.exchange, header_N4, sending.encode(), branches, hidden.between_others(rank), payload=True)
-        return coming.then(lambda arrived: _read_coded(*arrived, branches.received, wanted.received, mine, sending))
+        sending = send(self.collectives, header_N3, rows_HD, branches, hidden, self.row_dtype, payload=payload)
+        return sending.then(lambda arrived: _read(*arrived, branches.output, wanted.output, pairs, per_pair, payload))
 
-    def combine(self, sums_SD: Tensor, arrived: ArrivedPairs) -> Pending[Tensor]:
-        """[S, D] sums at the owner -> [M, D] rows of this rank's pairs, in the order of ``sent.token_M``."""
-        if arrived.coded is not None:
-            return arrived.coded.sums_back(self.exchange, sums_SD, arrived.leg)
-        return send_back(self.exchange, sums_SD, arrived.leg, payload=arrived.payload)
+    def combine(self, sums_SD: Tensor, received: ReceivedRequest) -> Handle[Tensor]:
+        """Return the owners' sums [S, D] as rows [M, D] of this rank's pairs, in the order of ``sent.token_M``."""
+        return send_back(self.collectives, sums_SD, received.per_pair, self.row_dtype, payload=received.payload)
 
-    def _headers(self, asked: Asked) -> tuple[Tensor, Pairs, Tensor]:
-        """Headers [N, 3] of the branches of touched tokens, their pairs, and bool [M]: whose hidden row is needed."""
-        k = asked.refresh_TK.shape[1]
-        owner_of_expert_E = self.owners(asked.refresh_TK.device)
-        touched_T = asked.refresh_TK.any(1)
-        # NOTE: a host synchronisation on CUDA: the number of touched tokens decides the shapes.
-        branch_N = touched_T.repeat_interleave(k).nonzero().squeeze(1)
-        pairs = paired(owner_of_expert_E[asked.expert_ids_TK.flatten()[branch_N]], branch_N // k)
+    def _headers(self, request: OwnerRequest) -> tuple[Tensor, TokenOwnerPairs, Tensor]:
+        """Return headers [N, 3] of touched tokens' branches, their pairs, and bool [M]: whose hidden row is needed."""
+        routing = request.routing
+        owner_E = self.owner_of_expert(routing.token_N.device)
+        touched_T = routing.tokens_with(request.refresh_N)
+        # NOTE: a host synchronisation on CUDA: the number of branches of touched tokens decides the shapes.
+        branch_N = touched_T.index_select(0, routing.token_N).nonzero().squeeze(1)
+        pairs = group_by_owner(owner_E[routing.expert_N[branch_N]], routing.token_N[branch_N])
         branch_N = branch_N[pairs.branch_N]
-        refresh_N, found_N = asked.refresh_TK.flatten()[branch_N], asked.found_TK.flatten()[branch_N]
+        refresh_N, found_N = request.refresh_N[branch_N], request.found_N[branch_N]
         pair_N = pairs.starts_N.cumsum(0) - 1
         hidden_M = torch.zeros_like(pairs.first_M, dtype=torch.bool).index_fill_(0, pair_N[refresh_N], True)
-        code_N = self.local_id_E[asked.expert_ids_TK.flatten()[branch_N]] << _EXPERT_SHIFT
+        code_N = self.local_id_E[routing.expert_N[branch_N]] << _EXPERT_SHIFT
         code_N = code_N + pairs.starts_N * _STARTS_PAIR + refresh_N * _REFRESH + found_N * _FOUND
-        gate_N = asked.gates_TK.flatten()[branch_N].float().view(torch.int32)
-        row_N = asked.rows_TK.flatten()[branch_N]
-        return torch.stack([code_N.to(torch.int32), row_N.to(torch.int32), gate_N], 1), pairs, hidden_M
-
-
-def _read_coded(
-    header_R4: Tensor,
-    coded_HW: Tensor,
-    from_branches: Sequence[int],
-    capacities: tuple[int, ...],
-    sent: tuple[Pairs, Leg, bool],
-    sending: HiddenRows,
-) -> ArrivedPairs:
-    """As ``_read``; the keys of all pairs are in the headers, because sums return from pairs without a hidden row."""
-    header_R3, key_R = header_R4[:, :3], header_R4[:, 3]
-    pairs, leg, _ = sent
-    refresh_R = (header_R3[:, 0] & _REFRESH) != 0
-    starts_R = (header_R3[:, 0] & _STARTS_PAIR) != 0
-    key_S = key_R.index_select(0, positions(starts_R, sum(leg.received))).long()
-    # Branches that are not refreshed mark a pair past the last.
-    pair_R = torch.where(refresh_R, starts_R.cumsum(0) - 1, key_S.shape[0])
-    hidden_S = torch.zeros(key_S.shape[0] + 1, dtype=torch.bool, device=key_S.device).index_fill_(0, pair_R, True)
-    key_H = key_S.index_select(0, positions(hidden_S[:-1], sum(sending.leg.received)))
-    hidden_HD = sending.decode(coded_HW, others(key_H, sending.leg.received, sending.rank))
-    home_M = sending.coding.home_keys(
-        others(pairs.token_M, leg.sent, sending.rank), others(pairs.owner_M, leg.sent, sending.rank)
-    )
-    coded = CodedPairs(sending.coding, home_M, others(key_S, leg.received, sending.rank))
-    return replace(_read(header_R3, hidden_HD, from_branches, capacities, sent), coded=coded)
+        gate_N = routing.gate_N[branch_N].float().view(torch.int32)
+        slot_N = request.slot_N[branch_N]
+        return torch.stack([code_N.to(torch.int32), slot_N.to(torch.int32), gate_N], 1), pairs, hidden_M
 
 
 def _read(
@@ -172,17 +151,18 @@ def _read(
     hidden_HD: Tensor,
     from_branches: Sequence[int],
     capacities: tuple[int, ...],
-    sent: tuple[Pairs, Leg, bool],
-) -> ArrivedPairs:
-    code_R, row_R, gate_R = header_R3.unbind(1)
+    sent: TokenOwnerPairs,
+    per_pair: Splits,
+    payload: bool,
+) -> ReceivedRequest:
+    code_R, slot_R, gate_R = header_R3.unbind(1)
     starts_R = (code_R & _STARTS_PAIR) != 0
     refresh_R = (code_R & _REFRESH) != 0
     pair_R = starts_R.cumsum(0) - 1
     starts_S = starts_R.nonzero().squeeze(1)
     hidden_S = torch.zeros_like(starts_S).index_fill_(0, pair_R[refresh_R], 1)
     homes = torch.arange(len(from_branches), device=code_R.device)
-    pairs, leg, payload = sent
-    return ArrivedPairs(
+    return ReceivedRequest(
         hidden_HD=hidden_HD,
         hidden_row_R=(hidden_S.cumsum(0) - 1)[pair_R],
         home_R=homes.repeat_interleave(torch.tensor(from_branches, device=code_R.device)),
@@ -191,9 +171,9 @@ def _read(
         gates_R=gate_R.contiguous().view(torch.float32),
         refresh_R=refresh_R,
         found_R=(code_R & _FOUND) != 0,
-        row_R=row_R.long(),
+        slot_R=slot_R.long(),
         capacities=capacities,
-        sent=pairs,
-        leg=leg,
+        sent=sent,
+        per_pair=per_pair,
         payload=payload,
     )

@@ -47,7 +47,7 @@ class RankMetrics:
         """Count a finished chunk from its report."""
         exchange = report["exchange"]
         sent, full = exchange["bytes_sent"], exchange["bytes_full"]
-        # Counters refuse zero.
+        # RunCounters refuse zero.
         if sent:
             self._bytes_sent.inc(sent, self._tags)
         if full > sent:

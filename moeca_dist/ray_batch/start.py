@@ -19,7 +19,8 @@ from moeca_dist.ray_batch.ledger import Plan
 from moeca_dist.ray_batch.manifest import MANIFEST, read_identity
 from moeca_dist.ray_batch.worker import Worker
 from moeca_dist.report.schema import Report
-from moeca_dist.runtime.checks import check_config, resolve
+from moeca_dist.runtime.run_plan import RunPlan
+from moeca_dist.types import Request
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,9 @@ def start_batch(options: Options) -> Report:
     _check_folder(options.folder, options.resume)
     recorded = read_identity(options.folder) if options.resume else None
     _check_telemetry(options.config)
-    spec = check_config(options.config, [part[-1] for part in options.labels or ()])
-    config = resolve(options.config, spec, sum(options.bundles))
+    plan = RunPlan.resolve(options.config, sum(options.bundles))
+    plan.check_requests([Request(index, part[-1]) for index, part in enumerate(options.labels or ())])
+    config, spec = plan.config, plan.spec
     source: JobsFile | LabelCycle
     if options.jobs is not None:
         source = JobsFile(options.jobs)

@@ -3,19 +3,18 @@
 Shape suffixes: S steps, Y reasons, E experts.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from moeca_dist.cache.policy import Policy
+from moeca_dist.cache.policy import BranchPolicy, ModulePolicy, NetworkPolicy, Policy
 from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.models.flops import forward_flops, signal_flops
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.report.schema import BranchReport, FlopsReport
 
 
-class Work:
+class RunFigures:
     """Totals over all ranks of a run of ``evaluations`` image evaluations; without a policy everything was computed."""
 
     def __init__(self, spec: ModelSpec, evaluations: int, policy: Policy | None, statistics: CacheStatistics) -> None:
@@ -31,7 +30,7 @@ class Work:
         if self._policy is None:
             return FlopsReport(full, full, 1.0)
         spec, ran = self._spec, self._statistics.modules
-        if self._policy.unit == "network":
+        if isinstance(self._policy, NetworkPolicy):
             computed = self._evaluations * per_image.total - self._statistics.skipped * per_image.blocks
             computed += self._statistics.signals * signal_flops(spec)
             return FlopsReport(computed, full, full / computed if computed else 1.0)
@@ -53,14 +52,14 @@ class Work:
         routed = self._evaluations * len(spec.moe_blocks) * per_image
         if self._policy is None:
             return BranchReport(routed, routed, 0, 0, 0, 0.0, full_step=routed)
-        full, unmatched, forced, score, late = (counted.total(reason) for reason in REFRESHED)
-        if self._policy.unit == "network":
+        full, unmatched, forced, score = (counted.total(reason) for reason in REFRESHED)
+        if isinstance(self._policy, NetworkPolicy):
             full = routed - counted.skipped * len(spec.moe_blocks) * per_image
-        elif self._policy.unit == "module":
+        elif isinstance(self._policy, ModulePolicy):
             # A token that the policy chooses takes all its branches along.
             forced = counted.rows["moe"] * spec.num_experts_per_tok
             full = counted.modules["moe"] * spec.num_experts_per_tok - forced
-        refreshed = full + unmatched + score + forced + late
+        refreshed = full + unmatched + score + forced
         served = routed - refreshed
         forecast = served if self._policy.order else 0
         ratio = served / routed if routed else 0.0
@@ -74,8 +73,6 @@ class Work:
             full_step=full,
             score=score,
             forced=forced,
-            late=late,
-            deferred=counted.total(Reason.DEFERRED),
         )
 
     def modules(self) -> dict[str, dict[str, int]]:
@@ -83,7 +80,7 @@ class Work:
 
         Rows are those of the policy's choice, or with ``attention_sync`` those of tokens with a refreshed branch.
         """
-        if self._policy is None or self._policy.unit == "network":
+        if self._policy is None or isinstance(self._policy, NetworkPolicy):
             return {}
         spec, counted = self._spec, self._statistics
         layers = {"attention": spec.depth, "dense": spec.depth - len(spec.moe_blocks)}
@@ -100,7 +97,7 @@ class Work:
             return while_routed
         every = self._evaluations * len(self._spec.moe_blocks) * self._spec.num_tokens
         ran = self._statistics.modules["router"] + self._statistics.modules["moe"]
-        if self._policy.unit == "network":
+        if isinstance(self._policy, NetworkPolicy):
             ran = every - self._statistics.skipped * len(self._spec.moe_blocks) * self._spec.num_tokens
         if ran in (0, every):
             return while_routed
@@ -111,44 +108,18 @@ class Work:
         sent = self._statistics.bytes_per_step
         return tuple(sent[step] for step in range(1 + max(sent, default=-1)))
 
-    def budget(self, rows: Mapping[int, int]) -> tuple[dict[str, Any], ...]:
-        """One entry per MoE block with budgeted ``rows`` of an image, guidance half and group of experts.
-
-        ``deferred``: branches that found no room, counted in every step; ``demand``: so many rows would have been
-        enough for these shares of the steps, images and groups.
-        """
-        deferred = self._statistics.per_step(Reason.DEFERRED)
-        return tuple(
-            {
-                "block": block,
-                "rows": most,
-                "deferred": sum(count for (_, counted), count in deferred.items() if counted == block),
-                "demand": _quantiles(self._statistics.demand[block]) if block in self._statistics.demand else {},
-            }
-            for block, most in rows.items()
-        )
-
     def per_layer(self) -> tuple[dict[str, Any], ...]:
         """One entry per MoE block: branches by reason, in all, by step and by expert; empty without a branch cache.
 
         ``refreshed_per_step`` and ``refreshed_per_expert`` add up what was computed, for whatever reason.
         """
-        if self._policy is None or self._policy.unit != "branch":
+        if not isinstance(self._policy, BranchPolicy):
             return ()
         return tuple(
             _entry(block, self._statistics.branches[block])
             for block in self._spec.moe_blocks
             if block in self._statistics.branches
         )
-
-
-QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
-
-
-def _quantiles(counts: Tensor) -> dict[str, int]:
-    """From how often each number of rows was needed."""
-    up_to, total = counts.cumsum(0), int(counts.sum())
-    return {f"{share:g}": int((up_to < share * total).sum()) for share in QUANTILES}
 
 
 def _entry(block: int, counts_SYE: Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _BRANCHES = (
     "late",
     "deferred",
 )
-_EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
+_EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_skipped", "count_exchanges")
 
 
 class ReportTotal:
@@ -89,9 +89,7 @@ class ReportTotal:
                 first["exchange"]["placement"],
                 **self._exchange,
                 bytes_per_step=tuple(self._bytes_per_step),
-                budget=tuple(self._budget),
                 rows=first["exchange"].get("rows", "exact"),
-                reference_bytes=self._reference_bytes,
             ),
             cache=CacheReport(
                 first["cache"]["policy"],
@@ -104,7 +102,6 @@ class ReportTotal:
             seconds=Seconds(**self._seconds),
             requests=requests,
             batch=batch,
-            graphs=self._graphs,
         )
 
 

@@ -46,37 +46,35 @@ class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together.
 
     ``mode`` is ``local`` where every rank holds all experts and the mode changes nothing. ``budget``: see
-    ``work.Work.budget``.
+    ``figures.RunFigures.budget``.
     ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
     rank holds all experts. Collectives are counted per rank.
 
     ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
-    divides ``bytes_sent``. ``agreements``: how often each rank's row counts were gathered, which tells all ranks what
+    divides ``bytes_sent``. ``count_exchanges``: how often each rank's row counts were gathered, which tells all ranks what
     travels; their few bytes are not counted. ``rows``: their format, see ``kernels.row_codes``; ``exact`` also where
     nothing travels. ``reference_bytes``: what all ranks keep of coded rows, at its peak; part of the cache's
     ``bytes_peak`` where there is a cache.
     """
 
     mode: str
-    placement: str | None
+    location: str | None
     bytes_sent: int
     bytes_full: int
     collectives: int
-    collectives_elided: int
-    agreements: int = 0
+    collectives_skipped: int
+    count_exchanges: int = 0
     bytes_per_step: tuple[int, ...] = ()
-    budget: tuple[dict[str, Any], ...] = ()
-    rows: str = "exact"
-    reference_bytes: int = 0
+    row_dtype: str = "exact"
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """``per_layer``: one entry per MoE block where branches are cached, see ``work.Work.per_layer``.
+    """``per_layer``: one entry per MoE block where branches are cached, see ``figures.RunFigures.per_layer``.
 
-    ``modules``: tokens by module, see ``work.Work.modules``. ``remark``: what the policy has to say about the run, such
+    ``modules``: tokens by module, see ``figures.RunFigures.modules``. ``remark``: what the policy has to say about the run, such
     as a threshold that never fired.
     """
 
@@ -115,7 +113,6 @@ class Report:
     telemetry: dict[str, Any] | None = None
     requests: dict[str, Any] | None = None
     batch: dict[str, Any] | None = None
-    graphs: dict[str, int] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
         """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
@@ -139,8 +136,6 @@ class Report:
             ("exchange", f"{scaled(self.exchange.bytes_sent, 1024)}iB in {self.exchange.collectives:,} collectives"),
             ("cache", self.cache.policy),
         ]
-        if self.graphs is not None:
-            rows.append(("CUDA graphs", "evaluations " + ", ".join(f"{name} {n:,}" for name, n in self.graphs.items())))
         rows += self._cache_rows() if self.cache.policy != "none" else []
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

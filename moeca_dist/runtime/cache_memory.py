@@ -9,37 +9,32 @@ from dataclasses import dataclass
 
 import torch
 
-from moeca_dist.cache.late import shallow_blocks
-from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.cache.session import HALVES
+from moeca_dist.cache.policy import BranchPolicy, Half, ModulePolicy, NetworkPolicy, Policy
 from moeca_dist.cache.storage import Storage, storage_of
-from moeca_dist.calibration.file import Calibration, read_calibration
 from moeca_dist.checkpoints.options import parse_dtype
 from moeca_dist.config import CacheConfig, Config, parse_size
 from moeca_dist.errors import UserError
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.value_location import Placement, choose_placement
+from moeca_dist.moe.value_location import Location
 from moeca_dist.parallel.expert_placement import PlacementTable
 from moeca_dist.report.schema import scaled
 from moeca_dist.sampling.sampler import sampler_for
-from moeca_dist.types import Routing, StepContext
+from moeca_dist.types import StepContext
 
-_ROW_GROWTH = 17 / 16  # an owner's rows grow by a sixteenth at least, see cache.owned.RowPool
+_SLOT_GROWTH = 17 / 16  # an owner's slots grow by a sixteenth at least, see cache.owner_cache.SlotAllocator
 
 
 @dataclass(frozen=True)
 class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
-    Exact, with two exceptions that make it an upper bound: in placement ``owner`` what an owner keeps depends on the
-    routing, and so does, with late refreshes, how many there are.
-    ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
-    block. ``budgeted``: rows are, and branches wait for room. ``late_share``: of an image's branches in one layer and
-    guidance half, those that may be under way between two steps; ``late_blocks``: in so many layers.
-    ``coded``: rows travel as codes, and both ends keep references.
-    ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
-    ``output_bytes``: size of one of them for one image.
+    Exact for values at home. For values at the owners it is an upper bound: what an owner keeps depends on the routing.
+
+    Attributes:
+        element_bytes: size of a value as the network computes it.
+        experts_per_owner: the most that a rank holds of one block.
+        output_history: outputs of full steps that a calibrated run remembers of each half. None without a calibration.
+        output_bytes: size of one of them for one image.
     """
 
     spec: ModelSpec
@@ -48,42 +43,46 @@ class CacheSize:
     element_bytes: int
     halves: Sequence[Half]
     num_steps: int
-    placement: Placement | None
+    location: Location | None
     ep_size: int
     experts_per_owner: int
-    budgeted: bool
-    late_share: float
-    late_blocks: int
-    coded: bool
     output_history: int | None
     output_bytes: int
 
-    def of(self, images: int) -> int:
-        """For so many images on every rank: the most that is kept after any step."""
-        kept_per_image = max(sum(at_step) for at_step in zip(*self._timelines(), strict=True))
-        tokens = images * self.spec.num_tokens
-        kept = (
-            tokens
-            * len(self.halves)
-            * (len(self.spec.moe_blocks) * self._branches + self.spec.depth * self._keys_values)
+    @classmethod
+    def of_run(
+        cls, config: Config, spec: ModelSpec, policy: Policy, halves: Sequence[Half], location: Location | None,
+        placement: PlacementTable | None, *, output_history: int | None,
+    ) -> "CacheSize":  # fmt: skip
+        """Return what a resolved ``config`` keeps of the network ``spec``."""
+        ep_size, num_steps = config.parallel.ep_size, config.sampling.num_steps
+        assert ep_size is not None and num_steps is not None
+        table = placement or PlacementTable.contiguous(spec.moe_blocks, spec.num_experts, ep_size)
+        per_owner = [len(each.experts_of(rank)) for each in table.by_block.values() for rank in range(each.num_ranks)]
+        output_bytes = sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize
+        return cls(
+            spec,
+            policy,
+            storage_of(config.cache.dtype),
+            parse_dtype(config.model.dtype).itemsize,
+            halves,
+            num_steps,
+            location,
+            ep_size,
+            max(per_owner),
+            output_history,
+            output_bytes,
         )
-        if self.placement == "owner":
-            rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
-            kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
-        return images * kept_per_image + kept + tokens * len(self.halves) * self._references + self._under_way(images)
 
-    def _under_way(self, images: int) -> int:
-        """Late refreshes and their plans between two steps, where all of this rank's and the group's come together."""
-        if not self.late_share:
-            return 0
-        tokens, k, layers = self.spec.num_tokens, self.spec.num_experts_per_tok, self.late_blocks * len(self.halves)
-        position, slot, expert_id, gate, entry, found, refresh, reason = 8, 8, 8, 4, 8, 1, 1, 1
-        row = self.spec.hidden_size * self.element_bytes
-        late = int(tokens * k * self.late_share + 1e-6)  # as moe.late rounds
-        here = late * (row + position + slot) + tokens * k * (expert_id + gate + entry + found + refresh + reason)
-        # An owner holds what it sends: at most what it can be asked for by all ranks.
-        sent = self.ep_size * min(late, tokens * min(k, self.experts_per_owner)) * row if self.ep_size > 1 else 0
-        return images * layers * (here + sent)
+    def of(self, images: int) -> int:
+        """Return the most that is kept after any step, for so many images on every rank."""
+        kept_per_image = max(sum(at_step) for at_step in zip(*self._timelines(), strict=True))
+        tokens = images * self.spec.num_tokens * len(self.halves)
+        kept = tokens * (len(self.spec.moe_blocks) * self._branches + self.spec.depth * self._keys_values)
+        if self.location == "owner":
+            slots = tokens * self.ep_size * min(self.spec.num_experts_per_tok, self.experts_per_owner)
+            kept += len(self.spec.moe_blocks) * int(_SLOT_GROWTH * slots) * (self._values * self._row + 4)
+        return images * kept_per_image + kept
 
     def _timelines(self) -> Iterator[list[int]]:
         """Bytes per image after each step, of everything that does not keep its size from the first step on."""
@@ -93,15 +92,10 @@ class CacheSize:
                 yield [bytes_ * self.spec.num_tokens for bytes_ in per_token]
 
     def _per_token(self, half: Half) -> Iterator[list[int]]:
-        if self.policy.unit == "network":
-            if self.policy.delta is not None:
-                yield [self._row] * self.num_steps
-            else:
-                yield self._kept_rows(half, by_rows=False)
-            return
-        yield from (self._modules(half, block) for block in range(self.spec.depth))
-        if self.budgeted:
-            yield self._backlogs(half)
+        if isinstance(self.policy, NetworkPolicy):
+            yield self._kept_values(half, by_token=False)
+        else:
+            yield from (self._modules(half, block) for block in range(self.spec.depth))
 
     @property
     def _row(self) -> int:
@@ -112,43 +106,25 @@ class CacheSize:
         """Rows that one branch or routed sum takes: its value, and what a forecast needs."""
         return 1 + self.policy.order
 
-    @property
-    def _entries(self) -> int:
-        return self.spec.num_experts_per_tok + self.policy.extra_entries
-
-    @property
-    def _entries_at_an_owner(self) -> int:
-        return min(self._entries, self.experts_per_owner)
-
     def _modules(self, half: Half, block: int) -> list[int]:
         """Bytes per token of one block's modules after each step."""
         policy = self.policy
-        if policy.computes_modules:
+        if isinstance(policy, BranchPolicy) and policy.computes_modules:
             return [0] * self.num_steps
-        # Rows follow the branches of the last MoE block, and before the first there is none.
-        synchronised = policy.attention_sync and block >= min(self.spec.moe_blocks)
-        attention = self._kept_rows(half, synchronised)
-        feed_forward = self._kept_rows(half, synchronised or policy.refreshes_rows)
-        return [sum(both) for both in zip(attention, feed_forward, strict=True)]
+        # Tokens follow the branches of the last MoE block, and before the first there is none.
+        syncs = isinstance(policy, BranchPolicy) and policy.attention_sync and block >= min(self.spec.moe_blocks)
+        by_token = syncs or (isinstance(policy, ModulePolicy) and policy.refreshes_tokens)
+        pairs = zip(self._kept_values(half, syncs), self._kept_values(half, by_token), strict=True)
+        return [attention + feed_forward for attention, feed_forward in pairs]
 
-    def _kept_rows(self, half: Half, by_rows: bool) -> list[int]:
-        """Bytes per token of one ``RowCache`` after each step; ``by_rows``: cache steps store single rows."""
+    def _kept_values(self, half: Half, by_token: bool) -> list[int]:
+        """Return bytes per token of one ``ModuleCache`` after each step; ``by_token``: cached steps store single tokens."""
         kept, held = 0, []
         for index in range(self.num_steps):
             full = self._is_full(index, half)
-            if full or by_rows:
+            if full or by_token:
                 kept = min(kept + 1, self._values)
-            held.append(kept * self._row + (4 if by_rows and not full else 0))
-        return held
-
-    def _backlogs(self, half: Half) -> list[int]:
-        """Bytes per token of what waits for room, in all blocks, after each step."""
-        expert_id, waited = 8, 1
-        branches = len(self.spec.moe_blocks) * self.spec.num_experts_per_tok
-        started, held = False, []
-        for index in range(self.num_steps):
-            started |= not self._is_full(index, half)
-            held.append(branches * (expert_id + waited) * started)
+            held.append(kept * self._row + (4 if by_token and not full else 0))
         return held
 
     def _outputs(self, half: Half) -> list[int]:
@@ -168,90 +144,27 @@ class CacheSize:
     @property
     def _keys_values(self) -> int:
         """Bytes per token of one block's keys and values."""
-        row = self.storage.row_bytes(self.spec.hidden_size // self.spec.num_heads, self.element_bytes)
-        return 2 * self.spec.num_heads * row if self.policy.attention_sync else 0
+        if not (isinstance(self.policy, BranchPolicy) and self.policy.attention_sync):
+            return 0
+        return 2 * self.spec.num_heads * self.storage.row_bytes(self.spec.head_dim, self.element_bytes)
 
     @property
     def _branches(self) -> int:
-        """Bytes per token of one MoE block's branches, or in placement ``owner`` of their table and the routed sums."""
-        if self.policy.unit != "branch":
+        """Return bytes per token of one MoE block's branches, or at owners of their table and the routed sums."""
+        if not isinstance(self.policy, BranchPolicy):
             return 0
-        usage = 0 if self.policy.usage_decay is None else 4 * self.spec.num_experts
-        expert_id, used, step, row, gate, norm = 8, 4, 4, 8, 4, 4
-        if self.placement == "owner":
-            return self._entries * (expert_id + used + row) + 8 + self._values * self._row + usage
-        reference = gate + norm if self._keeps_reference else 0
-        return self._entries * (expert_id + used + step + reference + self._values * self._row) + usage
-
-    @property
-    def _references(self) -> int:
-        """Bytes per token, where all ranks have as many, of what is kept of coded rows, as a home and as an owner."""
-        if not self.coded:
-            return 0
-        # Branches that return one by one are coded by themselves.
-        legs = 1 if self.policy.unit == "branch" and self.placement != "owner" else 2
-        row = self.spec.hidden_size * self.element_bytes
-        return len(self.spec.moe_blocks) * legs * 2 * (self.ep_size - 1) * row
-
-    @property
-    def _keeps_reference(self) -> bool:
-        shape = (0, self.spec.num_experts_per_tok)
-        return (
-            self.policy.reference_gates(Routing(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))) is not None
-        )
-
-
-def cache_size(
-    config: Config, spec: ModelSpec, num_steps: int, ep_size: int, calibration: Calibration | None = None
-) -> CacheSize | None:
-    """What ``config`` keeps of the network ``spec``; None without a cache.
-
-    ``calibration``: where there is no file of it, or it was read already.
-    """
-    guided = config.sampling.cfg_scale != 1
-    policy = build_policy(config.cache, num_steps, guided=guided)
-    if policy is None:
-        return None
-    halves = HALVES if guided else HALVES[:1]
-    element_bytes = parse_dtype(config.model.dtype).itemsize
-    placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, ep_size)
-    if calibration is None and config.cache.calibration is not None:
-        calibration = read_calibration(config.cache.calibration)
-    return CacheSize(
-        spec,
-        policy,
-        storage_of(config.cache.dtype),
-        element_bytes,
-        halves,
-        num_steps,
-        placement,
-        ep_size,
-        experts_per_owner=_experts_per_owner(config, spec, ep_size),
-        budgeted=config.parallel.exchange == "budget",
-        late_share=config.cache.late_refresh or 0.0,
-        late_blocks=len(shallow_blocks(spec.moe_blocks)),
-        coded=config.parallel.rows != "exact",
-        output_history=None if calibration is None else calibration.weights.history,
-        output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
-    )
-
-
-def _experts_per_owner(config: Config, spec: ModelSpec, ep_size: int) -> int:
-    path = config.parallel.expert_placement
-    table = (
-        PlacementTable.contiguous(spec.moe_blocks, spec.num_experts, ep_size)
-        if path is None
-        else PlacementTable.read(path)
-    )
-    return max(
-        len(placement.experts_of(rank)) for placement in table.by_block.values() for rank in range(placement.num_ranks)
-    )
+        spec, scored = self.spec, self.policy.usage_decay is not None
+        row_in_table, step, gate, norm, usage = 4, 4, 4, 4, 4
+        table = spec.num_experts * (row_in_table + (usage if scored else 0))
+        if self.location == "owner":
+            return table + 8 + self._values * self._row
+        return table + spec.num_experts_per_tok * (step + (gate + norm if scored else 0) + self._values * self._row)
 
 
 def check_memory(
     size: CacheSize | None, config: CacheConfig, images: int, device: torch.device, fewer: str = "sampling.batch_size"
 ) -> None:
-    """Raise UserError where one rank's cache of ``images`` images would exceed ``cache.memory_limit``.
+    """Raise UserError if one rank's cache of ``images`` images would exceed ``cache.memory_limit``.
 
     ``fewer``: how the user takes fewer images at once.
     """
@@ -263,7 +176,7 @@ def check_memory(
     fitting = next((count for count in range(images - 1, 0, -1) if size.of(count) <= limit), 0)
     batch = f"take {fewer} {fitting}" if fitting else "one image is too much already; take a larger limit"
     smaller = ", cache.dtype float8_e4m3fn or bfloat16" if config.dtype == "model" else ""
-    bound = " at most" if size.placement == "owner" or size.late_share else ""
+    bound = " at most" if size.location == "owner" else ""
     raise UserError(
         f"the cache of policy {config.policy} would need{bound} {scaled(needed, 1024)}iB on a rank with {images} "
         f"images, over cache.memory_limit {config.memory_limit} ({scaled(limit, 1024)}iB): {batch}{smaller}, or a "

@@ -1,41 +1,43 @@
-"""The account of a run: what every rank counted, brought together in one report."""
+"""The report of a run: what every rank counted, brought together."""
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.parallel.references import RowCoding
+from moeca_dist.calibration.correction import OutputMemory
+from moeca_dist.parallel.collectives import Collectives
+from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.report.schema import CacheReport, ExchangeReport, Report, describe_requests
-from moeca_dist.runtime.cuda_graphs import GraphCounts
-from moeca_dist.runtime.run_plan import Setup
+from moeca_dist.runtime.run_plan import RunPlan
 from moeca_dist.telemetry.gpu import GpuRecord, merge
-from moeca_dist.telemetry.observer import Observation
+from moeca_dist.telemetry.observer import RunObserver
 from moeca_dist.timing import Seconds, Section
-from moeca_dist.types import Request
+from moeca_dist.types import Request, StepContext
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Counters:
+class RunCounters:
     """What one run did on this rank."""
 
-    observed: Observation
+    observer: RunObserver
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
-    graphs: GraphCounts | None = None
-    reference_bytes: int = 0
 
-    def end_round(self, session: CacheSession | None, coding: RowCoding | None) -> None:
-        """What is kept now is the most that the round keeps, or the session has seen it before."""
+    def end_step(
+        self, step: StepContext, session: CacheSession | None, memory: OutputMemory | None, group: Collectives | None
+    ) -> None:
+        """Count what a step took and left behind: its seconds, what is kept now, and what was sent."""
+        self.observer.end_step(step.index)
         if session is not None:
-            session.note_peak()
-        if coding is not None:
-            self.reference_bytes = max(self.reference_bytes, coding.num_bytes)
+            session.note_peak(bytes_beside=0 if memory is None else memory.num_bytes)
+        if group is not None:
+            self.cache.note_bytes(step.index, group.traffic.bytes_sent)
 
 
 @dataclass(frozen=True)
@@ -48,30 +50,26 @@ class _RankResult:
     bytes_sent: int
     bytes_exact: int
     gpu: GpuRecord | None
-    graphs: GraphCounts | None
-    reference_bytes: int
 
 
-def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Report:
-    """The report of a run, on every rank. A collective of the world."""
-    num_images, config, mesh, group = len(requests), setup.config, setup.mesh, setup.mesh.expert_group
+def collect_report(plan: RunPlan, mesh: Mesh, requests: Sequence[Request], counters: RunCounters) -> Report:
+    """Return the report of a run, on every rank. A collective of the world."""
+    num_images, config, group = len(requests), plan.config, mesh.expert_group
     mine = _RankResult(
         counters.cache,
         counters.denoise_s,
-        counters.observed.seconds.per_step(),
+        counters.observer.seconds.per_step(),
         group.traffic.bytes_sent if group else 0,
         int(group.traffic.bytes_exact) if group else 0,
-        counters.observed.gpu_record(),
-        counters.graphs,
-        counters.reference_bytes,
+        counters.observer.gpu_record(),
     )
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
     statistics = CacheStatistics()
     for theirs in ranks:
         statistics.merge(theirs.cache)
-    work = setup.work(num_images, statistics)
+    figures = plan.figures(num_images, statistics)
     wall_s = time.perf_counter() - counters.started
-    remark = None if setup.policy is None else setup.policy.remark(statistics)
+    remark = None if plan.policy is None else plan.policy.remark(statistics)
     if remark is not None and mesh.rank == 0:
         logger.warning(remark)
     return Report(
@@ -79,38 +77,25 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         world_size=mesh.world_size,
         ep_size=mesh.ep_size,
         dp_size=mesh.dp_size,
-        num_steps=setup.num_steps,
+        num_steps=plan.num_steps,
         wall_s=wall_s,
         denoise_s=max(theirs.denoise_s for theirs in ranks),
         images_per_s=num_images / wall_s,
-        flops=work.flops(),
-        branches=work.branches(),
+        flops=figures.flops(),
+        branches=figures.branches(),
         exchange=ExchangeReport(
-            mode="local" if setup.is_local else config.parallel.exchange,
-            placement=setup.placement,
+            mode="local" if group is None else "exact",
+            location=plan.location,
             bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
-            bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
+            bytes_full=figures.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
             collectives=group.traffic.collectives if group else 0,
-            collectives_elided=group.traffic.collectives_elided if group else 0,
-            agreements=group.traffic.agreements if group else 0,
-            bytes_per_step=work.bytes_per_step(),
-            budget=work.budget(setup.budget_rows or {}),
-            rows="exact" if group is None else config.parallel.rows,
-            reference_bytes=sum(theirs.reference_bytes for theirs in ranks),
+            collectives_skipped=group.traffic.collectives_skipped if group else 0,
+            count_exchanges=group.traffic.count_exchanges if group else 0,
+            bytes_per_step=figures.bytes_per_step(),
+            row_dtype="exact" if group is None else config.parallel.row_dtype,
         ),
-        cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark),
-        seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),
+        cache=CacheReport(config.cache.policy, statistics.bytes_peak, figures.per_layer(), figures.modules(), remark),
+        seconds=Seconds.of([theirs.seconds for theirs in ranks], plan.num_steps),
         telemetry=merge([theirs.gpu for theirs in ranks], config.telemetry.period_s or 0.0, num_images),
         requests=describe_requests(requests),
-        graphs=_graphs([theirs.graphs for theirs in ranks]),
     )
-
-
-def _graphs(ranks: Sequence[GraphCounts | None]) -> dict[str, int] | None:
-    """Evaluations of all ranks together; None without ``model.cuda_graphs``."""
-    total = GraphCounts()
-    for counts in ranks:
-        if counts is None:
-            return None
-        total.add(counts)
-    return asdict(total)

@@ -17,26 +17,24 @@ from tqdm import tqdm
 
 from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.session import CacheSession
-from moeca_dist.calibration.file import Calibration
+from moeca_dist.calibration.correction import Corrected
+from moeca_dist.calibration.file import Calibration, FittedFor
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.spec import ModelSpec
-from moeca_dist.parallel.agreement import agreed
+from moeca_dist.models.parallelize import arrange_layers
+from moeca_dist.parallel.agreement import on_all_ranks
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.references import RowCoding
 from moeca_dist.report.schema import FlopsReport, Report
-from moeca_dist.runtime.arrangement import row_coding
-from moeca_dist.runtime.cache_memory import cache_size, check_memory
-from moeca_dist.runtime.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
-from moeca_dist.runtime.collect_report import Counters, account
-from moeca_dist.runtime.cuda_graphs import GraphCounts, step_graphs
-from moeca_dist.runtime.run_plan import Setup
+from moeca_dist.runtime.cache_memory import check_memory
+from moeca_dist.runtime.collect_report import RunCounters, collect_report
+from moeca_dist.runtime.cuda_graphs import graphed_model
+from moeca_dist.runtime.run_plan import RunPlan
 from moeca_dist.sampling.denoiser import OnStep
 from moeca_dist.sampling.guidance import Combine, Network, cached, exact
 from moeca_dist.sampling.latent_decoder import LatentDecoder, to_uint8
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.telemetry.observer import Observation, TraceSink, open_gpu
+from moeca_dist.telemetry.observer import RunObserver, TraceSink, open_gpu
 from moeca_dist.timing import Timer
 from moeca_dist.types import Request, StepContext
 
@@ -58,15 +56,18 @@ class Engine:
         decoder: LatentDecoder | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        """``calibration``: of this cache and network, where there is no file of it."""
-        self.config = config
+        """Plan runs of ``model``; ``calibration``: of this cache and network, if there is no file of it.
+
+        A collective of the world. Raises UserError, on all ranks alike, as ``RunPlan.resolve`` does, and for a
+        calibration of another run.
+        """
         self.mesh = mesh
-        self.model = model
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
-        num_steps = config.sampling.num_steps or self.sampler.default_num_steps
-        self.setup = Setup.of(config, mesh, model, num_steps, calibration)
-        self.graphs = step_graphs(config, self.policy, model.spec, mesh, num_steps)
+        self.plan = on_all_ranks(mesh, partial(RunPlan.resolve, config, mesh.world_size, model.spec, calibration))
+        on_all_ranks(mesh, partial(self.plan.check_calibration, model))
+        self.model = arrange_layers(model, self.plan.location, self.config.parallel.row_dtype)
+        self.graphed_model = graphed_model(self.plan.config, self.model, mesh)
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -76,29 +77,30 @@ class Engine:
         """Join the launcher's ranks (unless ``mesh`` is given) and load this rank's part of the model.
 
         Raises UserError, on every rank alike, for anything wrong with the configuration, the checkpoint or the world
-        size, and PeerLostError where other ranks do not arrive.
+        size, and PeerLostError if other ranks do not arrive.
         """
         config = config if isinstance(config, Config) else load_config(config, overrides)
         mesh = mesh or join(config)
-        model = agreed(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
-        return cls(config, mesh, model, agreed(mesh, lambda: _decoder(config, model.spec, mesh)))
+        plan = on_all_ranks(mesh, partial(RunPlan.resolve, config, mesh.world_size))
+        model = on_all_ranks(mesh, partial(load_weights, config.model, mesh, plan.placement))
+        return cls(config, mesh, model, on_all_ranks(mesh, partial(_decoder, config, mesh)))
+
+    @property
+    def config(self) -> Config:
+        """The configuration with the values that the model and the world decided: running it again is the same run."""
+        return self.plan.config
 
     @property
     def num_steps(self) -> int:
-        return self.setup.num_steps
+        return self.plan.num_steps
 
     @property
     def policy(self) -> Policy | None:
-        return self.setup.policy
+        return self.plan.policy
 
     @property
     def calibration(self) -> Calibration | None:
-        return self.setup.calibration
-
-    @property
-    def resolved_config(self) -> Config:
-        """The configuration with the values that the model and the world decided: running it again is the same run."""
-        return resolve(self.config, self.model.spec, self.mesh.world_size)
+        return self.plan.calibration
 
     @property
     def produces_pixels(self) -> bool:
@@ -133,52 +135,47 @@ class Engine:
         A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
         model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
         """
-        check_requests(requests, self.model.spec)
+        self.plan.check_requests(requests)
         self.check_memory(len(requests))
-        observed = Observation(self.config.telemetry, self._gpu, self.mesh, trace_sink)
-        counters = self._start(observed)
+        observer = RunObserver(self.config.telemetry, self._gpu, self.mesh, trace_sink)
+        counters = self._start(observer)
         rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
         num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
-        with observed, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
+        with observer, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
             def on_step(step: StepContext) -> None:
                 bar.update()
-                observed.end_step(step.index)
                 if watcher is not None:
                     watcher(step)
-                if self.mesh.expert_group is not None:
-                    counters.cache.note_bytes(step.index, self.mesh.expert_group.traffic.bytes_sent)
 
             for shares in rounds:
-                samples = self._sample(shares[self.mesh.rank], counters, on_step)
-                self._deliver(sink, shares, samples)
-        observed.deliver_trace()
-        return account(self.setup, requests, counters)
+                samples_BCHW = self._denoise(shares[self.mesh.rank], counters, on_step, self.plan.combine())
+                self._deliver(sink, shares, self._to_samples(samples_BCHW))
+        observer.deliver_trace()
+        return collect_report(self.plan, self.mesh, requests, counters)
 
     def check_memory(self, num_images: int) -> None:
-        """Raise UserError, on all ranks alike, where the cache of a round would exceed ``cache.memory_limit``.
+        """Raise UserError, on all ranks alike, if the cache of a round would exceed ``cache.memory_limit``.
 
-        A collective of the world where there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        A collective of the world if there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
         """
         if self.config.cache.memory_limit is not None:
-            spec, calibration = self.model.spec, self.calibration
-            agreed(self.mesh, lambda: check_cache_fits(self.config, spec, self.mesh, num_images, calibration))
+            on_all_ranks(self.mesh, partial(self.plan.check_memory, num_images, self.mesh.device))
 
     def without_cache(self) -> "Engine":
         """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
         return self.with_cache(CacheConfig())
 
     def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
-        """Another cache over the same network and ranks, with a ``calibration`` of it if there is no file.
+        """Return an engine with another cache over the same network and ranks.
 
-        Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone.
+        Its rows travel as computed, and it has no telemetry. ``calibration``: of the cache, if there is no file.
         """
-        parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
         graphs = self.config.model.cuda_graphs and cache.policy == "none"
         model = self.config.model.model_copy(update={"cuda_graphs": graphs})
-        changes = {"model": model, "cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
-        config = self.config.model_copy(update=changes)
-        return Engine(config, self.mesh, self.model, self.decoder, calibration)
+        parallel = self.config.parallel.model_copy(update={"row_dtype": "exact"})
+        changes = {"model": model, "parallel": parallel, "cache": cache, "telemetry": TelemetryConfig()}
+        return Engine(self.config.model_copy(update=changes), self.mesh, self.model, self.decoder, calibration)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
         """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
@@ -190,15 +187,19 @@ class Engine:
         return self.denoise_counting(share, combine)[0]
 
     def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """As ``denoise``, with the work that it was."""
+        """Do as ``denoise``, and return the work that it was."""
         if self.config.cache.memory_limit is not None:
-            size = cache_size(self.config, self.model.spec, self.num_steps, self.mesh.ep_size, self.calibration)
             how = "a batch of"
-            agreed(self.mesh, lambda: check_memory(size, self.config.cache, len(share), self.mesh.device, how))
-        observed = Observation(TelemetryConfig(), None, self.mesh, None)
-        counters = self._start(observed)
-        samples_BCHW = self._denoise(share, counters, lambda step: observed.end_step(step.index), combine)
-        return samples_BCHW, self.setup.work(len(share), counters.cache).flops()
+            check = partial(check_memory, self.plan.cache_size(), self.config.cache, len(share), self.mesh.device, how)
+            on_all_ranks(self.mesh, check)
+        observer = RunObserver(TelemetryConfig(), None, self.mesh, None)
+        counters = self._start(observer)
+        samples_BCHW = self._denoise(share, counters, None, combine)
+        return samples_BCHW, self.plan.figures(len(share), counters.cache).flops()
+
+    def fitted_for(self) -> FittedFor:
+        """Return what calibrated weights of this engine's runs depend on."""
+        return self.plan.fitted_for(self.model)
 
     def close(self) -> None:
         """Leave the process groups; the engine cannot generate afterwards."""
@@ -210,21 +211,23 @@ class Engine:
     def _is_first(self) -> bool:
         return self.mesh.rank == 0
 
-    def _sample(self, share: Sequence[Request], counters: Counters, on_step: Callable[[StepContext], None]) -> Tensor:
-        return self._to_samples(self._denoise(share, counters, on_step, self.setup.combine()))
-
     def _denoise(
-        self,
-        share: Sequence[Request],
-        counters: Counters,
-        on_step: Callable[[StepContext], None],
-        combine: Combine | None,
+        self, share: Sequence[Request], counters: RunCounters, watcher: OnStep | None, combine: Combine | None
     ) -> Tensor:
-        network, finish = self._network(share, counters, combine)
+        """Denoise one batch; ``watcher`` is called after every step, when its counts are in."""
+        timer = counters.observer.timer
+        session = self.plan.open_session(share, self.model, counters.cache, timer)
+        memory = combine.memory if isinstance(combine, Corrected) else None
+
+        def on_step(step: StepContext) -> None:
+            counters.end_step(step, session, memory, self.mesh.expert_group)
+            if watcher is not None:
+                watcher(step)
+
         started = time.perf_counter()
-        with counters.observed.timer.section("other"):
+        with timer.section("other"):
             samples_BCHW = self.sampler.sample(
-                network,
+                self._network(share, session, timer),
                 share,
                 cfg_scale=self.config.sampling.cfg_scale,
                 num_steps=self.num_steps,
@@ -236,25 +239,15 @@ class Engine:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
-        finish()
         return samples_BCHW
 
-    def _network(
-        self, share: Sequence[Request], counters: Counters, combine: Combine | None
-    ) -> tuple[Network, Callable[[], None]]:
-        """What the sampler evaluates in one round, and what is to be called after it."""
-        coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
-        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, coding)
-        timer, bound = counters.observed.timer, partial(self._bound, coding)
-        if self.graphs is not None and counters.graphs is not None and share:
-            graphed = self.graphs.begin(share, bound, open_session, counters.cache, timer, counters.graphs)
-            return graphed, graphed.finish
-        session = None if open_session is None else open_session(counters.cache, timer)
-        return bound(session, timer), partial(counters.end_round, session, coding)
-
-    def _bound(self, coding: RowCoding | None, session: CacheSession | None, timer: Timer) -> Network:
-        model = partial(self.model, timer=timer, coding=coding)
-        return exact(model) if session is None else cached(model, session)
+    def _network(self, share: Sequence[Request], session: CacheSession | None, timer: Timer) -> Network:
+        """Return what the sampler evaluates in one round."""
+        if session is not None:
+            return cached(partial(self.model, timer=timer), session)
+        if self.graphed_model is not None and share:
+            return exact(partial(self.graphed_model, timer=timer))
+        return exact(partial(self.model, timer=timer))
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
         if self.decoder is not None:
@@ -269,19 +262,10 @@ class Engine:
         if parts is not None:
             sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
-    def _start(self, observed: Observation) -> Counters:
+    def _start(self, observer: RunObserver) -> RunCounters:
         if self.mesh.expert_group is not None:
-            self.mesh.expert_group.reset_traffic(observed.timer)
-        return Counters(observed, graphs=None if self.graphs is None else GraphCounts())
-
-
-_EXACT_EXCHANGE = {
-    "exchange": "exact",
-    "budget": None,
-    "budget_groups": None,
-    "budget_fill": False,
-    "rows": "exact",
-}
+            self.mesh.expert_group.reset_traffic(observer.timer)
+        return RunCounters(observer)
 
 
 def join(config: Config) -> Mesh:
@@ -310,6 +294,5 @@ def _rounds(requests: Sequence[Request], world_size: int, batch_size: int) -> li
     return rounds
 
 
-def _decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> LatentDecoder | None:
-    check_decoder(config, spec)
+def _decoder(config: Config, mesh: Mesh) -> LatentDecoder | None:
     return None if config.sampling.vae is None else LatentDecoder(config.sampling.vae, device=mesh.device)

@@ -1,91 +1,147 @@
-"""What all runs of an engine have in common, and what one batch of them is denoised with.
+"""A resolved run: what a configuration means for one network and its ranks, decided and validated in one place.
 
-Everything here follows from the configuration, the network and the ranks; a batch adds its requests.
+It is made twice in a run. The command line resolves a plan before weights are read, so that mistakes are refused at
+once; the engine resolves its own, for callers of the library.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.policy import Half, Policy
-from moeca_dist.cache.session import HALVES, CacheSession
+import torch
+
+from moeca_dist.cache.policies.registry import build_policy
+from moeca_dist.cache.policy import HALVES, Half, Policy
+from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.cache.storage import storage_of
 from moeca_dist.calibration.correction import Corrected, OutputMemory
-from moeca_dist.calibration.file import Calibration, FittedFor, fitted_for, fitting_calibration
+from moeca_dist.calibration.file import Calibration, FittedFor, check_fits, fitted_for, read_calibration
+from moeca_dist.checkpoints.from_config import check_weights
 from moeca_dist.config import Config
+from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.late import check_late
-from moeca_dist.moe.value_location import Placement, check_exchange, choose_placement
-from moeca_dist.parallel.agreement import agreed
-from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.parallel.references import RowCoding
-from moeca_dist.report.figures import Work
-from moeca_dist.runtime.arrangement import budget_of_round, late_refreshes, rows_of_budget
-from moeca_dist.sampling.guidance import Combine, Guidance
+from moeca_dist.moe.value_location import Location, choose_location
+from moeca_dist.parallel.expert_placement import PlacementTable
+from moeca_dist.report.figures import RunFigures
+from moeca_dist.runtime.cache_memory import CacheSize, check_memory
+from moeca_dist.runtime.cuda_graphs import check_graphs
+from moeca_dist.sampling.guidance import Guidance
+from moeca_dist.sampling.latent_decoder import check_autoencoder
+from moeca_dist.sampling.noise import check_stream
+from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.timing import Timer
 from moeca_dist.types import Request
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Made once for an engine with ``Setup.of``.
+class RunPlan:
+    """What all runs of an engine have in common. Made with ``RunPlan.resolve``; a batch adds its requests.
 
-    ``placement``: which side of the exchange keeps branch values, None where it is moot; ``budget_rows``: by MoE block,
-    None in exchange modes without a budget; ``calibration``: None where outputs are not corrected.
+    Attributes:
+        config: with the values that the model and the world decided. Running it again is the same run.
+        halves: the guidance halves that the network evaluates.
+        policy: None without a cache.
+        location: which side of the exchange keeps branch values. None if there is no choice.
+        placement: which rank owns which expert. None: equal runs of consecutive experts.
+        calibration: None if outputs are not corrected.
     """
 
     config: Config
-    mesh: Mesh
-    model: DiffusionTransformer
-    num_steps: int
+    spec: ModelSpec
+    world_size: int
     halves: tuple[Half, ...]
     policy: Policy | None
-    placement: Placement | None
-    budget_rows: dict[int, int] | None
+    location: Location | None
+    placement: PlacementTable | None
     calibration: Calibration | None
 
     @classmethod
-    def of(
-        cls, config: Config, mesh: Mesh, model: DiffusionTransformer, num_steps: int, calibration: Calibration | None
-    ) -> "Setup":
-        """``calibration``: of this cache and network, where there is no file of it.
+    def resolve(
+        cls,
+        config: Config,
+        world_size: int,
+        spec: ModelSpec | None = None,
+        calibration: Calibration | None = None,
+    ) -> "RunPlan":
+        """Decide everything that the configuration leaves open, and refuse what cannot be carried out. Reads no weights.
 
-        Raises UserError, on all ranks alike, for an exchange mode or late refreshes without effect, and for a file of
-        another calibration.
+        Raises UserError for a missing, foreign or inconsistent checkpoint, step counts that the sampler does not
+        offer, options without effect, CUDA graphs of steps that follow the data, a file that is no calibration or
+        expert placement, and a decoder that is not there or has no use.
+
+        Args:
+            spec: of the network, if it is loaded already.
+            calibration: of this cache and network, if there is no file of it.
         """
-        spec, guided = model.spec, config.sampling.cfg_scale != 1
-        halves = HALVES if guided else HALVES[:1]
-        policy = build_policy(config.cache, num_steps, guided=guided)
-        check_exchange(config, policy)
-        check_late(config, policy, spec.moe_blocks, num_steps, halves)
-        placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, mesh.ep_size)
-        rows = rows_of_budget(config, spec, mesh.ep_size)
-        path = config.cache.calibration
-        if calibration is None and path is not None:
-            wanted = fitted_for(config, num_steps, policy, halves, model)
-            calibration = agreed(mesh, lambda: fitting_calibration(path, wanted))
-        return cls(config, mesh, model, num_steps, halves, policy, placement, rows, calibration)
+        spec = check_weights(config.model) if spec is None else spec
+        sampler = sampler_for(spec)
+        num_steps = config.sampling.num_steps or sampler.default_num_steps
+        sampler.check_num_steps(num_steps)
+        halves = HALVES if config.sampling.cfg_scale != 1 else HALVES[:1]
+        policy = build_policy(config.cache, num_steps, guided=len(halves) == 2)
+        check_graphs(config, spec)
+        ep_size = config.parallel.ep_size or world_size
+        location = choose_location(config.cache, policy, spec.num_experts_per_tok, ep_size)
+        if calibration is None and config.cache.calibration is not None:
+            calibration = read_calibration(config.cache.calibration)
+        path = config.parallel.expert_placement
+        placement = None if path is None else PlacementTable.read(path)
+        _check_decoder(config, spec)
+        sampling = config.sampling.model_copy(update={"num_steps": num_steps})
+        parallel = config.parallel.model_copy(update={"ep_size": ep_size})
+        config = config.model_copy(update={"sampling": sampling, "parallel": parallel})
+        return cls(config, spec, world_size, halves, policy, location, placement, calibration)
 
     @property
-    def spec(self) -> ModelSpec:
-        return self.model.spec
+    def num_steps(self) -> int:
+        assert self.config.sampling.num_steps is not None
+        return self.config.sampling.num_steps
 
     @property
-    def is_local(self) -> bool:
-        """Whether nothing travels, and the exchange mode means nothing."""
-        return self.mesh.expert_group is None and self.config.parallel.exchange == "exact"
+    def ep_size(self) -> int:
+        assert self.config.parallel.ep_size is not None
+        return self.config.parallel.ep_size
 
-    def work(self, num_images: int, statistics: CacheStatistics) -> Work:
-        return Work(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
+    def check_requests(self, requests: Sequence[Request]) -> None:
+        """Raise UserError unless every label is one of the model's classes and every noise stream exists."""
+        for request in requests:
+            check_stream(request.seed, request.index)
+            if not 0 <= request.label < self.spec.num_classes:
+                raise UserError(
+                    f"label {request.label} is out of range: this model has {self.spec.num_classes} classes, "
+                    f"0-{self.spec.num_classes - 1}"
+                )
 
-    def fitted_for(self) -> FittedFor:
-        """What calibrated weights of these runs depend on."""
-        return fitted_for(self.config, self.num_steps, self.policy, self.halves, self.model)
+    def check_memory(self, num_images: int, device: torch.device) -> None:
+        """Raise UserError if a rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+        per_round = min(num_images, self.world_size * self.config.sampling.batch_size)
+        most = -(-per_round // self.world_size)
+        check_memory(self.cache_size(), self.config.cache, most, device)
+
+    def check_calibration(self, model: DiffusionTransformer) -> None:
+        """Raise UserError if the calibration was fitted for other weights, another cache or other sampling."""
+        if self.calibration is not None:
+            check_fits(self.calibration, self.fitted_for(model), self.config.cache.calibration)
+
+    def cache_size(self) -> CacheSize | None:
+        """Return what the caches keep; None without a cache."""
+        if self.policy is None:
+            return None
+        history = None if self.calibration is None else self.calibration.weights.history
+        return CacheSize.of_run(
+            self.config, self.spec, self.policy, self.halves, self.location, self.placement, output_history=history
+        )
+
+    def figures(self, num_images: int, statistics: CacheStatistics) -> RunFigures:
+        return RunFigures(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
+
+    def fitted_for(self, model: DiffusionTransformer) -> FittedFor:
+        """Return what calibrated weights of these runs depend on."""
+        return fitted_for(self.config, self.num_steps, self.policy, self.halves, model)
 
     def combine(self) -> Corrected | None:
-        """What takes the place of guidance in one batch, where a calibration is configured."""
+        """Return what takes the place of guidance in one batch, if a calibration is configured."""
         if self.calibration is None or self.policy is None:
             return None
         weights = self.calibration.weights
@@ -93,33 +149,30 @@ class Setup:
         return Corrected(Guidance(self.config.sampling.cfg_scale), weights, memory)
 
     def open_session(
-        self,
-        share: Sequence[Request],
-        combine: Combine | None,
-        coding: RowCoding | None,
-        statistics: CacheStatistics,
-        timer: Timer,
-    ) -> CacheSession:
-        """The caches of one round. A collective of the expert-parallel group in exchange mode ``budget``."""
-        assert self.policy is not None
-
-        def bytes_beside() -> int:
-            outputs = combine.memory.num_bytes if isinstance(combine, Corrected) else 0
-            return outputs + (0 if coding is None else coding.num_bytes)
-
+        self, share: Sequence[Request], model: DiffusionTransformer, statistics: CacheStatistics, timer: Timer
+    ) -> CacheSession | None:
+        """Open the caches of one batch; None without a cache."""
+        if self.policy is None:
+            return None
         return CacheSession(
             self.policy,
             share,
             guided=len(self.halves) == 2,
             num_blocks=self.spec.depth,
             num_experts=self.spec.num_experts,
-            num_experts_per_tok=self.spec.num_experts_per_tok,
             statistics=statistics,
-            timer=timer,
-            device=self.mesh.device,
-            owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
-            budget=budget_of_round(self.config, self.budget_rows, self.spec, self.mesh, len(share)),
-            late=late_refreshes(self.config.cache, self.spec),
+            device=model.device,
+            owner_ranks=self.ep_size if self.location == "owner" else None,
             storage=storage_of(self.config.cache.dtype),
-            bytes_beside=bytes_beside,
+            kernels=model.kernels,
+            timer=timer,
         )
+
+
+def _check_decoder(config: Config, spec: ModelSpec) -> None:
+    """Raise UserError for a decoder that is not there, or has no use for the network."""
+    if config.sampling.vae is None:
+        return
+    if not spec.is_latent:
+        raise UserError("sampling.vae has no effect: this model generates pixels, not latents; remove it")
+    check_autoencoder(config.sampling.vae)

@@ -220,7 +220,7 @@ def _link_bytes(nvml: Nvml, handle: Any, field: int) -> float:
 
 
 _Reader = Callable[[Nvml, Any], float]
-# Counters come first, next to the sample's time, and what takes long to read last: rates are differences of both.
+# RunCounters come first, next to the sample's time, and what takes long to read last: rates are differences of both.
 _READERS: Final[Mapping[str, _Reader]] = MappingProxyType(
     {
         "energy_j": lambda nvml, device: nvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1000,

@@ -31,7 +31,7 @@ def open_gpu(config: TelemetryConfig, mesh: Mesh) -> Gpu | None:
         return None
 
 
-class Observation(AbstractContextManager["Observation"]):
+class RunObserver(AbstractContextManager["RunObserver"]):
     """Observes this rank while the context is open. ``timer`` is what the run's parts are measured with."""
 
     def __init__(self, config: TelemetryConfig, gpu: Gpu | None, mesh: Mesh, trace_sink: TraceSink | None) -> None:
@@ -46,7 +46,7 @@ class Observation(AbstractContextManager["Observation"]):
         self.seconds = SectionTimer(mesh.device)
         self.timer: Timer = self.seconds if self._tracer is None else TracedTimer(self.seconds)
 
-    def __enter__(self) -> "Observation":
+    def __enter__(self) -> "RunObserver":
         for observer in (self._tracer, self._sampler):
             if observer is not None:
                 self._open.enter_context(observer)

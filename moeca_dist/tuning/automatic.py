@@ -64,7 +64,7 @@ def _calibrated(lab: Laboratory, check: ImageSet, share: float) -> tuple[CacheCo
         # Too few images for this network: weights that do not help others are not used.
         return cache, None, plain
     fitted_on = {"num_images": NUM_IMAGES, "seeds": [SEED]}
-    return cache, Calibration(lab.engine.with_cache(cache).setup.fitted_for(), weights, fitted_on), corrected
+    return cache, Calibration(lab.engine.with_cache(cache).fitted_for(), weights, fitted_on), corrected
 
 
 def _requests(engine: Engine, seed: int) -> list[Request]:

@@ -15,7 +15,6 @@ from moeca_dist.errors import UserError
 from moeca_dist.evaluation.paired import psnr_db, squared_error, unit_images
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.report.schema import FlopsReport
-from moeca_dist.runtime.checks import check_requests
 from moeca_dist.runtime.engine import Engine
 from moeca_dist.sampling.guidance import Guidance
 from moeca_dist.types import Request
@@ -55,12 +54,12 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
         raise UserError("cache.policy none has nothing to calibrate: name a policy")
     if engine.calibration is not None:
         raise UserError("cache.calibration is set already: remove it to fit a new one")
-    if engine.policy.delta is not None:
+    if not engine.policy.is_scheduled:
         raise UserError(
             f"cache.policy {engine.policy.name} places its full steps while it runs: it takes no calibration"
         )
     for each in (requests, held_out):
-        check_requests(each, engine.model.spec)
+        engine.plan.check_requests(each)
     share = share_of(engine, requests)
     fitted = fit(engine, share, record(engine, share)).fitted
     share = share_of(engine, held_out)
@@ -74,7 +73,7 @@ def calibrate(engine: Engine, requests: Sequence[Request], held_out: Sequence[Re
         "before": vars(before),
         "after": vars(after),
     }
-    return Outcome(Calibration(engine.setup.fitted_for(), fitted.weights, fitted_on), before, after)
+    return Outcome(Calibration(engine.fitted_for(), fitted.weights, fitted_on), before, after)
 
 
 def record(engine: Engine, share: Sequence[Request], *, keep_halves: bool = False) -> "Recording":

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from scipy.stats import nct, norm
 
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
+from moeca_dist.cache.policy import BranchPolicy, NetworkPolicy
 from moeca_dist.config import CacheConfig, HalvesConfig
 from moeca_dist.models.flops import forward_flops
 from moeca_dist.models.spec import ModelSpec
@@ -41,8 +42,8 @@ class Candidate:
         policy = build_policy(self.cache(), num_steps, guided=len(self.schedule) == 2)
         assert policy is not None
         flops = forward_flops(spec)
-        saved = flops.blocks if policy.unit == "network" else flops.blocks - flops.modulation
-        if policy.unit == "branch":
+        saved = flops.blocks if isinstance(policy, NetworkPolicy) else flops.blocks - flops.modulation
+        if isinstance(policy, BranchPolicy):
             saved -= flops.router
         evaluations = len(self.schedule) * num_steps
         served = evaluations - sum(len(steps) for steps in self.schedule)

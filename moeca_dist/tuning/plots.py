@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moeca_dist.cache.session import HALVES
+from moeca_dist.cache.policy import HALVES
 from moeca_dist.tuning.candidate import ORDERS
 from moeca_dist.tuning.page import pareto
 from moeca_dist.tuning.tune import Tuned

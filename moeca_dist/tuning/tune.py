@@ -9,7 +9,6 @@ from moeca_dist.calibration.correction import OutputWeights
 from moeca_dist.calibration.file import Calibration
 from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
-from moeca_dist.runtime.checks import check_requests
 from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
 from moeca_dist.tuning.choose import Chooser
@@ -60,7 +59,7 @@ class Tuned:
 
 def run_identity(engine: Engine, settings: Settings) -> dict[str, Any]:
     """What a state file must agree with to be gone on with."""
-    fitted_for = engine.without_cache().setup.fitted_for()
+    fitted_for = engine.without_cache().fitted_for()
     return {
         "num_steps": fitted_for.num_steps,
         "cfg_scale": fitted_for.cfg_scale,
@@ -79,7 +78,7 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     cannot be reached, naming the best reached.
     """
     check_target(engine, settings.target)
-    check_requests(settings.requests(engine, 0), engine.model.spec)
+    engine.plan.check_requests(settings.requests(engine, 0))
     # How many there will be depends on what they find.
     with tqdm(unit=" searches and runs", desc="tuning", disable=not progress) as bar:
         lab = Laboratory.open(engine, settings.requests(engine, 0), settings.seed, state, lambda: _tick(bar))
@@ -92,7 +91,7 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     figures = lab.measured(chosen.candidate.cache(), weights, held_out)
     comparisons = _comparisons(lab, chosen.candidate, figures, held_out)
     calibration = Calibration(
-        engine.with_cache(chosen.candidate.cache()).setup.fitted_for(),
+        engine.with_cache(chosen.candidate.cache()).fitted_for(),
         weights,
         _fitted_on(engine, settings, comparisons[0], figures),
     )
@@ -140,7 +139,7 @@ def _comparisons(lab: Laboratory, chosen: Candidate, figures: Figures, images: I
     for name, other in others:
         plain = lab.measured(other, None, images)
         policy = lab.engine.with_cache(other).policy
-        fits = policy is not None and policy.delta is None
+        fits = policy is not None and policy.is_scheduled
         rows.append(Comparison(name, plain, lab.measured(other, _weights(lab, other), images) if fits else None))
     return tuple(rows)
 

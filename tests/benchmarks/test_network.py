@@ -29,7 +29,7 @@ def record(cell: str, repeat: int, seconds: float, sent: int = 0) -> dict[str, A
         "num_images": 4,
         "num_steps": 50,
         "denoise_s": seconds,
-        "exchange": {"bytes_sent": sent, "collectives": 8, "collectives_elided": 2},
+        "exchange": {"bytes_sent": sent, "collectives": 8, "collectives_skipped": 2},
         "flops": {"speedup": 4.0},
         "seconds": {"mean": {"attention": 1.0, "exchange": seconds / 2}},
     }

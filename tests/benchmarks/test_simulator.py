@@ -59,7 +59,7 @@ class Counted:
     """One second for everything, two ranks."""
 
     def __init__(self) -> None:
-        self.agreed: list[int] = []
+        self.on_all_ranks: list[int] = []
         self.idle = 0.0
 
     def home_P(self, step: int) -> np.ndarray:
@@ -78,7 +78,7 @@ class Counted:
         return float(work_P.max())
 
     def agree(self, numbers: int) -> float:
-        self.agreed.append(numbers)
+        self.on_all_ranks.append(numbers)
         return 0.25
 
     def send(self, sent_PO: np.ndarray, owners_O: np.ndarray, back: bool, meanwhile_s: float) -> float:
@@ -88,13 +88,13 @@ class Counted:
         self.idle += seconds
 
 
-@pytest.mark.parametrize(("mode", "agreements"), [("exact", [2, 2, 2]), ("budget", [0, 0, 0])])
-def test_a_step_is_its_phases(mode: str, agreements: list[int]) -> None:
+@pytest.mark.parametrize(("mode", "count_exchanges"), [("exact", [2, 2, 2]), ("budget", [0, 0, 0])])
+def test_a_step_is_its_phases(mode: str, count_exchanges: list[int]) -> None:
     trace, table = made_trace(), PlacementTable.contiguous((1, 3), 8, 2)
     for step, layers in enumerate(traffic_of_steps(trace, table, 2, "home")):
         machine = Counted()
         time = simulate_step(step, layers, machine, mode, full=step == 0)
-        assert len(machine.agreed) == agreements[step] and time.agree == 0.25 * agreements[step]
+        assert len(machine.on_all_ranks) == count_exchanges[step] and time.agree == 0.25 * count_exchanges[step]
         if step == 2:  # nothing travels
             assert (time.home, time.experts, time.exchange) == (4.0, 0.0, 0.0)
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeca_dist import load_model
-from moeca_dist.cache.policies import POLICIES, build_policy
+from moeca_dist.cache.policies.registry import POLICIES, build_policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.config import CacheConfig, HalvesConfig
@@ -20,7 +20,7 @@ from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.report.figures import Work
+from moeca_dist.report.figures import RunFigures
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import Request
@@ -217,7 +217,7 @@ def test_module_policies_issue_no_collective_in_cache_steps(two_ranks, tmp_path:
     load("dsmoe_e8", tmp_path)
     for result in two_ranks.run(spread, "fora", "dsmoe_e8", tmp_path, 2, 3):
         assert result["traffic"].collectives == len(FULL_STEPS) * 2 * 2  # steps x MoE layers x legs
-        assert result["traffic"].collectives_elided == 0
+        assert result["traffic"].collectives_skipped == 0
 
 
 APART = HalvesConfig(conditional=[0, 1, 3, 5], unconditional=[0, 4])
@@ -243,7 +243,7 @@ def test_counted_flops_are_those_of_the_matrix_products(
     model = load(network, tmp_path)
     counted = count_products(model, monkeypatch)
     _, session = sample(model, config, requests(3))
-    work = Work(model.spec, 3 * 2 * NUM_STEPS, session.policy, session.statistics)
+    work = RunFigures(model.spec, 3 * 2 * NUM_STEPS, session.policy, session.statistics)
     assert work.flops().computed == sum(counted)
     assert work.flops().speedup > (1.0 if config.policy == "dice_skip" else 1.3)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeca_dist.cache.branch_cache import BranchCache
 from moeca_dist.cache.expert_usage import UsageHistory
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
 from moeca_dist.cache.policy import LayerView, ModuleView
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.statistics import CacheStatistics, Reason

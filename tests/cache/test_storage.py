@@ -12,7 +12,7 @@ import torch
 
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.module_cache import KeyValueCache, RowCache, Rows
-from moeca_dist.cache.policies import POLICIES, build_policy
+from moeca_dist.cache.policies.registry import POLICIES, build_policy
 from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh

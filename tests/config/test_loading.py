@@ -226,7 +226,7 @@ CALIBRATED = (
     [
         "sampling.num_steps=8",
         "sampling.batch_size=2",
-        "cache.placement=home",
+        "cache.location=home",
         "cache.memory_limit=2GiB",
         "model.dtype=bfloat16",
     ],

@@ -24,7 +24,7 @@ from benchmarks.quality.adapter import (
 from moeca_dist import Request, UserError
 from moeca_dist.adapters.adapter import Adapter, branch_counts
 from moeca_dist.adapters.hidream import adapt_hidream
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from moeca_dist.moe.cached_layer import LayerPlan, decide, segment_parts
 from torch import Tensor
 
 from moeca_dist.cache.policies.base import Defaults
-from moeca_dist.cache.policy import Half, LayerView, RefreshPlan
-from moeca_dist.cache.session import HALVES, CacheSession
+from moeca_dist.cache.policy import HALVES, Half, LayerView, RefreshPlan
+from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.moe.cached_layer import LayerPlan, decide, segment_parts
 from moeca_dist.moe.owner_layer import routed_at_owners
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.owner_exchange import HEADER_BYTES, PairExchange
+from moeca_dist.parallel.owner_exchange import HEADER_BYTES, OwnerExchange
 from moeca_dist.parallel.row_packing import _packed, _unpacked
 from moeca_dist.types import Request, Routing, StepContext
 from tests.parallel.test_dispatch import EXPERTS, HIDDEN, make_experts, make_weights
@@ -132,7 +132,7 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
     assert group is not None
     group.reset_traffic()
     placement = ExpertPlacement(owners, env.world_size)
-    pairs, experts = PairExchange(group, placement), make_experts(placement.experts_of(env.rank))
+    pairs, experts = OwnerExchange(group, placement), make_experts(placement.experts_of(env.rank))
     script = scripts[env.rank]
     policy = Scripted(steps=script, order=order, extra_entries=EXPERTS - K if keep_all else 0)
     images = [Request(index, 0) for index in range(len(script[0].ids) // 2)]  # an image is one token here
@@ -150,13 +150,13 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
     for index, step in enumerate(script):
         x_TD, routing = inputs(env.rank, index, step.ids)
         cache = session.at(StepContext(index, len(script), 0.0)).block(0)
-        before = group.traffic.collectives, group.traffic.collectives_elided
+        before = group.traffic.collectives, group.traffic.collectives_skipped
         parts = segment_parts(x_TD, cache)
         matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
         decisions = [decide(part, routing, match, cache) for part, match in zip(parts, matches, strict=True)]
         plan = LayerPlan(routing, parts, decisions)
         out_TD = routed_at_owners(x_TD, plan, cache, pairs, experts).wait()
-        moved.append((group.traffic.collectives - before[0], group.traffic.collectives_elided - before[1]))
+        moved.append((group.traffic.collectives - before[0], group.traffic.collectives_skipped - before[1]))
         touched = loop.touched
         expected_TD = loop.step(index, step)
         error = max(error, *(out_TD - expected_TD).abs().flatten().tolist(), 0.0)

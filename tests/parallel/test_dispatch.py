@@ -97,7 +97,7 @@ def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> d
         "branches": [expert_rows(x_TD, decided), rows_ND.index_select(0, sent.slot_of_branch_N)],
         "exact": int(summed.bytes_exact),
         "bytes": [summed.bytes_sent, group.traffic.bytes_sent],
-        "collectives": [(traffic.collectives, traffic.collectives_elided) for traffic in (summed, group.traffic)],
+        "collectives": [(traffic.collectives, traffic.collectives_skipped) for traffic in (summed, group.traffic)],
     }
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config
 from moeca_dist.errors import PeerLostError
-from moeca_dist.parallel.collectives import Exchange
-from moeca_dist.parallel.handle import Pending
+from moeca_dist.parallel.collectives import Collectives
+from moeca_dist.parallel.handle import Handle
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.timing import SectionTimer
 from tests.helpers.golden_files import load_golden
@@ -44,10 +44,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_pending_value_is_made_when_somebody_waits() -> None:
     made: list[str] = []
-    coming = Pending(lambda: made.append("rows") or 2).then(lambda rows: made.append("use") or rows + 1)
+    coming = Handle(lambda: made.append("rows") or 2).then(lambda rows: made.append("use") or rows + 1)
     assert made == []
     assert coming.wait() == 3 and made == ["rows", "use"]
-    assert Pending.ready(5).wait() == 5
+    assert Handle.ready(5).wait() == 5
 
 
 def both_orders(config: Config) -> tuple[bool, list[str]]:
@@ -59,19 +59,19 @@ def both_orders(config: Config) -> tuple[bool, list[str]]:
     engine = Engine.from_config(config, mesh=mesh)
     wanted = [Request(index, index, seed=5) for index in range(3)]
     events: list[str] = []
-    start = Exchange.start_rows
+    start = Collectives.all_to_all_async
 
-    def noted(self: Exchange, *args: Any) -> Pending[Tensor]:
+    def noted(self: Collectives, *args: Any) -> Handle[Tensor]:
         events.append("start")
         return start(self, *args).then(lambda rows: events.append("wait") or rows)
 
-    def waited_for(self: Exchange, *args: Any) -> Pending[Tensor]:
-        return Pending.ready(start(self, *args).wait())
+    def waited_for(self: Collectives, *args: Any) -> Handle[Tensor]:
+        return Handle.ready(start(self, *args).wait())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Exchange, "start_rows", waited_for)
+        patch.setattr(Collectives, "all_to_all_async", waited_for)
         expected, _ = engine.generate(wanted)
-        patch.setattr(Exchange, "start_rows", noted)
+        patch.setattr(Collectives, "all_to_all_async", noted)
         for _, layer in engine.model.moe_layers():
             layer.shared_experts.register_forward_hook(lambda *_: events.append("shared"))
         images, _ = engine.generate(wanted)
@@ -108,7 +108,7 @@ def hide_a_delay() -> tuple[float, float]:
     if env.rank == 1:
         time.sleep(1)
     with timer.section("experts"):
-        coming = group.start_rows(torch.full((2, 4), float(env.rank)), [1, 1], [1, 1])
+        coming = group.all_to_all_async(torch.full((2, 4), float(env.rank)), [1, 1], [1, 1])
         if env.rank == 0:
             time.sleep(1.5)
         arrived = coming.wait()
@@ -137,7 +137,7 @@ def lose_a_peer(dies: bool) -> float:
         time.sleep(8)
         return 0.0
     started = time.perf_counter()
-    coming = group.start_rows(torch.zeros(2, 4), [1, 1], [1, 1])
+    coming = group.all_to_all_async(torch.zeros(2, 4), [1, 1], [1, 1])
     time.sleep(0.5)
     with pytest.raises(PeerLostError, match=r"lost contact while exchanging expert rows: another rank died") as lost:
         coming.wait()

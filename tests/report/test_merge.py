@@ -82,7 +82,7 @@ def test_ranks_add_up_too(two_ranks: Any, tmp_path: Path) -> None:
         total.add(asdict(part))
     found = total.result(1.0, {}, describe_requests(REQUESTS))
     assert found is not None and asdict(found.exchange) == asdict(whole.exchange)
-    assert found.exchange.agreements > 0 and found.branches == whole.branches
+    assert found.exchange.count_exchanges > 0 and found.branches == whole.branches
 
 
 def in_parts_of_two(config: Config) -> tuple[Report, list[Report]]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moeca_dist import Engine, Request, UserError
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
 from moeca_dist.config import Config
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.runtime.cuda_graphs import GraphCounts, StepGraphs, check_graphs

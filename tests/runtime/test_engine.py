@@ -87,7 +87,7 @@ def test_report_counts_branches_and_bytes(two_ranks, checkpoints) -> None:
     assert report.branches.routed == 4 * halves * steps * moe_layers * tokens * k == report.branches.refreshed
     # Rounds x steps x layers x legs; both ranks hold two images, in one round.
     assert report.exchange.collectives == steps * moe_layers * 2
-    assert report.exchange.collectives_elided == 0
+    assert report.exchange.collectives_skipped == 0
     assert 0 < report.exchange.bytes_sent == report.exchange.bytes_full < report.branches.routed * 2 * 32 * 4
     assert report.flops.computed == report.flops.full and report.quality is None
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moeca_dist.parallel.coded_wire import KEY_BYTES
+from moeca_dist.parallel.references import References, RowCoding
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -14,9 +16,7 @@ from moeca_dist.config import Config, load_config
 from moeca_dist.errors import UserError
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.parallel.all_to_all import SUM_HEADER_BYTES
-from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.references import References, RowCoding
 from moeca_dist.report.tables import render
 from moeca_dist.runtime.cache_memory import cache_size
 from moeca_dist.tuning.experts.record import record_routing
@@ -96,7 +96,7 @@ def generate(config: Config, times: int = 1) -> tuple[NDArray[np.generic], Repor
     for _ in range(times - 1):
         engine.generate([Request(30 + index, index, seed=2) for index in range(7)])
     images, report = engine.generate(five())
-    legs = watched.legs(engine) if config.parallel.rows != "exact" and mesh.ep_size > 1 else set()
+    legs = watched.legs(engine) if config.parallel.row_dtype != "exact" and mesh.ep_size > 1 else set()
     return images, report, legs
 
 
@@ -115,7 +115,7 @@ def test_every_policy_and_mode(
     assert found == legs
     distance = difference(images, exact)
     assert 0 < distance < LARGEST[rows]
-    assert report.exchange.rows == rows and plain.exchange.rows == "exact"
+    assert report.exchange.row_dtype == rows and plain.exchange.row_dtype == "exact"
     assert report.exchange.collectives == plain.exchange.collectives
     assert report.exchange.bytes_sent < plain.exchange.bytes_sent
 
@@ -193,7 +193,7 @@ def test_bytes_are_what_travels(two_ranks: Any, model: dict[str, Any]) -> None:
     # The figure without codes; and the engine's own reference has none.
     assert report.exchange.bytes_full == branches * SUM_HEADER_BYTES + pairs * 2 * 4 * width
     assert exact.exchange.bytes_full == exact.exchange.bytes_sent > 3 * coded_bytes
-    assert exact.exchange.rows == "exact" and exact.exchange.reference_bytes == 0
+    assert exact.exchange.row_dtype == "exact" and exact.exchange.reference_bytes == 0
     assert sum(report.exchange.bytes_per_step) == report.exchange.bytes_sent
     text = render(json.loads(report.to_json()))
     assert (
@@ -245,7 +245,7 @@ def test_on_one_rank_nothing_travels(model: dict[str, Any]) -> None:
     plain, of_plain = Engine.from_config(config, mesh=Mesh.single()).generate(five())
     images, report = Engine.from_config(coded(config, "int8"), mesh=Mesh.single()).generate(five())
     assert np.array_equal(images, plain)
-    assert report.exchange == of_plain.exchange and report.exchange.rows == "exact"
+    assert report.exchange == of_plain.exchange and report.exchange.row_dtype == "exact"
     assert report.cache.bytes_peak == of_plain.cache.bytes_peak
 
 

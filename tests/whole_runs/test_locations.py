@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeca_dist import Engine, Report, Request, UserError
-from moeca_dist.cache.policies import build_policy
+from moeca_dist.cache.policies.registry import build_policy
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.moe.value_location import choose_placement
 from moeca_dist.parallel.all_to_all import SUM_HEADER_BYTES
@@ -105,7 +105,7 @@ def test_zero_reuse_is_the_exact_path(ranks, model, policy: str, placement: str,
     cache = {"policy": policy, "interval": 1, "placement": placement}
     images, report, _ = pool.run(generate, make_config(model, cache, world[1]))[0]
     assert np.array_equal(images, expected)
-    assert report.exchange.placement == placement and exact.exchange.placement is None
+    assert report.exchange.location == placement and exact.exchange.location is None
     assert report.exchange.bytes_full == exact.exchange.bytes_full == exact.exchange.bytes_sent
     assert report.exchange.bytes_sent > report.exchange.bytes_full
 
@@ -116,7 +116,7 @@ def test_one_rank_is_bit_identical_and_has_no_placement(model, policy: str, plac
     expected, _, _ = generate(make_config(model, {}))
     images, report, _ = generate(make_config(model, {"policy": policy, "interval": 1, "placement": placement}))
     assert np.array_equal(images, expected)
-    assert (report.exchange.placement, report.exchange.bytes_full) == (None, 0)
+    assert (report.exchange.location, report.exchange.bytes_full) == (None, 0)
 
 
 def test_half_precision(two_ranks, model) -> None:
@@ -190,7 +190,7 @@ def test_policies_of_whole_modules_estimate_them_from_full_steps(two_ranks, mode
     exact = two_ranks.run(generate, make_config(model, {}))[0][1].exchange
     results = two_ranks.run(generate, make_config(model, {"policy": "fora", "full_steps": [0, 4]}))
     exchange = results[0][1].exchange
-    assert exchange.placement is None
+    assert exchange.location is None
     # All of the routing seen was sent, in two of eight steps.
     assert exchange.bytes_full == sum(recount for *_, recount in results) * 4 == exchange.bytes_sent * 4
     assert exchange.bytes_full == pytest.approx(exact.bytes_full, rel=0.05)
@@ -198,7 +198,7 @@ def test_policies_of_whole_modules_estimate_them_from_full_steps(two_ranks, mode
 
 def test_placement_without_branches_is_refused() -> None:
     for policy in ("none", "fora", "taylorseer", "teacache"):
-        with pytest.raises(UserError, match=rf"cache.placement has no effect with cache.policy {policy}"):
+        with pytest.raises(UserError, match=rf"cache.location has no effect with cache.policy {policy}"):
             build_policy(CacheConfig(policy=policy, placement="owner"), NUM_STEPS, guided=True)
     for policy in BRANCH_POLICIES:
         assert build_policy(CacheConfig(policy=policy, placement="owner"), NUM_STEPS, guided=True) is not None

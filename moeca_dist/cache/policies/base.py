@@ -1,54 +1,28 @@
-"""What the policies share: a schedule of full steps, and the defaults of what most of them do not do."""
+"""What the policies share: a schedule of full steps, and how the configuration states it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor
-
-from moeca_dist.cache.policy import Half, LayerView, ModuleView, RefreshPlan
+from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.schedule import FullSteps
-from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
-from moeca_dist.types import Routing, StepContext
+from moeca_dist.types import StepContext
 
 SCHEDULE_OPTIONS = frozenset({"interval", "full_steps"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """A policy with whole modules or branches that are served as they are stored."""
-
-    order: int = 0
-    extra_entries: int = 0
-    attention_sync: bool = False
-    delta: float | None = None
-
-    usage_decay: ClassVar[float | None] = None
-    computes_modules: ClassVar[bool] = False
-    refreshes_rows: ClassVar[bool] = False
-
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        return RefreshPlan(~view.match.found_TK, judges_matched=False)
-
-    def rows(self, step: StepContext, view: ModuleView) -> Tensor:
-        raise NotImplementedError
-
-    def reference_gates(self, routing: Routing) -> Tensor | None:
-        return None
-
-    def remark(self, statistics: CacheStatistics) -> str | None:
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheduled(Defaults):
-    """Full steps by a schedule; in between only what is nowhere in the cache is computed."""
+class Scheduled(Policy):
+    """A policy whose full steps follow a schedule."""
 
     schedule: FullSteps
 
     def is_full(self, step: StepContext, half: Half) -> bool:
         return self.schedule.contains(step, half)
+
+    @property
+    def halves_agree(self) -> bool:
+        return self.schedule.conditional == self.schedule.unconditional
 
 
 def schedule_of(config: CacheConfig, num_steps: int, guided: bool, default_interval: int) -> FullSteps:

@@ -8,27 +8,35 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, schedule_of
-from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
+from moeca_dist.cache.policy import BranchPolicy, LayerView
+from moeca_dist.cache.statistics import Reason
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"late_refresh"}
+OPTIONS = SCHEDULE_OPTIONS
 DEFAULT_INTERVAL = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiceSkip(Scheduled):
+class DiceSkip(Scheduled, BranchPolicy):
     name: ClassVar[str] = "dice_skip"
-    unit: ClassVar[Unit] = "branch"
     computes_modules: ClassVar[bool] = True
+    # Only the branch of lowest gate is judged; whatever is not it is computed.
+    reason: ClassVar[Reason] = Reason.FORCED
 
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        lowest_T1 = view.routing.gates_TK.argmin(dim=-1, keepdim=True)
-        kept_TK = torch.ones_like(view.match.found_TK).scatter_(1, lowest_T1, False)
-        # Only the branch of lowest gate is judged; whatever is not it is computed.
-        return RefreshPlan(kept_TK | ~view.match.found_TK, forced_TK=kept_TK)
+    def refresh(self, step: StepContext, view: LayerView) -> Tensor:
+        routing = view.routing
+        lowest_T = torch.full_like(routing.start_T, torch.inf, dtype=routing.gate_N.dtype)
+        lowest_T.scatter_reduce_(0, routing.token_N, routing.gate_N, "amin")
+        is_lowest_N = routing.gate_N == lowest_T.index_select(0, routing.token_N)
+        # Of equal gates the first one is skipped.
+        branch_N = torch.arange(is_lowest_N.shape[0], device=is_lowest_N.device)
+        first_T = torch.full_like(routing.start_T, is_lowest_N.shape[0])
+        first_T.scatter_reduce_(0, routing.token_N, branch_N.masked_fill(~is_lowest_N, branch_N.shape[0]), "amin")
+        return branch_N != first_T.index_select(0, routing.token_N)
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> DiceSkip:

@@ -15,7 +15,7 @@ What the paper leaves open, and what is done here:
   of all routed branches (ties by position), on top of the unmatched.
 - A served branch keeps w_t0 of the step in which it was computed, else the drift could not accumulate.
 - The sum over j runs over all branches stored for the token.
-- H is normalised by min-max over the experts of the layer (``cache.usage.spread``), of each image on its own, because
+- H is normalised by min-max over the experts of the layer (``cache.expert_usage.spread``), of each image on its own, because
   no image depends on its batch; the moving average is updated with the current routing before the decision.
 - The routing of the step (experts and gates) is the one that was decided on; the router does not run again on the
   fresh-attention input, because new experts would need another decision.
@@ -31,12 +31,12 @@ from torch import Tensor
 
 from moeca_dist.cache.expert_usage import spread
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, schedule_of
-from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
+from moeca_dist.cache.policy import BranchPolicy, LayerView
 from moeca_dist.cache.statistics import CacheStatistics, Reason
 from moeca_dist.config import CacheConfig
-from moeca_dist.types import Routing, StepContext
+from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"drift", "refresh_ratio", "attention_sync", "late_refresh"}
+OPTIONS = SCHEDULE_OPTIONS | {"drift", "refresh_ratio", "attention_sync"}
 DEFAULT_REFRESH_RATIO = 0.05
 DEFAULT_INTERVAL = 4  # the paper's N
 # Hyper-parameters as the paper (v1) states them, by its symbols.
@@ -47,53 +47,47 @@ BETA = 0.65  # decay of the moving average of expert usage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moeca(Scheduled):
+class Moeca(Scheduled, BranchPolicy):
     drift: Literal["signed", "absolute"]
     refresh_ratio: float
 
     name: ClassVar[str] = "moeca"
-    unit: ClassVar[Unit] = "branch"
-    usage_decay: ClassVar[float | None] = BETA
 
-    def reference_gates(self, routing: Routing) -> Tensor:
-        return routing.gates_TK.float()
-
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
+    def refresh(self, step: StepContext, view: LayerView) -> Tensor:
         # s > tau_0 * f is s / f > tau_0: one threshold for all experts, because f is positive.
-        relative_TK = self.score(view) / self.leniency(view)
-        chosen_TK = self._highest(relative_TK.masked_fill(~view.match.found_TK, -torch.inf), view.num_images)
-        return RefreshPlan(chosen_TK | ~view.match.found_TK, priority_TK=relative_TK)
+        relative_N = self.score(view) / self.leniency(view)
+        return self._highest(relative_N.masked_fill(~view.found_N, -torch.inf), view.num_images)
 
     def score(self, view: LayerView) -> Tensor:
-        """[T, K] fp32: s of every branch; meaningless where it is unmatched."""
-        assert view.reference is not None
-        gates_TK = self.reference_gates(view.routing)
-        drift_TK = gates_TK - view.reference.gates_TK
+        """Return fp32 [N]: s of every branch, meaningless for unmatched ones."""
+        assert view.scores is not None
+        gate_N = view.routing.gate_N.float()
+        drift_N = gate_N - view.scores.gate_N
         if self.drift == "absolute":
-            drift_TK = drift_TK.abs()
-        return gates_TK + LAMBDA_1 * drift_TK + LAMBDA_2 * view.reference.shares_TK
+            drift_N = drift_N.abs()
+        return gate_N + LAMBDA_1 * drift_N + LAMBDA_2 * view.scores.share_N
 
     def leniency(self, view: LayerView) -> Tensor:
-        """[T, K] fp32: tau_e / tau_0, above 1 for experts whose tokens lie all over the image."""
+        """Return fp32 [N]: tau_e / tau_0, above 1 for experts whose tokens lie all over the image."""
         assert view.usage_BTE is not None
         factor_BE = 1 + ALPHA * (2 * spread(view.usage_BTE) - 1)
-        ids_TK = view.routing.expert_ids_TK
-        ids_BX = ids_TK.reshape(view.num_images, ids_TK.numel() // max(1, view.num_images))
-        return factor_BE.gather(1, ids_BX).view_as(ids_TK)
+        image_N = view.routing.token_N // max(1, view.tokens_per_image)
+        return factor_BE[image_N, view.routing.expert_N]
 
     def remark(self, statistics: CacheStatistics) -> str | None:
-        chosen = statistics.total(Reason.SCORE) + statistics.total(Reason.LATE)
+        chosen = statistics.total(Reason.SCORE)
         if chosen or not statistics.total(Reason.SERVED) or not self.refresh_ratio:
             return None
         return f"cache.refresh_ratio {self.refresh_ratio} chose nothing: it is less than one branch of an image"
 
-    def _highest(self, relative_TK: Tensor, num_images: int) -> Tensor:
-        per_image = relative_TK.numel() // max(1, num_images)
-        relative_BX = relative_TK.view(num_images, per_image)
+    def _highest(self, relative_N: Tensor, num_images: int) -> Tensor:
+        """Return bool [N]: the ``refresh_ratio`` of each image's branches that score highest."""
+        per_image = relative_N.shape[0] // max(1, num_images)
+        relative_BX = relative_N.view(num_images, per_image)
         order_BX = relative_BX.argsort(dim=-1, descending=True, stable=True)
         chosen_BX = torch.zeros_like(relative_BX, dtype=torch.bool)
         chosen_BX.scatter_(1, order_BX[:, : round(self.refresh_ratio * per_image)], True)
-        return chosen_BX.view_as(relative_TK)
+        return chosen_BX.flatten()
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> Moeca:
@@ -102,4 +96,5 @@ def build(config: CacheConfig, num_steps: int, guided: bool) -> Moeca:
         drift=config.drift or "signed",
         refresh_ratio=DEFAULT_REFRESH_RATIO if config.refresh_ratio is None else config.refresh_ratio,
         attention_sync=config.attention_sync is not False,
+        usage_decay=BETA,
     )

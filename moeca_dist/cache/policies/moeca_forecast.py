@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, branch_order
-from moeca_dist.cache.policy import Unit
+from moeca_dist.cache.policy import BranchPolicy
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.config import CacheConfig
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "extra_entries", "attention_sync"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "attention_sync"}
 DEFAULT_ORDER = 1  # a second order was worse
-# Eleven of fifty steps, found on the shipped model (20 images of seed 7) by `python -m
-# benchmarks.quality.search_schedule --conditional 0,1,4,11,17,23,28,33,39,43,48 --seconds 480`.
+# Eleven of fifty steps, found on the shipped model by
+# `benchmarks/search_schedule.py --conditional 0,1,4,11,17,23,28,33,39,43,48 --seconds 480` (20 images of seed 7).
 DEFAULT_FRACTIONS = tuple(step / 50 for step in (0, 4, 6, 11, 16, 21, 27, 33, 39, 44, 48))
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoecaForecast(Scheduled):
+class MoecaForecast(Scheduled, BranchPolicy):
     name: ClassVar[str] = "moeca_forecast"
-    unit: ClassVar[Unit] = "branch"
 
 
 def scaled_steps(num_steps: int) -> list[int]:
@@ -46,6 +45,5 @@ def build(config: CacheConfig, num_steps: int, guided: bool) -> MoecaForecast:
     return MoecaForecast(
         schedule=default_or_stated(config, num_steps, guided),
         order=branch_order(config, DEFAULT_ORDER),
-        extra_entries=config.extra_entries or 0,
         attention_sync=bool(config.attention_sync),
     )

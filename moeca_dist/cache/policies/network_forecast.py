@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled
 from moeca_dist.cache.policies.moeca_forecast import default_or_stated
-from moeca_dist.cache.policy import Unit
+from moeca_dist.cache.policy import NetworkPolicy
 from moeca_dist.config import CacheConfig
 
 OPTIONS = SCHEDULE_OPTIONS | {"order"}
@@ -18,9 +18,8 @@ DEFAULT_ORDER = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkForecast(Scheduled):
+class NetworkForecast(Scheduled, NetworkPolicy):
     name: ClassVar[str] = "network_forecast"
-    unit: ClassVar[Unit] = "network"
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> NetworkForecast:

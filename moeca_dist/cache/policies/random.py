@@ -7,35 +7,34 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, branch_order, schedule_of
-from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
+from moeca_dist.cache.policy import BranchPolicy, LayerView
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "extra_entries", "attention_sync", "late_refresh"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "attention_sync"}
 DEFAULT_INTERVAL = 4
 DEFAULT_RATIO = 0.05
 _BITS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomBranches(Scheduled):
+class RandomBranches(Scheduled, BranchPolicy):
     ratio: float
 
     name: ClassVar[str] = "random"
-    unit: ClassVar[Unit] = "branch"
 
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        drawn_TK = uniform(step, view)
-        return RefreshPlan((drawn_TK < self.ratio) | ~view.match.found_TK, priority_TK=-drawn_TK)
+    def refresh(self, step: StepContext, view: LayerView) -> Tensor:
+        return uniform(step, view) < self.ratio
 
 
 def uniform(step: StepContext, view: LayerView) -> Tensor:
-    """[T, K] in [0, 1): a hash of image, token, expert, layer, half and step, so that no batch changes the draw."""
-    half = 0 if view.half == "conditional" else 1
-    where = (step.index * 1_000_003 + view.layer) * 2 + half
-    per_token_T = _mixed(view.image_ids_T + view.positions_T * 7_919 + where * 104_729)
-    per_branch_TK = _mixed(per_token_T[:, None] + view.routing.expert_ids_TK * 15_485_863)
-    return (per_branch_TK & (2**_BITS - 1)).float() / 2**_BITS
+    """Return [N] in [0, 1): a hash of image, token, expert, block, half and step, so that no batch changes the draw."""
+    where_B = (step.index * 1_000_003 + view.block) * 2 + view.half_B
+    position_T = torch.arange(view.tokens_per_image, device=where_B.device)
+    per_token_BT = _mixed((view.image_ids_B + where_B * 104_729)[:, None] + position_T * 7_919)
+    per_token_N = per_token_BT.flatten().index_select(0, view.routing.token_N)
+    per_branch_N = _mixed(per_token_N + view.routing.expert_N * 15_485_863)
+    return (per_branch_N & (2**_BITS - 1)).float() / 2**_BITS
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -54,6 +53,5 @@ def build(config: CacheConfig, num_steps: int, guided: bool) -> RandomBranches:
         schedule=schedule_of(config, num_steps, guided, DEFAULT_INTERVAL),
         ratio=DEFAULT_RATIO if config.ratio is None else config.ratio,
         order=branch_order(config, 0),
-        extra_entries=config.extra_entries or 0,
         attention_sync=bool(config.attention_sync),
     )

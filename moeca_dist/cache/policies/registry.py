@@ -13,7 +13,7 @@ from moeca_dist.cache.policies import (
     teacache,
     toca,
 )
-from moeca_dist.cache.policy import Policy
+from moeca_dist.cache.policy import BranchPolicy, Policy
 from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
 
@@ -36,11 +36,11 @@ POLICIES: Mapping[str, tuple[Builder, frozenset[str]]] = MappingProxyType(
 
 
 # Options that are no policy's own.
-_FOR_ALL = frozenset({"placement", "calibration", "dtype", "memory_limit"})
+_FOR_ALL = frozenset({"location", "calibration", "dtype", "memory_limit"})
 
 
 def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
-    """The policy that ``config`` names; None for ``none``, the exact path.
+    """Build the policy that ``config`` names; None for ``none``, the exact path.
 
     Raises UserError for an option that the policy does not read, and for schedules that do not fit ``num_steps``.
     """
@@ -60,11 +60,11 @@ def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy
     if config.interval is not None and config.full_steps is not None:
         raise UserError("cache.interval and cache.full_steps both place the full steps: keep one of them")
     policy = build(config, num_steps, guided)
-    if "calibration" in given and policy.delta is not None:
+    if "calibration" in given and not policy.is_scheduled:
         raise UserError(f"cache.calibration: policy {config.policy} places its full steps while it runs; remove it")
-    if "placement" in given and policy.unit != "branch":
-        raise UserError(f"cache.placement has no effect with cache.policy {config.policy}, which keeps no branches")
-    if config.placement == "owner" and policy.usage_decay is not None:
+    if "location" in given and not isinstance(policy, BranchPolicy):
+        raise UserError(f"cache.location has no effect with cache.policy {config.policy}, which keeps no branches")
+    if config.location == "owner" and isinstance(policy, BranchPolicy) and policy.usage_decay is not None:
         # The score reads the norms of the stored branches, which lie beside the values.
-        raise UserError(f"cache.placement owner: policy {config.policy} scores stored branches at home; use home")
+        raise UserError(f"cache.location owner: policy {config.policy} scores stored branches at home; use home")
     return policy

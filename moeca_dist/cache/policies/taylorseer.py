@@ -1,33 +1,32 @@
-"""TaylorSeer (arXiv 2503.06923): a full step every N, every module's output extrapolated in between.
+"""Module policies: TaylorSeer extrapolates every module's output between full steps, FORA reuses it.
 
-FORA (arXiv 2407.01425) reuses the outputs, which is order 0, and has an interval of its own.
+TaylorSeer: arXiv 2503.06923. FORA: arXiv 2407.01425, which is the same at order 0 with another interval.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled, schedule_of
-from moeca_dist.cache.policy import Unit
+from moeca_dist.cache.policy import ModulePolicy
 from moeca_dist.config import CacheConfig
 
 OPTIONS = SCHEDULE_OPTIONS | {"order"}
-DEFAULT_INTERVAL = 4
-DEFAULT_ORDER = 1
 FORA_OPTIONS = SCHEDULE_OPTIONS
-FORA_INTERVAL = 3
+DEFAULT_INTERVAL, FORA_INTERVAL = 4, 3
+DEFAULT_ORDER = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaylorSeer(Scheduled):
-    name: str
-    unit: ClassVar[Unit] = "module"
+class TaylorSeer(Scheduled, ModulePolicy):
+    """``order`` 0 is FORA."""
+
+    name: ClassVar[str] = "taylorseer"
 
 
 def build(config: CacheConfig, num_steps: int, guided: bool) -> TaylorSeer:
     order = DEFAULT_ORDER if config.order is None else config.order
-    schedule = schedule_of(config, num_steps, guided, DEFAULT_INTERVAL)
-    return TaylorSeer(name="taylorseer", schedule=schedule, order=order)
+    return TaylorSeer(schedule=schedule_of(config, num_steps, guided, DEFAULT_INTERVAL), order=order)
 
 
 def build_fora(config: CacheConfig, num_steps: int, guided: bool) -> TaylorSeer:
-    return TaylorSeer(name="fora", schedule=schedule_of(config, num_steps, guided, FORA_INTERVAL))
+    return TaylorSeer(schedule=schedule_of(config, num_steps, guided, FORA_INTERVAL))

@@ -12,8 +12,7 @@ for each model and left out; ``delta`` is in units of the raw change.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_dist.cache.policies.base import Defaults
-from moeca_dist.cache.policy import Half, Unit
+from moeca_dist.cache.policy import Half, NetworkPolicy
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
@@ -23,18 +22,15 @@ DEFAULT_DELTA = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeaCache(Defaults):
+class TeaCache(NetworkPolicy):
     name: ClassVar[str] = "teacache"
-    unit: ClassVar[Unit] = "network"
-
-    delta: float
 
     def is_full(self, step: StepContext, half: Half) -> bool:
         """A step that is not skipped computes everything."""
         return True
 
     def remark(self, statistics: CacheStatistics) -> str | None:
-        if statistics.signals and not statistics.skipped and self.delta > 0:
+        if statistics.signals and not statistics.skipped and self.delta:
             return f"cache.delta {self.delta} never skipped a step: every step changes the modulation by more"
         if statistics.skipped and not statistics.reached:
             return f"cache.delta {self.delta} skipped every step but the first: the modulation never changed so much"

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.policies.base import SCHEDULE_OPTIONS, Scheduled
-from moeca_dist.cache.policy import ModuleView, Unit
+from moeca_dist.cache.policy import ModulePolicy, ModuleView
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig
-from moeca_dist.types import StepContext
 
 OPTIONS = SCHEDULE_OPTIONS | {"ratio"}
 DEFAULT_INTERVAL = 4
@@ -31,15 +30,14 @@ BLOCK_BONUS = 1.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Toca(Scheduled):
+class Toca(Scheduled, ModulePolicy):
     interval: int
     ratio: float
 
     name: ClassVar[str] = "toca"
-    unit: ClassVar[Unit] = "module"
-    refreshes_rows: ClassVar[bool] = True
+    refreshes_tokens: ClassVar[bool] = True
 
-    def rows(self, step: StepContext, view: ModuleView) -> Tensor:
+    def tokens(self, view: ModuleView) -> Tensor:
         score_BT = self.score(view)
         order_BT = score_BT.argsort(dim=-1, descending=True, stable=True)
         chosen_BT = torch.zeros_like(score_BT, dtype=torch.bool)

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeca_dist.cache.policy import BranchPolicy, ModulePolicy
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher, FixedRows
-from moeca_dist.parallel.handle import Pending
-from moeca_dist.parallel.references import BlockCoding
+from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher
+from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.row_packing import RowDtype
 from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.types import Branches, Request, Routing
@@ -26,8 +27,8 @@ from moeca_dist.types import Branches, Request, Routing
 def record_routing(engine: Engine, requests: Sequence[Request], source: str = "") -> RoutingTrace | None:
     """Generate ``requests`` and return their trace on rank 0, None elsewhere; the images are thrown away.
 
-    A collective of the world. Raises UserError for what leaves no complete trace: placement ``owner``, exchange mode
-    ``budget``, and policies that compute single tokens of a module.
+    A collective of the world. Raises UserError for what leaves no complete trace: values at the owners, and
+    policies that compute single tokens of a module.
     """
     _check(engine)
     recorder = RoutingRecorder(engine.model)
@@ -43,16 +44,14 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
     ids, refreshed = (np.concatenate(arrays, axis=3) for arrays in zip(*parts, strict=True))
     spec = engine.model.spec
     row_bytes = spec.hidden_size * next(engine.model.parameters()).element_size()
-    keeps = engine.policy is not None and engine.policy.unit == "branch"
+    keeps = isinstance(engine.policy, BranchPolicy)
     return RoutingTrace(ids, refreshed, spec.moe_blocks, spec.num_experts, row_bytes, keeps, source)
 
 
 def _check(engine: Engine) -> None:
-    if engine.setup.placement == "owner":
-        raise UserError("a routing trace cannot be recorded in cache.placement owner: use home, the choices are alike")
-    if engine.config.parallel.exchange != "exact":
-        raise UserError("a routing trace is recorded with parallel.exchange exact: the decisions are those of a step")
-    if engine.policy is not None and engine.policy.refreshes_rows:
+    if engine.plan.location == "owner":
+        raise UserError("a routing trace cannot be recorded in cache.location owner: use home, the choices are alike")
+    if isinstance(engine.policy, ModulePolicy) and engine.policy.refreshes_tokens:
         raise UserError(
             f"a routing trace cannot be recorded with cache.policy {engine.config.cache.policy}, which routes only "
             "some tokens: choose moeca_forecast, or none"
@@ -85,7 +84,8 @@ class RoutingRecorder(AbstractContextManager["RoutingRecorder"]):
         for (_, layer), dispatcher in zip(self._layers, self._unwrapped, strict=True):
             layer.dispatcher = dispatcher
 
-    def note_routing(self, block: int, expert_ids_TK: Tensor) -> None:
+    def note_routing(self, block: int, routing: Routing) -> None:
+        expert_ids_TK = routing.expert_N.view(routing.num_tokens, self._model.spec.num_experts_per_tok)
         self._steps[-1].setdefault(block, []).append(_Noted(expert_ids_TK))
 
     def note_dispatch(self, block: int, branches: Branches) -> None:
@@ -142,7 +142,7 @@ class _Noted:
         self.refreshed_TK = torch.zeros(self.expert_ids_TK.shape, dtype=torch.bool)
 
     def mark(self, branches: Branches) -> None:
-        token_N, expert_N = branches.token_N.cpu(), branches.expert_ids_N.cpu()
+        token_N, expert_N = branches.token_N.cpu(), branches.expert_N.cpu()
         slot_N = (self.expert_ids_TK[token_N] == expert_N[:, None]).long().argmax(1)
         self.refreshed_TK[token_N, slot_N] = True
 
@@ -152,37 +152,23 @@ class _RecordingDispatcher:
 
     def __init__(self, inner: Dispatcher, recorder: RoutingRecorder, block: int) -> None:
         self._inner, self._recorder, self._block = inner, recorder, block
+        self.row_dtype, self.kernels = inner.row_dtype, inner.kernels
 
-    def coded(self, coding: BlockCoding | None) -> "_RecordingDispatcher":
-        return _RecordingDispatcher(self._inner.coded(coding), self._recorder, self._block)
+    def with_row_dtype(self, row_dtype: RowDtype) -> "_RecordingDispatcher":
+        return _RecordingDispatcher(self._inner.with_row_dtype(row_dtype), self._recorder, self._block)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
-        self._recorder.note_routing(self._block, routing.expert_ids_TK)
+        self._recorder.note_routing(self._block, routing)
         self._inner.count_exact(routing, x_TD)
 
-    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
-        return self._inner.counts(expert_ids_TK, refresh_TK)
-
-    def agree(self, counts_LC: Tensor) -> Tensor:
-        return self._inner.agree(counts_LC)
-
-    def dispatch(
-        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> Pending[DispatchedRows]:
+    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Handle[DispatchedRows]:
         self._recorder.note_dispatch(self._block, branches)
-        return self._inner.dispatch(x_TD, branches, gates_N, traffic)
+        return self._inner.dispatch(x_TD, branches, gates_N)
 
-    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
+    def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Handle[Tensor]:
         return self._inner.combine(outputs_RD, dispatched)
 
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        """Never noted: traces are recorded with the exact exchange."""
-        return self._inner.dispatch_fixed(x_TD, fixed)
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        return self._inner.combine_fixed(outputs_RD, dispatched)
-
-    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
+    def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Handle[Tensor]:
         return self._inner.combine_sums(outputs_RD, dispatched, routing)
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from moeca_dist.kernels.int8_rows import SCALE_BYTES
 from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
-from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.owner_exchange import HEADER_BYTES
 
@@ -37,7 +36,7 @@ class RowBytes:
     @classmethod
     def coded(cls, width: int) -> "RowBytes":
         """Rows of so many values as 8-bit codes; not for what comes back from owners that keep branches."""
-        return cls(KEY_BYTES + SCALE_BYTES + width, SCALE_BYTES + width)
+        return cls(SCALE_BYTES + width, SCALE_BYTES + width)
 
 
 @dataclass(frozen=True)

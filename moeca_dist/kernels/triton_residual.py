@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeca_dist.kernels.launch import rows_apart
 from moeca_dist.kernels.reference import NORM_EPS
+from moeca_dist.kernels.row_stride import with_unit_stride
 from moeca_dist.kernels.types import Entering, Forecast
 
 MAX_TERMS = 3  # the highest order of a module's forecast
@@ -63,12 +63,12 @@ def residual(x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tens
     terms = [difference_BTD.contiguous() for difference_BTD, _ in forecast.terms]
     assert len(terms) <= MAX_TERMS and after_BTD.is_contiguous()
     factors, stride = _factors([factor for _, factor in forecast.terms], x_BTD)
-    gate_BD = rows_apart(gate_BD)
+    gate_BD = with_unit_stride(gate_BD)
     out_BTD, shift_BD, scale_BD = after_BTD, gate_BD, gate_BD
     if entering is not None:
         assert entering.out_BTD.is_contiguous()
         out_BTD = entering.out_BTD
-        shift_BD, scale_BD = rows_apart(entering.shift_BD), rows_apart(entering.scale_BD)
+        shift_BD, scale_BD = with_unit_stride(entering.shift_BD), with_unit_stride(entering.scale_BD)
     padded = terms + [value_BTD] * (MAX_TERMS - len(terms))
     _row[(images * tokens,)](
         x_BTD, gate_BD, value_BTD, *padded, factors, shift_BD, scale_BD, after_BTD, out_BTD,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeca_dist.kernels.launch import rows_apart
+from moeca_dist.kernels.row_stride import with_unit_stride
 from moeca_dist.kernels.types import GatheredRows
 
 _ROWS = 64  # of one counting program
@@ -51,7 +51,7 @@ def gather_by_expert(x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_exper
     position_R = torch.empty_like(source_R)
     if not num_rows:
         return GatheredRows(rows_RD, source_R.new_zeros(num_experts), position_R)
-    x_SD = rows_apart(x_SD)
+    x_SD = with_unit_stride(x_SD)
     source_R, expert_R = source_R.contiguous(), expert_R.contiguous()
     programs = triton.cdiv(num_rows, _ROWS)
     rank_R = torch.empty(num_rows, dtype=torch.int32, device=x_SD.device)
