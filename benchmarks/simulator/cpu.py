@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from benchmarks.scaling.netns import FRAME_HEADER_BYTES, Link
 from benchmarks.scaling.rank_cases import CODED, ON_ONE_RANK
+from benchmarks.simulator.links import LimitedLinks
 from benchmarks.simulator.step import traffic_of_steps
 from moeca_dist.errors import UserError
-from moeca_dist.parallel.cost import LimitedLinks
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.parallel.routing_trace import RoutingTrace

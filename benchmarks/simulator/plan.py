@@ -3,7 +3,7 @@
     python -m benchmarks.simulator.plan                # writes results/plan.json, .md and .png
 
 Every layout of 8, 64, 512 and 4096 GPUs (the size of the expert-parallel group, the rest data-parallel), uncached and
-with several policies, from the roofline of ``gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
+with several policies, from the roofline of ``gpu.py`` and the link model of ``links.py``.
 """
 
 import argparse
@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarks.hardware import REPOSITORY, conditions
 from benchmarks.simulator.gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
+from benchmarks.simulator.links import Topology
 from benchmarks.simulator.plan_report import plan_markdown, plot
 from benchmarks.simulator.step import Mode, StepTime, simulate_step
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
-from moeca_dist.parallel.cost import Topology
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
