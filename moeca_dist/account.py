@@ -3,11 +3,10 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.graphs import GraphCounts
 from moeca_dist.observation import Observation
 from moeca_dist.parallel.references import RowCoding
 from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
@@ -27,7 +26,6 @@ class Counters:
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
-    graphs: GraphCounts | None = None
     reference_bytes: int = 0
 
     def end_round(self, session: CacheSession | None, coding: RowCoding | None) -> None:
@@ -48,7 +46,6 @@ class _RankResult:
     bytes_sent: int
     bytes_exact: int
     gpu: GpuRecord | None
-    graphs: GraphCounts | None
     reference_bytes: int
 
 
@@ -62,7 +59,6 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         group.traffic.bytes_sent if group else 0,
         int(group.traffic.bytes_exact) if group else 0,
         counters.observed.gpu_record(),
-        counters.graphs,
         counters.reference_bytes,
     )
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
@@ -102,15 +98,4 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),
         telemetry=merge([theirs.gpu for theirs in ranks], config.telemetry.period_s or 0.0, num_images),
         requests=describe_requests(requests),
-        graphs=_graphs([theirs.graphs for theirs in ranks]),
     )
-
-
-def _graphs(ranks: Sequence[GraphCounts | None]) -> dict[str, int] | None:
-    """Evaluations of all ranks together; None without ``model.cuda_graphs``."""
-    total = GraphCounts()
-    for counts in ranks:
-        if counts is None:
-            return None
-        total.add(counts)
-    return asdict(total)

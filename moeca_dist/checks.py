@@ -39,8 +39,8 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode without effect, CUDA graphs of steps that follow the
-    data, a calibration or expert placement that is none, and a decoder that is not there or has no use.
+    that the model does not have, an exchange mode without effect, CUDA graphs of what cannot be captured, a
+    calibration or expert placement that is none, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
@@ -49,7 +49,7 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     policy = build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
     check_exchange(config, policy)
     check_late(config, policy, spec.moe_blocks, num_steps, HALVES if config.sampling.cfg_scale != 1 else HALVES[:1])
-    check_graphs(config, policy, spec, num_steps)
+    check_graphs(config, spec)
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)
     read_placement(config)

@@ -21,7 +21,7 @@ from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
-from moeca_dist.graphs import GraphCounts, step_graphs
+from moeca_dist.graphs import graphed_model
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
@@ -67,7 +67,7 @@ class Engine:
         self.sampler: Sampler = sampler_for(model.spec)
         num_steps = config.sampling.num_steps or self.sampler.default_num_steps
         self.setup = Setup.of(config, mesh, model, num_steps, calibration)
-        self.graphs = step_graphs(config, self.policy, model.spec, mesh, num_steps)
+        self.graphed_model = graphed_model(config, model, mesh)
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -221,11 +221,14 @@ class Engine:
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
     ) -> Tensor:
-        network, finish = self._network(share, counters, combine)
+        coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
+        session = None
+        if self.policy is not None:
+            session = self.setup.open_session(share, combine, coding, counters.cache, counters.observed.timer)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
-                network,
+                self._network(share, session, coding, counters.observed.timer),
                 share,
                 cfg_scale=self.config.sampling.cfg_scale,
                 num_steps=self.num_steps,
@@ -237,23 +240,15 @@ class Engine:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
-        finish()
+        counters.end_round(session, coding)
         return samples_BCHW
 
     def _network(
-        self, share: Sequence[Request], counters: Counters, combine: Combine | None
-    ) -> tuple[Network, Callable[[], None]]:
-        """What the sampler evaluates in one round, and what is to be called after it."""
-        coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
-        open_session = None if self.policy is None else partial(self.setup.open_session, share, combine, coding)
-        timer, bound = counters.observed.timer, partial(self._bound, coding)
-        if self.graphs is not None and counters.graphs is not None and share:
-            graphed = self.graphs.begin(share, bound, open_session, counters.cache, timer, counters.graphs)
-            return graphed, graphed.finish
-        session = None if open_session is None else open_session(counters.cache, timer)
-        return bound(session, timer), partial(counters.end_round, session, coding)
-
-    def _bound(self, coding: RowCoding | None, session: CacheSession | None, timer: Timer) -> Network:
+        self, share: Sequence[Request], session: CacheSession | None, coding: RowCoding | None, timer: Timer
+    ) -> Network:
+        """Return what the sampler evaluates in one round."""
+        if self.graphed_model is not None and share:
+            return exact(partial(self.graphed_model, timer=timer))
         model = partial(self.model, timer=timer, coding=coding)
         return exact(model) if session is None else cached(model, session)
 
@@ -273,7 +268,7 @@ class Engine:
     def _start(self, observed: Observation) -> Counters:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic(observed.timer)
-        return Counters(observed, graphs=None if self.graphs is None else GraphCounts())
+        return Counters(observed)
 
 
 _EXACT_EXCHANGE = {

@@ -27,7 +27,7 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
     """Generate ``requests`` and return their trace on rank 0, None elsewhere; the images are thrown away.
 
     A collective of the world. Raises UserError for what leaves no complete trace: placement ``owner``, exchange mode
-    ``budget``, and policies that compute single tokens of a module.
+    ``budget``, CUDA graphs, and policies that compute single tokens of a module.
     """
     _check(engine)
     recorder = RoutingRecorder(engine.model)
@@ -50,6 +50,8 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
 def _check(engine: Engine) -> None:
     if engine.setup.placement == "owner":
         raise UserError("a routing trace cannot be recorded in cache.placement owner: use home, the choices are alike")
+    if engine.graphed_model is not None:
+        raise UserError("a routing trace is copied to the host in every step: remove model.cuda_graphs")
     if engine.config.parallel.exchange != "exact":
         raise UserError("a routing trace is recorded with parallel.exchange exact: the decisions are those of a step")
     if engine.policy is not None and engine.policy.refreshes_rows:

@@ -93,8 +93,7 @@ class Report:
 
     ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
     (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
-    they are, see ``describe_requests``. ``graphs``: with ``model.cuda_graphs``, how many evaluations of the network ran
-    eagerly, were captured and were replayed, see ``graphs.GraphCounts``.
+    they are, see ``describe_requests``.
     """
 
     num_images: int
@@ -115,7 +114,6 @@ class Report:
     telemetry: dict[str, Any] | None = None
     requests: dict[str, Any] | None = None
     batch: dict[str, Any] | None = None
-    graphs: dict[str, int] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
         """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
@@ -139,8 +137,6 @@ class Report:
             ("exchange", f"{scaled(self.exchange.bytes_sent, 1024)}iB in {self.exchange.collectives:,} collectives"),
             ("cache", self.cache.policy),
         ]
-        if self.graphs is not None:
-            rows.append(("CUDA graphs", "evaluations " + ", ".join(f"{name} {n:,}" for name, n in self.graphs.items())))
         rows += self._cache_rows() if self.cache.policy != "none" else []
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

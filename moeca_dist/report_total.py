@@ -38,7 +38,6 @@ class ReportTotal:
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
-        self._graphs: dict[str, int] | None = None
         self._remarks: set[str | None] = set()
 
     def add(self, report: Mapping[str, Any]) -> None:
@@ -62,8 +61,6 @@ class ReportTotal:
         self._budget = [_joined(*pair) for pair in zip(self._budget, budget, strict=True)] if self._budget else budget
         self._modules = _sum(self._modules, report["cache"]["modules"])
         self._seconds = _sum(self._seconds, report["seconds"])
-        if (graphs := report.get("graphs")) is not None:
-            self._graphs = _sum(self._graphs or {}, graphs)
         self._remarks.add(report["cache"]["remark"])
 
     def result(self, wall_s: float, batch: dict[str, Any], requests: dict[str, Any]) -> Report | None:
@@ -104,7 +101,6 @@ class ReportTotal:
             seconds=Seconds(**self._seconds),
             requests=requests,
             batch=batch,
-            graphs=self._graphs,
         )
 
 

@@ -62,7 +62,9 @@ class CacheSession:
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
         self._num_images = len(requests)
-        self._image_ids_B = _image_ids(requests).to(device)
+        self._image_ids_B = torch.tensor(
+            [request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64, device=device
+        )
         self._blocks = [
             tuple(SegmentCache(policy, num_experts, num_experts_per_tok, storage) for _ in self._halves)
             for _ in range(num_blocks)
@@ -77,10 +79,6 @@ class CacheSession:
             )
             for _ in range(num_blocks)
         ]
-
-    def assign(self, requests: Sequence[Request]) -> None:
-        """Other images, as many as before, in tensors that are there: for a session whose steps are replayed."""
-        self._image_ids_B.copy_(_image_ids(requests))
 
     def at(self, step: StepContext) -> "StepCache":
         self.note_peak()
@@ -184,8 +182,3 @@ class StepCache:
                 out_BTD[segment.images] += here_BTD
             self.session.statistics.skipped += here_BTD.shape[0]
         return out_BTD
-
-
-def _image_ids(requests: Sequence[Request]) -> Tensor:
-    """int64 [B], on the host: seed and index of each request in one number."""
-    return torch.tensor([request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64)

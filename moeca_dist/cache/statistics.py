@@ -4,7 +4,6 @@ Shape suffixes: S steps, Y reasons, E experts, T tokens, K routed experts per to
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -92,15 +91,6 @@ class CacheStatistics:
 
     def merge(self, other: "CacheStatistics") -> None:
         """Add what another rank counted; peaks add up too, because ranks hold their caches at the same time."""
-        self._add(other, Tensor.cpu)
-        self.bytes_peak += other.bytes_peak
-
-    def add_round(self, other: "CacheStatistics") -> None:
-        """Add what was counted apart for a round of the same run, which goes on counting its own."""
-        self._add(other, Tensor.clone)
-        self.bytes_peak = max(self.bytes_peak, other.bytes_peak)
-
-    def _add(self, other: "CacheStatistics", taken: Callable[[Tensor], Tensor]) -> None:
         for name in ("modules", "rows", "bytes_per_step"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
@@ -109,7 +99,8 @@ class CacheStatistics:
         for name in _COUNTED:
             mine = getattr(self, name)
             for block, counts in getattr(other, name).items():
-                mine[block] = mine[block] + taken(counts) if block in mine else taken(counts)
+                mine[block] = mine[block] + counts.cpu() if block in mine else counts.cpu()
+        self.bytes_peak += other.bytes_peak
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to other ranks: they may not have this rank's device."""

@@ -41,7 +41,7 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cuda_graphs: bool = False
-    """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
+    """Whether runs without a cache replay evaluations of the network as CUDA graphs, on ranks that hold all experts."""
 
 
 class ParallelConfig(_Section):
