@@ -1,22 +1,15 @@
-"""How a configuration is carried out on the ranks: how many rows travel, when, and in which form."""
+"""How a configuration is carried out on the ranks: how many rows travel, and in which form."""
 
 import torch
 
 from moeca_dist.cache.budget import Budget
-from moeca_dist.cache.late import LateRefreshes, shallow_blocks
-from moeca_dist.config import CacheConfig, Config
+from moeca_dist.config import Config
 from moeca_dist.kernels.row_codes import FORMATS
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import budget_groups, budget_rows
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import Places, RowCoding
-
-
-def late_refreshes(config: CacheConfig, spec: ModelSpec) -> LateRefreshes | None:
-    """What one session has under way from step to step; None where every refreshed branch lands in its step."""
-    share = config.late_refresh
-    return None if share is None else LateRefreshes(share, shallow_blocks(spec.moe_blocks))
 
 
 def rows_of_budget(config: Config, spec: ModelSpec, ep_size: int) -> dict[int, int] | None:

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 from moeca_dist.cache.policies import build_policy
-from moeca_dist.cache.session import HALVES
 from moeca_dist.config import Config
 from moeca_dist.errors import UserError
 from moeca_dist.graphs import check_graphs
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.late import check_late
 from moeca_dist.moe.placement import budget_rows, check_exchange
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement_table import PlacementTable
@@ -48,7 +46,6 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     sampler.check_num_steps(num_steps)
     policy = build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
     check_exchange(config, policy)
-    check_late(config, policy, spec.moe_blocks, num_steps, HALVES if config.sampling.cfg_scale != 1 else HALVES[:1])
     check_graphs(config, spec)
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)

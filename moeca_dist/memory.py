@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moeca_dist.cache.late import shallow_blocks
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES
@@ -32,11 +31,9 @@ _ROW_GROWTH = 17 / 16  # an owner's rows grow by a sixteenth at least, see cache
 class CacheSize:
     """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
 
-    Exact, with two exceptions that make it an upper bound: in placement ``owner`` what an owner keeps depends on the
-    routing, and so does, with late refreshes, how many there are.
+    Exact, but an upper bound in placement ``owner``, where what an owner keeps depends on the routing.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
-    block. ``budgeted``: rows are, and branches wait for room. ``late_share``: of an image's branches in one layer and
-    guidance half, those that may be under way between two steps; ``late_blocks``: in so many layers.
+    block. ``budgeted``: rows are, and branches wait for room.
     ``coded``: rows travel as codes, and both ends keep references.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
@@ -52,8 +49,6 @@ class CacheSize:
     ep_size: int
     experts_per_owner: int
     budgeted: bool
-    late_share: float
-    late_blocks: int
     coded: bool
     output_history: int | None
     output_bytes: int
@@ -70,20 +65,7 @@ class CacheSize:
         if self.placement == "owner":
             rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
             kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
-        return images * kept_per_image + kept + tokens * len(self.halves) * self._references + self._under_way(images)
-
-    def _under_way(self, images: int) -> int:
-        """Late refreshes and their plans between two steps, where all of this rank's and the group's come together."""
-        if not self.late_share:
-            return 0
-        tokens, k, layers = self.spec.num_tokens, self.spec.num_experts_per_tok, self.late_blocks * len(self.halves)
-        position, slot, expert_id, gate, entry, found, refresh, reason = 8, 8, 8, 4, 8, 1, 1, 1
-        row = self.spec.hidden_size * self.element_bytes
-        late = int(tokens * k * self.late_share + 1e-6)  # as moe.late rounds
-        here = late * (row + position + slot) + tokens * k * (expert_id + gate + entry + found + refresh + reason)
-        # An owner holds what it sends: at most what it can be asked for by all ranks.
-        sent = self.ep_size * min(late, tokens * min(k, self.experts_per_owner)) * row if self.ep_size > 1 else 0
-        return images * layers * (here + sent)
+        return images * kept_per_image + kept + tokens * len(self.halves) * self._references
 
     def _timelines(self) -> Iterator[list[int]]:
         """Bytes per image after each step, of everything that does not keep its size from the first step on."""
@@ -228,8 +210,6 @@ def cache_size(
         ep_size,
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
         budgeted=config.parallel.exchange == "budget",
-        late_share=config.cache.late_refresh or 0.0,
-        late_blocks=len(shallow_blocks(spec.moe_blocks)),
         coded=config.parallel.rows != "exact",
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
@@ -263,7 +243,7 @@ def check_memory(
     fitting = next((count for count in range(images - 1, 0, -1) if size.of(count) <= limit), 0)
     batch = f"take {fewer} {fitting}" if fitting else "one image is too much already; take a larger limit"
     smaller = ", cache.dtype float8_e4m3fn or bfloat16" if config.dtype == "model" else ""
-    bound = " at most" if size.placement == "owner" or size.late_share else ""
+    bound = " at most" if size.placement == "owner" else ""
     raise UserError(
         f"the cache of policy {config.policy} would need{bound} {scaled(needed, 1024)}iB on a rank with {images} "
         f"images, over cache.memory_limit {config.memory_limit} ({scaled(limit, 1024)}iB): {batch}{smaller}, or a "

@@ -162,17 +162,9 @@ class _RecordingDispatcher:
         self._recorder.note_routing(self._block, routing.expert_ids_TK)
         self._inner.count_exact(routing, x_TD)
 
-    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
-        return self._inner.counts(expert_ids_TK, refresh_TK)
-
-    def agree(self, counts_LC: Tensor) -> Tensor:
-        return self._inner.agree(counts_LC)
-
-    def dispatch(
-        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> Pending[DispatchedRows]:
+    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Pending[DispatchedRows]:
         self._recorder.note_dispatch(self._block, branches)
-        return self._inner.dispatch(x_TD, branches, gates_N, traffic)
+        return self._inner.dispatch(x_TD, branches, gates_N)
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
         return self._inner.combine(outputs_RD, dispatched)

@@ -23,8 +23,7 @@ class FlopsReport:
 class BranchReport:
     """Branches (token x routed expert) of all ranks and steps.
 
-    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score``, ``forced`` and ``late``: see
-    ``cache.statistics.Reason``. Late ones are computed and served from what was stored before.
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
     ``deferred``: branches, among those that were served, for which budgeted rows left no room.
     """
 
@@ -37,7 +36,6 @@ class BranchReport:
     full_step: int = 0
     score: int = 0
     forced: int = 0
-    late: int = 0
     deferred: int = 0
 
 

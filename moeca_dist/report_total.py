@@ -15,7 +15,6 @@ _BRANCHES = (
     "full_step",
     "score",
     "forced",
-    "late",
     "deferred",
 )
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")

@@ -6,7 +6,7 @@ Everything here follows from the configuration, the network and the ranks; a bat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeca_dist.arrangement import budget_of_round, late_refreshes, rows_of_budget
+from moeca_dist.arrangement import budget_of_round, rows_of_budget
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
@@ -15,7 +15,6 @@ from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import Config
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.late import check_late
 from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import Mesh
@@ -51,14 +50,13 @@ class Setup:
     ) -> "Setup":
         """``calibration``: of this cache and network, where there is no file of it.
 
-        Raises UserError, on all ranks alike, for an exchange mode or late refreshes without effect, and for a file of
-        another calibration.
+        Raises UserError, on all ranks alike, for an exchange mode without effect, and for a file of another
+        calibration.
         """
         spec, guided = model.spec, config.sampling.cfg_scale != 1
         halves = HALVES if guided else HALVES[:1]
         policy = build_policy(config.cache, num_steps, guided=guided)
         check_exchange(config, policy)
-        check_late(config, policy, spec.moe_blocks, num_steps, halves)
         placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, mesh.ep_size)
         rows = rows_of_budget(config, spec, mesh.ep_size)
         path = config.cache.calibration
@@ -118,7 +116,6 @@ class Setup:
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
             budget=budget_of_round(self.config, self.budget_rows, self.spec, self.mesh, len(share)),
-            late=late_refreshes(self.config.cache, self.spec),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=bytes_beside,
         )

@@ -53,14 +53,14 @@ class Work:
         routed = self._evaluations * len(spec.moe_blocks) * per_image
         if self._policy is None:
             return BranchReport(routed, routed, 0, 0, 0, 0.0, full_step=routed)
-        full, unmatched, forced, score, late = (counted.total(reason) for reason in REFRESHED)
+        full, unmatched, forced, score = (counted.total(reason) for reason in REFRESHED)
         if self._policy.unit == "network":
             full = routed - counted.skipped * len(spec.moe_blocks) * per_image
         elif self._policy.unit == "module":
             # A token that the policy chooses takes all its branches along.
             forced = counted.rows["moe"] * spec.num_experts_per_tok
             full = counted.modules["moe"] * spec.num_experts_per_tok - forced
-        refreshed = full + unmatched + score + forced + late
+        refreshed = full + unmatched + score + forced
         served = routed - refreshed
         forecast = served if self._policy.order else 0
         ratio = served / routed if routed else 0.0
@@ -74,7 +74,6 @@ class Work:
             full_step=full,
             score=score,
             forced=forced,
-            late=late,
             deferred=counted.total(Reason.DEFERRED),
         )
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
 from moeca_dist.cache.budget import Backlog, Budget
-from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.owned import HomeTable, OwnedBlock
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
@@ -76,7 +75,7 @@ class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
     ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``budget``: None where the number of
-    rows follows from the data. ``late``: None where every refreshed branch lands in its step.
+    rows follows from the data.
     """
 
     block: int
@@ -90,7 +89,6 @@ class BlockStep:
     owned: OwnedBlock | None = None
     timer: Timer = UNTIMED
     budget: Budget | None = None
-    late: LateRefreshes | None = None
 
     @property
     def all_full(self) -> bool:

@@ -134,21 +134,6 @@ class BranchCache(EntryTable):
             self._norms_TJ.scatter_(1, match.entry_TK, values_TKD.float().norm(dim=-1))
         self.touch(match, step)
 
-    def land(
-        self, match: Match, branch_N: Tensor, values_ND: Tensor, step: int, gates_TK: Tensor | None = None
-    ) -> None:
-        """Keep matched branches that were computed in ``step``, as it has them, after it was over.
-
-        ``branch_N``: positions among all branches of that step; ``gates_TK``: its reference gates, given always or
-        never.
-        """
-        k = match.entry_TK.shape[1]
-        at_N = branch_N // k * self.num_entries + match.entry_TK.flatten()[branch_N]
-        self._put(at_N, values_ND, torch.ones_like(at_N, dtype=torch.bool), step)
-        if self._gates_TJ is not None and self._norms_TJ is not None and gates_TK is not None:
-            self._gates_TJ.view(-1)[at_N] = gates_TK.flatten()[branch_N].float()
-            self._norms_TJ.view(-1)[at_N] = values_ND.float().norm(dim=-1)
-
     def serve(
         self,
         routing: Routing,

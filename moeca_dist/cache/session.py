@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
 from moeca_dist.cache.budget import Budget
-from moeca_dist.cache.late import LateRefreshes
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, Policy
@@ -33,7 +32,7 @@ class CacheSession:
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
     sessions together; None in placement ``home``. ``budget``: the rows that a cache step computes at most, in exchange
-    mode ``budget``. ``late``: of this session alone; None where every refreshed branch lands in its step.
+    mode ``budget``.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class CacheSession:
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
         budget: Budget | None = None,
-        late: LateRefreshes | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
@@ -57,7 +55,6 @@ class CacheSession:
         self.policy = policy
         self.timer = timer
         self.budget = budget
-        self.late = late
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
@@ -102,7 +99,6 @@ class CacheSession:
         """Record how much the session holds, and what is kept beside it; asked before every step and at its end."""
         held = sum(cache.num_bytes for caches in self._blocks for cache in caches) + self.network.num_bytes
         held += sum(change.num_bytes for change in self.changes)
-        held += 0 if self.late is None else self.late.num_bytes
         held += sum(owned.store.num_bytes for owned in self._owned if owned is not None) + self._bytes_beside()
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, held)
 
@@ -131,7 +127,6 @@ class StepCache:
             session.owned(index),
             session.timer,
             session.budget,
-            session.late,
         )
 
     @property

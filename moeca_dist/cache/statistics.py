@@ -21,9 +21,8 @@ class Reason(IntEnum):
     UNMATCHED = 1  # the cache holds nothing of it
     FORCED = 2  # a rule of the policy computes it without judging it
     SCORE = 3  # the policy judged this very branch, by a score or (the control) by a draw
-    LATE = 4  # judged or by a rule, but of low gate: computed now, served as stored until the next step
-    SERVED = 5  # reused or forecast
-    DEFERRED = 6  # to be computed, but there was no room: reused or forecast, or another expert stands in
+    SERVED = 4  # reused or forecast
+    DEFERRED = 5  # to be computed, but there was no room: reused or forecast, or another expert stands in
 
 
 REFRESHED = tuple(reason for reason in Reason if reason < Reason.SERVED)

@@ -4,7 +4,7 @@ Shape suffixes: T tokens (of a segment in ``Part``, of all in a routing), K rout
 N refreshed branches, R rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,19 +44,14 @@ class Part:
 class Decision:
     """``reason_TK``: uint8, a ``Reason`` for every branch.
 
-    ``refresh_TK``: branches that are computed and land in this step; ``num_refreshed`` counts them, 0 in placement
-    ``owner`` and where rows are budgeted: no shape depends on it there. ``num_late`` counts those that are late.
+    ``refresh_TK``: branches that are computed; ``num_refreshed`` counts them, 0 in placement ``owner`` and where rows
+    are budgeted: no shape depends on it there.
     """
 
     match: Match
     refresh_TK: Tensor
     reason_TK: Tensor
     num_refreshed: int = 0
-    num_late: int = 0
-
-    @property
-    def late_TK(self) -> Tensor:
-        return self.reason_TK == Reason.LATE
 
 
 @dataclass(frozen=True)
@@ -91,28 +86,10 @@ class LayerPlan:
         refresh_TK = torch.cat([decision.refresh_TK for decision in self.decisions])
         return positions(refresh_TK.flatten(), sum(decision.num_refreshed for decision in self.decisions))
 
-    @property
-    def late_TK(self) -> Tensor:
-        """bool [T, K] of all branches."""
-        return torch.cat([decision.late_TK for decision in self.decisions])
-
-    def late_branches(self) -> Tensor:
-        """As ``refreshed_branches``, of those that are computed and land in the next step."""
-        return positions(self.late_TK.flatten(), sum(decision.num_late for decision in self.decisions))
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the tensors that say where each branch goes."""
-        held = [self.routing.expert_ids_TK, self.routing.gates_TK]
-        for decision in self.decisions:
-            match = decision.match
-            held += [match.entry_TK, match.found_TK, decision.refresh_TK, decision.reason_TK]
-        return sum(tensor.nbytes for tensor in held)
-
     def refreshed_rows(self) -> Rows:
-        """Tokens of the segments that are served from the cache with at least one refreshed branch, late or not."""
+        """Tokens of the segments that are served from the cache with at least one refreshed branch."""
         touched = [
-            (decision.refresh_TK | decision.late_TK).any(-1) & (not part.segment.full)
+            decision.refresh_TK.any(-1) & (not part.segment.full)
             for part, decision in zip(self.parts, self.decisions, strict=True)
         ]
         # NOTE: a host synchronisation on CUDA: the number of rows decides the shapes.
@@ -166,18 +143,13 @@ def route(x_TD: Tensor, router: Router, parts: Sequence[Part], *, with_scores: b
     )
 
 
-Delay = Callable[[Part, Routing, Tensor, BlockStep], Tensor]
-
-
-def decide(part: Part, routing: Routing, match: Match, cache: BlockStep, delay: Delay | None = None) -> Decision:
-    """Ask the policy about a segment's branches; ``delay`` marks those of them that may be late."""
+def decide(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Decision:
+    """Ask the policy about a segment's branches."""
     mine = part.routing(routing)
     observe(part, mine)
     if part.segment.full:
         return computed(match)
     reason_TK, _ = judge(part, mine, match, cache)
-    if delay is not None:
-        reason_TK = delay(part, mine, reason_TK, cache)
     if cache.owned is not None:
         return Decision(match, refreshed(reason_TK), reason_TK)
     return served(match, reason_TK)
@@ -194,13 +166,12 @@ def served(match: Match, reason_TK: Tensor) -> Decision:
     """The branches of a segment in a cache step, kept at home."""
     refresh_TK = refreshed(reason_TK)
     # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
-    num_refreshed, num_late = torch.stack([refresh_TK.sum(), (reason_TK == Reason.LATE).sum()]).tolist()
-    return Decision(match, refresh_TK, reason_TK, num_refreshed, num_late)
+    return Decision(match, refresh_TK, reason_TK, int(refresh_TK.sum()))
 
 
 def refreshed(reason_TK: Tensor) -> Tensor:
-    """bool [T, K]: branches that are computed and land in this step, for whatever reason."""
-    return reason_TK < Reason.LATE
+    """bool [T, K]: branches that are computed, for whatever reason."""
+    return reason_TK < Reason.SERVED
 
 
 def judge(part: Part, mine: Routing, match: Match, cache: BlockStep) -> tuple[Tensor, RefreshPlan]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.branches import Match
 from moeca_dist.cache.rows import Rows
-from moeca_dist.moe import late
 from moeca_dist.moe.budgeted import budgeted_layer
 from moeca_dist.moe.cached import (
     BudgetedRows,
@@ -71,9 +70,6 @@ class MoELayer(nn.Module):
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now."""
         x_TD = x_BTD.flatten(0, 1)
-        if cache.late is not None:
-            cache.late.advance()
-            cache.late.land(cache.block)
         if cache.budget is not None:
             plan = budgeted_layer(x_TD, self.gate, cache, self.dispatcher)
         else:
@@ -99,9 +95,7 @@ class MoELayer(nn.Module):
         self.dispatcher.count_exact(routing, x_TD)
         with cache.timer.section("bookkeeping"):
             pairs = zip(parts, matches, strict=True)
-            return LayerPlan(
-                routing, parts, [decide(part, routing, match, cache, late.delayed) for part, match in pairs]
-            )
+            return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
 
     def compute(
         self,
@@ -189,19 +183,13 @@ class MoELayer(nn.Module):
         with cache.timer.section("bookkeeping"):
             branch_N = plan.refreshed_branches()
             branches = Branches(branch_N // routing.num_experts_per_tok, routing.expert_ids_TK.flatten()[branch_N])
-        traffic_PC = late_PC = None
-        if late.may_be_late_here(cache):
-            traffic_PC, late_PC = late.agree(plan, dispatcher)
 
         def finish(dispatched: DispatchedRows) -> Tensor:
             rows_ND = self._computed(dispatched).wait()
             with cache.timer.section("bookkeeping"):
-                total_TD = serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
-            if late_PC is not None:
-                late.depart(x_TD, plan, late_PC, cache, dispatcher, self._computed)
-            return total_TD
+                return serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
 
-        return dispatcher.dispatch(x_TD, branches, traffic=traffic_PC).then(finish)
+        return dispatcher.dispatch(x_TD, branches).then(finish)
 
     def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
         """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""

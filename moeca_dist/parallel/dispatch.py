@@ -5,15 +5,14 @@ expert outputs home: branch by branch where they are kept there, else summed up.
 caller can compute meanwhile what does not depend on the rows. What the way back needs travels in the frozen
 ``DispatchedRows``.
 
-Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, L layers or experts held here, N
-branches of this rank, M pairs of a token of this rank and an owner, P ranks of the group, C counts, R rows received and
-computed here, S pairs received (or slots for one rank).
+Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, L experts held here, N branches of
+this rank, M pairs of a token of this rank and an owner, P ranks of the group, R rows received and computed here, S
+pairs received (or slots for one rank).
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,21 +79,8 @@ class Dispatcher(Protocol):
         """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
         ...
 
-    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
-        """int64 [C], on the device: what the ranks must know of some branches before they travel."""
-        ...
-
-    def agree(self, counts_LC: Tensor) -> Tensor:
-        """Every rank's counts of L layers [P, L, C], on the host: a collective, and a host synchronisation."""
-        ...
-
-    def dispatch(
-        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> Pending[DispatchedRows]:
-        """``branches`` in the order of their tokens; with ``gates_N`` the owners return weighted sums.
-
-        ``traffic`` [P, C]: the counts of these branches, where the ranks have agreed on them already.
-        """
+    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Pending[DispatchedRows]:
+        """``branches`` in the order of their tokens; with ``gates_N`` the owners return weighted sums."""
         ...
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
@@ -130,15 +116,7 @@ class LocalDispatcher:
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         pass  # nothing travels
 
-    def counts(self, expert_ids_TK: Tensor, refresh_TK: Tensor) -> Tensor:
-        return torch.zeros(0, dtype=torch.int64, device=refresh_TK.device)
-
-    def agree(self, counts_LC: Tensor) -> Tensor:
-        return counts_LC.cpu()[None]
-
-    def dispatch(
-        self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None, traffic: Tensor | None = None
-    ) -> Pending[DispatchedRows]:
+    def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Pending[DispatchedRows]:
         rows = kernels_for(x_TD.device).gather_rows(x_TD, branches.token_N, branches.expert_ids_N, self.num_experts)
         return Pending.ready(DispatchedRows(rows.rows_RD, rows.counts_L, rows.position_R, rows.position_R))
 

@@ -47,13 +47,13 @@ class Pairs:
         return torch.stack([torch.bincount(owner, minlength=num_ranks) for owner in (self.owner_N, self.owner_M)])
 
 
-def paired(owner_N: Tensor, token_N: Tensor, num_pairs: int | None = None) -> Pairs:
-    """Group branches, given in the order of their tokens; ``num_pairs`` where it is known already."""
+def paired(owner_N: Tensor, token_N: Tensor) -> Pairs:
+    """Group branches, given in the order of their tokens."""
     owner_N, branch_N = owner_N.sort(stable=True)
     token_N = token_N.index_select(0, branch_N)
     starts_N = torch.ones_like(token_N, dtype=torch.bool)
     starts_N[1:] = (token_N[1:] != token_N[:-1]) | (owner_N[1:] != owner_N[:-1])
-    return Pairs(branch_N, owner_N, token_N, starts_N, positions(starts_N, num_pairs))
+    return Pairs(branch_N, owner_N, token_N, starts_N, positions(starts_N))
 
 
 def pair_sums(row_R: Tensor, values: Tensor, starts_S: Tensor, gates_R: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"late_refresh"}
+OPTIONS = SCHEDULE_OPTIONS
 DEFAULT_INTERVAL = 2
 
 

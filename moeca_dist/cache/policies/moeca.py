@@ -36,7 +36,7 @@ from moeca_dist.cache.usage import spread
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import Routing, StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"drift", "refresh_ratio", "attention_sync", "late_refresh"}
+OPTIONS = SCHEDULE_OPTIONS | {"drift", "refresh_ratio", "attention_sync"}
 DEFAULT_REFRESH_RATIO = 0.05
 DEFAULT_INTERVAL = 4  # the paper's N
 # Hyper-parameters as the paper (v1) states them, by its symbols.
@@ -82,8 +82,7 @@ class Moeca(Scheduled):
         return factor_BE.gather(1, ids_BX).view_as(ids_TK)
 
     def remark(self, statistics: CacheStatistics) -> str | None:
-        chosen = statistics.total(Reason.SCORE) + statistics.total(Reason.LATE)
-        if chosen or not statistics.total(Reason.SERVED) or not self.refresh_ratio:
+        if statistics.total(Reason.SCORE) or not statistics.total(Reason.SERVED) or not self.refresh_ratio:
             return None
         return f"cache.refresh_ratio {self.refresh_ratio} chose nothing: it is less than one branch of an image"
 

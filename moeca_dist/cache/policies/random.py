@@ -11,7 +11,7 @@ from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "extra_entries", "attention_sync", "late_refresh"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "extra_entries", "attention_sync"}
 DEFAULT_INTERVAL = 4
 DEFAULT_RATIO = 0.05
 _BITS = 24
