@@ -1,6 +1,6 @@
 """Whole denoising runs on published shapes with random weights: seconds, work and memory of every way to cache.
 
-    python -m benchmarks.layer.gpu_e2e --device cuda --out benchmarks/results/gpu_e2e_cuda
+    python -m benchmarks.layer.gpu_e2e --device cuda
 
 Every row is a whole run after one to warm up; the figure is the median of ``--repeats``. The exact path is eager
 PyTorch without a cache; TaylorSeer and FORA are this package's own policies. "Of the limit" is the work that was
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.common.device_timing import Roofline, measure_roofline
+from benchmarks.common.results import default_folder, save
 from benchmarks.hardware import conditions
-from benchmarks.layer.kernels import BATCHES, MODELS, write
+from benchmarks.layer.kernels import BATCHES, MODELS
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config
 
@@ -148,10 +149,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one small network and few steps, to see that all run")
-    parser.add_argument("--out", type=Path, required=True, help="path of the results without its suffix")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/gpu_e2e")
     arguments = parser.parse_args()
     results = measure(arguments)
-    write(results, table(results), arguments.out)
+    save(arguments.out or default_folder("gpu_e2e", arguments.device), results, table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":
