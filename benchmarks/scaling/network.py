@@ -21,11 +21,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks.common.results import OUT_HELP, default_folder
 from benchmarks.hardware import conditions
-from benchmarks.scaling.netns import JUMBO_MTU, Link, Network, require, sigterm_as_exit
+from benchmarks.scaling.netns import JUMBO_MTU, Link, Network, require
 from benchmarks.scaling.network_report import summarise, write_results
 from benchmarks.scaling.rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import Outcome, run_in_network, run_with_torchrun
+from moeca_dist.cli.outcomes import sigterm_as_exit
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 

@@ -24,11 +24,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 from benchmarks.common.results import default_folder
 from benchmarks.hardware import conditions
-from benchmarks.scaling.netns import sigterm_as_exit
 from benchmarks.scaling.rank_cases import CELLS, DEFAULT, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import run_with_torchrun
 from benchmarks.scaling.scaling_report import ALONE, summarise, write_results
+from moeca_dist.cli.outcomes import sigterm_as_exit
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 
