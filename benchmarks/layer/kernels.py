@@ -1,6 +1,6 @@
 """The kernels of a cached step on published shapes: time, bytes and FLOP, and how near each is to the device's limits.
 
-    python -m benchmarks.layer.kernels --device cuda --out benchmarks/results/kernels_cuda
+    python -m benchmarks.layer.kernels --device cuda
 
 Bytes are those that must move once, FLOP those of the router's product; both are counted from the shapes. The limits
 are measured in the same run. With guidance, so a batch of B images has 2B.
@@ -9,7 +9,6 @@ Shape suffixes: T tokens, K routed experts per token, J entries per token, D hid
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.device_timing import measure_roofline, median_seconds
+from benchmarks.common.results import default_folder, save
 from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
@@ -177,24 +177,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(results: dict[str, Any], text: str, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    out.with_suffix(".md").write_text(text)
-    print(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--quick", action="store_true", help="one small case of each kernel, to see that all run")
-    parser.add_argument("--out", type=Path, required=True, help="path of the results without its suffix")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/kernels")
     arguments = parser.parse_args()
     with torch.inference_mode():
         results = measure(arguments)
-    write(results, table(results), arguments.out)
+    save(arguments.out or default_folder("kernels", arguments.device), results, table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Every policy runs with rows as computed and with each format, on the same noise 
 without references: each row by itself, never as a change (a switch of this benchmark, not of the package). "noise" are
 rows as computed with a little noise on the outputs of the routed experts: how far samples move by themselves, which is
 far with random weights. Nothing is timed: what bytes are worth depends on the link
-(``benchmarks/scaling/network.py``). Writes OUT.json and OUT.md.
+(``benchmarks/scaling/network.py``). Writes OUT/data.json and table.md.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
 from benchmarks.common.local_ranks import become_rank, free_port
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import config_path
 from benchmarks.scaling.rank_job import Cell, Unrounded
 from moeca_dist import Engine, Report, Request
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=501, help="nothing shipped was fitted on the default")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/rows")
+    parser.add_argument("--out", type=Path, default=default_folder("int8_rows"), help=OUT_HELP)
     return parser.parse_args()
 
 
@@ -167,8 +168,6 @@ HEADER = ("policy", "rows", "bytes", "of exact", "to exact rows", "relative L2",
 
 
 def write_results(rows: list[dict[str, Any]], setting: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "rows": rows}, indent=1) + "\n")
     lines = [
         "# Coded rows in the exchange",
         "",
@@ -179,7 +178,7 @@ def write_results(rows: list[dict[str, Any]], setting: dict[str, Any], out: Path
         mine = [row for row in rows if (row["config"], row["ranks"]) == (config, ranks)]
         lines += ["", f"## {config}, {ranks} ranks", "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
         lines += ["| " + " | ".join(cells(row, mine)) + " |" for row in mine]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    save(out, {"conditions": setting, "rows": rows}, "\n".join(lines) + "\n")
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:

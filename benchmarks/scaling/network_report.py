@@ -1,7 +1,6 @@
 """From the launches of ``network.py`` to its JSON file, Markdown tables and plot."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from benchmarks.common.repeats import (
     shown,
     spread,
 )
+from benchmarks.common.results import PLOT, save
 from benchmarks.scaling.netns import JUMBO_MTU
 from benchmarks.scaling.rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
 from benchmarks.scaling.rank_launch import Outcome
@@ -110,12 +110,9 @@ def link_name(row: Mapping[str, Any]) -> str:
 
 
 def write_results(rows: Sequence[dict[str, Any]], setting: Mapping[str, Any], args: argparse.Namespace) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     kept = [{name: value for name, value in row.items() if name != "line"} for row in rows]
-    text = json.dumps({"conditions": setting, "rows": kept}, indent=1) + "\n"
-    args.out.with_suffix(".json").write_text(text)
-    args.out.with_suffix(".md").write_text(markdown(rows, setting))
-    plot(rows, args.out.with_suffix(".png"))
+    save(args.out, {"conditions": setting, "rows": kept}, markdown(rows, setting))
+    plot(rows, args.out / PLOT)
 
 
 METHOD = f"""\

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeca_dist.parallel.cost import Level, Topology
+from benchmarks.simulator.links import Level, Topology
 from moeca_dist.tuning.experts.traffic import LayerTraffic
 
 BYTES = 2  # of a value: bfloat16

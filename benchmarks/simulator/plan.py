@@ -1,13 +1,12 @@
 """What clusters of H100 GPUs should do with the published networks: a plan, not a measurement.
 
-    python -m benchmarks.simulator.plan                # writes results/plan.json, .md and .png
+    python -m benchmarks.simulator.plan                # writes OUT/data.json, table.md and plot.png
 
 Every layout of 8, 64, 512 and 4096 GPUs (the size of the expert-parallel group, the rest data-parallel), uncached and
-with several policies, from the roofline of ``gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
+with several policies, from the roofline of ``gpu.py`` and the link model of ``links.py``.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, PLOT, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.simulator.gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
+from benchmarks.simulator.links import Topology
 from benchmarks.simulator.plan_report import plan_markdown, plot
 from benchmarks.simulator.step import Mode, StepTime, simulate_step
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
-from moeca_dist.parallel.cost import Topology
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.tuning.experts.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="default: %(default)s")
     parser.add_argument("--zipf", type=float, default=ZIPF, help="skew of the routing; default: %(default)s")
     parser.add_argument("--refresh-share", type=float, default=REFRESH_SHARE, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/plan")
+    parser.add_argument("--out", type=Path, default=default_folder("plan"), help=OUT_HELP)
     args = parser.parse_args(argv)
     rows = [
         plan(shape, gpus, ep_size, args)
@@ -63,12 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     setting = conditions("cpu") | {"zipf": args.zipf, "refresh_share": args.refresh_share}
     check = share_of_exchange(CHECK, RTX_4090, PCIE, 8, args.zipf)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    out = args.out.with_suffix(".json")
-    out.write_text(json.dumps({"conditions": setting, "check": check, "rows": rows}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(plan_markdown(rows, setting, SHAPES, check))
-    plot(rows, args.out.with_suffix(".png"))
-    print(f"wrote {out}, .md and .png")
+    save(args.out, {"conditions": setting, "check": check, "rows": rows}, plan_markdown(rows, setting, SHAPES, check))
+    plot(rows, args.out / PLOT)
+    print(f"wrote {args.out}")
     return 0
 
 

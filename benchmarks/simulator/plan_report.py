@@ -12,7 +12,7 @@ _ISLAND, _NIC = NVLINK_AND_400G.levels
 
 VERDICT = (
     "**These are predictions.** No GPU was measured. The simulator is checked against measured CPU ranks only, see "
-    "`simulate_validation.md`; what the figures rest on stands in the table."
+    "`benchmarks/results/simulate`; what the figures rest on stands in the table."
 )
 
 # (assumption, value, source)

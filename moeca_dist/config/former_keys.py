@@ -9,7 +9,8 @@ from types import MappingProxyType
 REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         # section.key: what to do instead
-        "model.compile": "remove it; the malloc variables of docs/running.md bring more on a CPU",
+        "model.compile": "remove it; on a CPU try the malloc variables of docs/running.md",
+        "cache.late_refresh": "remove it, every refreshed branch is served in the step that computes it",
         "parallel.two_batch_overlap": "remove it; on slow links parallel.rows=int8 wins more",
         "cache.schedule": "remove it, or state cache.full_steps",
         "cache.tau0": "state cache.refresh_ratio, from which the threshold follows",

@@ -43,7 +43,7 @@ class ModelConfig(_Section):
     kernels: Literal["torch", "triton"] = "torch"
     """What small operators run as: PyTorch, or Triton on a CUDA device."""
     cuda_graphs: bool = False
-    """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
+    """Whether runs without a cache replay evaluations of the network as CUDA graphs, on ranks that hold all experts."""
 
 
 class ParallelConfig(_Section):
@@ -104,8 +104,6 @@ class CacheConfig(_Section):
     """Share that a cache step computes: of the branches with policy ``random``, of the tokens with ``toca``."""
     extra_entries: int | None = Field(None, ge=0)
     """Stored branches per token beyond its routed experts: those of experts that just left."""
-    late_refresh: float | None = Field(None, gt=0, le=1)
-    """Share of the stored branches that a cache step refreshes, those of low gate, which land one step late."""
     attention_sync: bool | None = None
     """Whether a token with a refreshed branch refreshes its attention row, shared expert and dense blocks with it."""
     refresh_ratio: float | None = Field(None, ge=0, le=1)

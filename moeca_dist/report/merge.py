@@ -15,7 +15,6 @@ _BRANCHES = (
     "full_step",
     "score",
     "forced",
-    "late",
     "deferred",
 )
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_skipped", "count_exchanges")
@@ -38,7 +37,6 @@ class ReportTotal:
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
-        self._graphs: dict[str, int] | None = None
         self._remarks: set[str | None] = set()
 
     def add(self, report: Mapping[str, Any]) -> None:
@@ -62,8 +60,6 @@ class ReportTotal:
         self._budget = [_joined(*pair) for pair in zip(self._budget, budget, strict=True)] if self._budget else budget
         self._modules = _sum(self._modules, report["cache"]["modules"])
         self._seconds = _sum(self._seconds, report["seconds"])
-        if (graphs := report.get("graphs")) is not None:
-            self._graphs = _sum(self._graphs or {}, graphs)
         self._remarks.add(report["cache"]["remark"])
 
     def result(self, wall_s: float, batch: dict[str, Any], requests: dict[str, Any]) -> Report | None:

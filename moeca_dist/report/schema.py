@@ -23,8 +23,7 @@ class FlopsReport:
 class BranchReport:
     """Branches (token x routed expert) of all ranks and steps.
 
-    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score``, ``forced`` and ``late``: see
-    ``cache.statistics.Reason``. Late ones are computed and served from what was stored before.
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
     ``deferred``: branches, among those that were served, for which budgeted rows left no room.
     """
 
@@ -37,7 +36,6 @@ class BranchReport:
     full_step: int = 0
     score: int = 0
     forced: int = 0
-    late: int = 0
     deferred: int = 0
 
 
@@ -91,8 +89,7 @@ class Report:
 
     ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
     (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
-    they are, see ``describe_requests``. ``graphs``: with ``model.cuda_graphs``, how many evaluations of the network ran
-    eagerly, were captured and were replayed, see ``graphs.GraphCounts``.
+    they are, see ``describe_requests``.
     """
 
     num_images: int

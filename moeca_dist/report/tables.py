@@ -174,9 +174,8 @@ _REASONS = {
     "unmatched": "unmatched",
     "score": "by score",
     "forced": "forced",
-    "late": "late",
 }
-_KINDS = ("full", "unmatched", "score", "forced", "late", "served")
+_KINDS = ("full", "unmatched", "score", "forced", "served")
 _BLOCK_HEADER = ("block", "full steps", *_KINDS[1:], "computed", "busiest expert", "quietest")
 
 
@@ -192,8 +191,7 @@ def _blocks(per_layer: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(_BLOCK_HEADER))]
     aligned = ("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
     legend = (
-        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, forced by a rule of it,",
-        "    or late: for either reason, and served from the next step on",
+        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, or forced by a rule of it",
         "  served: from the cache",
         "  experts: share of the block's computed branches",
     )

@@ -14,7 +14,7 @@ def test_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.quality.int8_rows", *options]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "rows" / "data.json").read_text())["rows"]
     found = {(row["policy"], row["rows"]): row for row in rows}
     assert len(found) == len(rows) == 2 * 6
     for policy in ("uncached", "taylorseer"):
@@ -25,4 +25,4 @@ def test_quick_run(tmp_path: Path) -> None:
             row, whole = found[policy, form], found[policy, f"{form}, whole"]
             assert 0.25 < row["bytes_sent"] / exact["bytes_sent"] < 0.29 and row["reference_bytes"] > 0
             assert least_db < row["db_to_exact"] and whole["db_to_exact"] + 3 < row["db_to_exact"]
-    assert (tmp_path / "rows.md").read_text().count("| int8 |") == 2
+    assert (tmp_path / "rows" / "table.md").read_text().count("| int8 |") == 2

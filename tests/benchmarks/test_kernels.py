@@ -16,8 +16,8 @@ def quick(script: str, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.layer.{script}", *options]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert (out / f"{script}.md").read_text().count("| DSMoE-S-E16 | 1 |") > 0
-    return json.loads((out / f"{script}.json").read_text())
+    assert (out / script / "table.md").read_text().count("| DSMoE-S-E16 | 1 |") > 0
+    return json.loads((out / script / "data.json").read_text())
 
 
 def test_kernels(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeca_dist.parallel.cost import Level, LimitedLinks, Topology
+from benchmarks.simulator.links import Level, LimitedLinks, Topology
 
 ISLANDS = Topology((Level("island", 4, 100.0, 0.5, 0.01), Level("network", 1 << 30, 10.0, 2.0, 0.1)))
 

@@ -125,7 +125,7 @@ def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None
     command += ["--policies", *policies, "--out", str(tmp_path / "net")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    results = json.loads((tmp_path / "net.json").read_text())
+    results = json.loads((tmp_path / "net" / "data.json").read_text())
     alone = {row["policy"]: row for row in results["rows"] if row["num_ranks"] == 1}
     apart = {row["policy"]: row for row in results["rows"] if row["num_ranks"] == 2}
     assert set(alone) == {"uncached", "network_forecast", "moeca_forecast", "taylorseer"} and set(apart) == {*policies}
@@ -142,6 +142,6 @@ def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None
     assert apart["moeca_forecast"]["over_uncached"]["median"] > 1
     assert apart["network_forecast"]["over_uncached"]["median"] > 1
     assert results["conditions"]["torch"] and results["conditions"]["commit"]
-    assert (tmp_path / "net.png").stat().st_size > 1000
-    table = [line for line in (tmp_path / "net.md").read_text().splitlines() if line.startswith("| ")]
+    assert (tmp_path / "net" / "plot.png").stat().st_size > 1000
+    table = [line for line in (tmp_path / "net" / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(results["rows"])

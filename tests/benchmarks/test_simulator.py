@@ -212,15 +212,15 @@ def test_validation_writes_every_error_and_fails_above_the_target(simulate, tmp_
     conditions = {"date": "today", "commit": "abc", "note": ""}
     sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(9.9, 1), row(expected * 1.1)]}))
     assert simulate.main(argv) == 0
-    written = json.loads((tmp_path / "out.json").read_text())["rows"]
+    written = json.loads((tmp_path / "out" / "data.json").read_text())["rows"]
     assert len(written) == 1 and written[0]["error"] == pytest.approx(1 / 1.1 - 1)
-    assert "1 of 1 cells are within 15%" in (tmp_path / "out.md").read_text()
+    assert "1 of 1 cells are within 15%" in (tmp_path / "out" / "table.md").read_text()
     sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(expected * 1.3)]}))
     assert simulate.main(argv) == 1
     # A machine that is slower meanwhile takes as much longer, and a sweep that does not know says so.
     sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(expected * 1.3) | {"reference_s": 0.05}]}))
     assert simulate.main(argv) == 0
-    (slower,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    (slower,) = json.loads((tmp_path / "out" / "data.json").read_text())["rows"]
     assert slower["slowdown"] == 1.25 and slower["predicted_s"] == pytest.approx(1.25 * expected)
     sweep.write_text(json.dumps({"conditions": conditions, "rows": [row(1.0) | {"reference_s": None}]}))
     assert simulate.main(argv) == 2 and "how fast the machine was" in capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_the_plan_keeps_to_what_must_hold(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(plan, "SAMPLED_TOKENS", 2048)
     monkeypatch.setattr(plan, "SAMPLED_LAYERS", 1)
     assert plan.main(["--gpus", "8", "64", "--out", str(tmp_path / "plan")]) == 0
-    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "plan" / "data.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {shape.name for shape in plan.SHAPES}
     for row in rows:
         assert row["ep_size"] * row["dp_size"] == row["gpus"] and 0 < row["uncached_exchange_share"] < 1
@@ -247,4 +247,5 @@ def test_the_plan_keeps_to_what_must_hold(tmp_path: Path, monkeypatch) -> None:
         assert widest["uncached_ms"] > island["uncached_ms"]
         coded = [row["uncached_ms"] / row["network_coded_ms"] for row in (island, widest)]
         assert coded[1] > max(widest["network_gain"], coded[0])
-    assert (tmp_path / "plan.png").stat().st_size > 1000 and "predictions" in (tmp_path / "plan.md").read_text()
+    assert (tmp_path / "plan" / "plot.png").stat().st_size > 1000
+    assert "predictions" in (tmp_path / "plan" / "table.md").read_text()

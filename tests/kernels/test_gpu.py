@@ -101,32 +101,21 @@ def test_both_ends_of_coded_rows_hold_the_same_bits(name: str, dtype: torch.dtyp
     assert apart_ND.norm() / rows_ND.norm() < 0.02
 
 
-GRAPHED = [
-    ({}, {}),
-    ({"policy": "taylorseer", "interval": 2}, {}),
-    ({"policy": "network_forecast", "full_steps": {"conditional": [0, 1, 3], "unconditional": [0, 2]}}, {}),
-    ({"policy": "moeca_forecast", "full_steps": [0, 1, 4]}, {"exchange": "budget", "budget": 0.05}),
-    ({"policy": "random", "full_steps": [0, 3]}, {"exchange": "budget", "budget": 8, "budget_fill": True}),
-]
-
-
-@pytest.mark.parametrize(("cache", "parallel"), GRAPHED)
 @pytest.mark.parametrize("name", ["DSMoE-S-E16", "DSMoE-S-E48"])
-def test_replayed_graphs_are_the_eager_run(name: str, cache: dict[str, Any], parallel: dict[str, Any]) -> None:
-    """Rounds of four images and one of two, three times with other seeds: eager, captured, replayed; the same bits."""
+def test_replayed_graphs_are_the_eager_run(name: str) -> None:
+    """Rounds of four images and one of two, twice with other seeds: the same bits."""
     base = random_config(name, "bfloat16").model_dump()
-    values = base | {"cache": cache, "parallel": parallel, "sampling": {"num_steps": 6, "batch_size": 4}}
+    values = base | {"sampling": {"num_steps": 6, "batch_size": 4}}
     eager = Engine.from_config(Config.model_validate(values))
     values["model"] = base["model"] | {"cuda_graphs": True}
     graphed = Engine(Config.model_validate(values), eager.mesh, eager.model)
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         wanted = [Request(index, index, seed) for index in range(6)]
         expected, alone = eager.generate(wanted)
         images, report = graphed.generate(wanted)
         assert np.array_equal(images, expected)
         assert (report.branches, report.flops) == (alone.branches, alone.flops)
-        assert report.graphs is not None
-    assert report.graphs == {"eager": 0, "captured": 0, "replayed": 12}
+        assert "graph" in report.seconds.slowest
 
 
 def requests(count: int) -> list[Request]:

@@ -30,7 +30,7 @@ CASES = [
     ({"policy": "moeca", "full_steps": FULL_STEPS}, {}),
     ({"policy": "dice_skip", "full_steps": FULL_STEPS}, {}),
     ({"policy": "random", "full_steps": FULL_STEPS, "placement": "owner"}, {}),
-    ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5, "late_refresh": 0.6}, {}),
+    ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5}, {}),
     ({"policy": "moeca_forecast", "full_steps": FULL_STEPS}, {"exchange": "budget", "budget": 3}),
 ]
 

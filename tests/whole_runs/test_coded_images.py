@@ -27,7 +27,6 @@ from tests.whole_runs.test_locations import difference, make_config, ranks  # no
 FULL_STEPS = [0, 1, 4]
 APART = {"conditional": [0, 1, 3, 5, 7], "unconditional": [0, 4]}
 EXACT, OWNER = {"exchange": "exact"}, {"placement": "owner"}
-LATE = {"ratio": 0.5, "late_refresh": 0.6}
 # The cache, the exchange, and the legs that have references: single branches return without.
 CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({}, EXACT, {*LEGS}),
@@ -38,7 +37,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({"policy": "toca", "full_steps": APART}, EXACT, {*LEGS}),
     ({"policy": "moeca_forecast", "full_steps": APART}, EXACT, {"hidden"}),
     ({"policy": "moeca", "full_steps": FULL_STEPS}, EXACT, {"hidden"}),
-    ({"policy": "random", "full_steps": FULL_STEPS, **LATE}, EXACT, {"hidden"}),
+    ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5}, EXACT, {"hidden"}),
     ({"policy": "dice_skip", "full_steps": FULL_STEPS}, EXACT, {"hidden"}),
     ({"policy": "moeca_forecast", "full_steps": FULL_STEPS, **OWNER}, EXACT, {*LEGS}),
     ({"policy": "random", "full_steps": APART, **OWNER}, EXACT, {*LEGS}),
