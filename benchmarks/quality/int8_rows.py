@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from moeca_dist.parallel.references import References
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
@@ -32,7 +33,6 @@ from moeca_dist import Engine, Report, Request
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import load_config
 from moeca_dist.kernels.int8_rows import FORMATS
-from moeca_dist.parallel.references import References
 from moeca_dist.report.schema import scaled
 from moeca_dist.runtime.engine import join
 from moeca_dist.tuning.trials import closeness_db

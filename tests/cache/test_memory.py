@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from moeca_dist.runtime.checks import check_cache_fits
 
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.policies import POLICIES
@@ -12,7 +13,6 @@ from moeca_dist.cli import main
 from moeca_dist.config import Config, parse_size
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.runtime.cache_memory import cache_size
-from moeca_dist.runtime.checks import check_cache_fits
 from moeca_dist.tuning.calibrate import calibrate
 from tests.helpers.golden_files import load_golden
 

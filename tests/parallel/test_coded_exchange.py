@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from moeca_dist.parallel.coded_wire import KEY_BYTES
+from moeca_dist.parallel.references import BlockReferences, Places, RowCoding
 from torch import Tensor
 
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
-from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.references import BlockReferences, Places, RowCoding
 from moeca_dist.types import Branches, Routing
 from tests.parallel.test_dispatch import EXPERTS, HIDDEN, make_experts
 from tests.test_budget_exchange import READS, Walk, _noting

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moeca_dist.parallel.references import Places, References, RowCoding
 from torch import Tensor
 
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES, RowFormat, decode, encode
-from moeca_dist.parallel.references import Places, References, RowCoding
 
 NAMES = pytest.mark.parametrize("name", FORMATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
