@@ -78,10 +78,10 @@ class ReportTotal:
             branches=BranchReport(**self._branches, reuse_ratio=served / routed if routed else 0.0),
             exchange=ExchangeReport(
                 first["exchange"]["mode"],
-                first["exchange"]["placement"],
+                first["exchange"]["location"],
                 **self._exchange,
                 bytes_per_step=tuple(self._bytes_per_step),
-                rows=first["exchange"].get("rows", "exact"),
+                row_dtype=first["exchange"].get("row_dtype", "exact"),
             ),
             cache=CacheReport(
                 first["cache"]["policy"],
