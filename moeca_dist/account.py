@@ -5,10 +5,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.observation import Observation
-from moeca_dist.parallel.references import RowCoding
 from moeca_dist.report import CacheReport, ExchangeReport, Report, describe_requests
 from moeca_dist.setup import Setup
 from moeca_dist.telemetry import GpuRecord, merge
@@ -26,14 +24,6 @@ class Counters:
     started: float = field(default_factory=time.perf_counter)
     denoise_s: float = 0.0
     cache: CacheStatistics = field(default_factory=CacheStatistics)
-    reference_bytes: int = 0
-
-    def end_round(self, session: CacheSession | None, coding: RowCoding | None) -> None:
-        """What is kept now is the most that the round keeps, or the session has seen it before."""
-        if session is not None:
-            session.note_peak()
-        if coding is not None:
-            self.reference_bytes = max(self.reference_bytes, coding.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,6 @@ class _RankResult:
     bytes_sent: int
     bytes_exact: int
     gpu: GpuRecord | None
-    reference_bytes: int
 
 
 def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Report:
@@ -59,7 +48,6 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         group.traffic.bytes_sent if group else 0,
         int(group.traffic.bytes_exact) if group else 0,
         counters.observed.gpu_record(),
-        counters.reference_bytes,
     )
     ranks = mesh.world.gather_objects(mine) if mesh.world is not None else [mine]
     statistics = CacheStatistics()
@@ -92,7 +80,6 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
             bytes_per_step=work.bytes_per_step(),
             budget=work.budget(setup.budget_rows or {}),
             rows="exact" if group is None else config.parallel.rows,
-            reference_bytes=sum(theirs.reference_bytes for theirs in ranks),
         ),
         cache=CacheReport(config.cache.policy, statistics.bytes_peak, work.per_layer(), work.modules(), remark),
         seconds=Seconds.of([theirs.seconds for theirs in ranks], setup.num_steps),

@@ -4,12 +4,10 @@ import torch
 
 from moeca_dist.cache.budget import Budget
 from moeca_dist.config import Config
-from moeca_dist.kernels.row_codes import FORMATS
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import budget_groups, budget_rows
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.references import Places, RowCoding
 
 
 def rows_of_budget(config: Config, spec: ModelSpec, ep_size: int) -> dict[int, int] | None:
@@ -40,17 +38,3 @@ def budget_of_round(
         most,
         config.parallel.budget_fill,
     )
-
-
-def row_coding(config: Config, spec: ModelSpec, mesh: Mesh, images: int) -> RowCoding | None:
-    """How the rows of one round travel, with so many ``images`` here; None where none does, or all as computed.
-
-    A collective of the expert-parallel group where it is not None: its ranks may have different shares.
-    """
-    group = mesh.expert_group
-    if config.parallel.rows == "exact" or group is None:
-        return None
-    halves = 1 if config.sampling.cfg_scale == 1 else 2
-    of_ranks = [halves * count for count in group.gather_objects(images)]
-    form = FORMATS[config.parallel.rows]
-    return RowCoding(Places.of(form, group.rank, of_ranks, spec.num_tokens, mesh.device))

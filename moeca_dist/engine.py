@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.account import Counters, account
-from moeca_dist.arrangement import row_coding
 from moeca_dist.cache.policy import Policy
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.checks import check_cache_fits, check_decoder, check_requests, read_placement, resolve
@@ -25,11 +24,11 @@ from moeca_dist.graphs import graphed_model
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.loading import load_weights
+from moeca_dist.models.parallelize import with_rows
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.observation import Observation, TraceSink, open_gpu
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.references import RowCoding
 from moeca_dist.report import FlopsReport, Report
 from moeca_dist.sampling.calibration import Calibration
 from moeca_dist.sampling.combine import Combine
@@ -62,12 +61,12 @@ class Engine:
         """``calibration``: of this cache and network, where there is no file of it."""
         self.config = config
         self.mesh = mesh
-        self.model = model
+        self.model = with_rows(model, config.parallel.rows)
         self.decoder = decoder
         self.sampler: Sampler = sampler_for(model.spec)
         num_steps = config.sampling.num_steps or self.sampler.default_num_steps
-        self.setup = Setup.of(config, mesh, model, num_steps, calibration)
-        self.graphed_model = graphed_model(config, model, mesh)
+        self.setup = Setup.of(config, mesh, self.model, num_steps, calibration)
+        self.graphed_model = graphed_model(config, self.model, mesh)
         self._gpu = open_gpu(config.telemetry, mesh)
 
     @classmethod
@@ -221,14 +220,13 @@ class Engine:
         on_step: Callable[[StepContext], None],
         combine: Combine | None,
     ) -> Tensor:
-        coding = row_coding(self.config, self.model.spec, self.mesh, len(share))
         session = None
         if self.policy is not None:
-            session = self.setup.open_session(share, combine, coding, counters.cache, counters.observed.timer)
+            session = self.setup.open_session(share, combine, counters.cache, counters.observed.timer)
         started = time.perf_counter()
         with counters.observed.timer.section("other"):
             samples_BCHW = self.sampler.sample(
-                self._network(share, session, coding, counters.observed.timer),
+                self._network(share, session, counters.observed.timer),
                 share,
                 cfg_scale=self.config.sampling.cfg_scale,
                 num_steps=self.num_steps,
@@ -240,16 +238,15 @@ class Engine:
             # NOTE: a host synchronisation, once per round, so that the time is that of the work.
             torch.cuda.synchronize(samples_BCHW.device)
         counters.denoise_s += time.perf_counter() - started
-        counters.end_round(session, coding)
+        if session is not None:
+            session.note_peak()
         return samples_BCHW
 
-    def _network(
-        self, share: Sequence[Request], session: CacheSession | None, coding: RowCoding | None, timer: Timer
-    ) -> Network:
+    def _network(self, share: Sequence[Request], session: CacheSession | None, timer: Timer) -> Network:
         """Return what the sampler evaluates in one round."""
         if self.graphed_model is not None and share:
             return exact(partial(self.graphed_model, timer=timer))
-        model = partial(self.model, timer=timer, coding=coding)
+        model = partial(self.model, timer=timer)
         return exact(model) if session is None else cached(model, session)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ class CacheSize:
     Exact, but an upper bound in placement ``owner``, where what an owner keeps depends on the routing.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
     block. ``budgeted``: rows are, and branches wait for room.
-    ``coded``: rows travel as codes, and both ends keep references.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
     """
@@ -49,7 +48,6 @@ class CacheSize:
     ep_size: int
     experts_per_owner: int
     budgeted: bool
-    coded: bool
     output_history: int | None
     output_bytes: int
 
@@ -65,7 +63,7 @@ class CacheSize:
         if self.placement == "owner":
             rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
             kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
-        return images * kept_per_image + kept + tokens * len(self.halves) * self._references
+        return images * kept_per_image + kept
 
     def _timelines(self) -> Iterator[list[int]]:
         """Bytes per image after each step, of everything that does not keep its size from the first step on."""
@@ -166,16 +164,6 @@ class CacheSize:
         return self._entries * (expert_id + used + step + reference + self._values * self._row) + usage
 
     @property
-    def _references(self) -> int:
-        """Bytes per token, where all ranks have as many, of what is kept of coded rows, as a home and as an owner."""
-        if not self.coded:
-            return 0
-        # Branches that return one by one are coded by themselves.
-        legs = 1 if self.policy.unit == "branch" and self.placement != "owner" else 2
-        row = self.spec.hidden_size * self.element_bytes
-        return len(self.spec.moe_blocks) * legs * 2 * (self.ep_size - 1) * row
-
-    @property
     def _keeps_reference(self) -> bool:
         shape = (0, self.spec.num_experts_per_tok)
         return (
@@ -210,7 +198,6 @@ def cache_size(
         ep_size,
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
         budgeted=config.parallel.exchange == "budget",
-        coded=config.parallel.rows != "exact",
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,
     )

@@ -18,8 +18,8 @@ from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, FixedRows
 from moeca_dist.parallel.pending import Pending
-from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.parallel.routing_trace import RoutingTrace
+from moeca_dist.parallel.wire import RowDtype
 from moeca_dist.types import Branches, Request, Routing
 
 
@@ -155,8 +155,8 @@ class _RecordingDispatcher:
     def __init__(self, inner: Dispatcher, recorder: RoutingRecorder, block: int) -> None:
         self._inner, self._recorder, self._block = inner, recorder, block
 
-    def coded(self, coding: BlockCoding | None) -> "_RecordingDispatcher":
-        return _RecordingDispatcher(self._inner.coded(coding), self._recorder, self._block)
+    def with_rows(self, row_dtype: RowDtype) -> "_RecordingDispatcher":
+        return _RecordingDispatcher(self._inner.with_rows(row_dtype), self._recorder, self._block)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         self._recorder.note_routing(self._block, routing.expert_ids_TK)

@@ -52,9 +52,7 @@ class ExchangeReport:
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
     divides ``bytes_sent``. ``agreements``: how often each rank's row counts were gathered, which tells all ranks what
-    travels; their few bytes are not counted. ``rows``: their format, see ``kernels.row_codes``; ``exact`` also where
-    nothing travels. ``reference_bytes``: what all ranks keep of coded rows, at its peak; part of the cache's
-    ``bytes_peak`` where there is a cache.
+    travels; their few bytes are not counted. ``rows``: how they travelled, ``exact`` also where nothing did.
     """
 
     mode: str
@@ -67,7 +65,6 @@ class ExchangeReport:
     bytes_per_step: tuple[int, ...] = ()
     budget: tuple[dict[str, Any], ...] = ()
     rows: str = "exact"
-    reference_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.parallel.references import RowCoding
 from moeca_dist.sampling.calibration import Calibration, FittedFor, fitted_for, fitting_calibration
 from moeca_dist.sampling.combine import Combine, Corrected, Guidance, OutputMemory
 from moeca_dist.timing import Timer
@@ -93,7 +92,6 @@ class Setup:
         self,
         share: Sequence[Request],
         combine: Combine | None,
-        coding: RowCoding | None,
         statistics: CacheStatistics,
         timer: Timer,
     ) -> CacheSession:
@@ -101,8 +99,7 @@ class Setup:
         assert self.policy is not None
 
         def bytes_beside() -> int:
-            outputs = combine.memory.num_bytes if isinstance(combine, Corrected) else 0
-            return outputs + (0 if coding is None else coding.num_bytes)
+            return combine.memory.num_bytes if isinstance(combine, Corrected) else 0
 
         return CacheSession(
             self.policy,

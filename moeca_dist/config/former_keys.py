@@ -33,6 +33,7 @@ REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
         ("parallel.exchange", "planned"): "remove it, the ranks agree in every layer on what travels",
         # (section.key, value): what to do instead
         ("cache.dtype", "float16"): "use bfloat16, which takes as much memory",
+        ("parallel.rows", "fp8"): "take int8, which is as small and nearer to the exact rows",
     }
 )
 

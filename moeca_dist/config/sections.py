@@ -60,8 +60,8 @@ class ParallelConfig(_Section):
     the same number of groups a run is the same on any number of ranks, whatever waits."""
     budget_fill: bool = False
     """Whether rows that nobody needs recompute the stored branches that are expected to be off most."""
-    rows: Literal["exact", "fp8", "int8"] = "exact"
-    """How rows travel between ranks: as computed, or as 8-bit codes of how they changed; where all experts are on one
+    rows: Literal["exact", "int8"] = "exact"
+    """How rows travel between ranks: as computed, or rounded to int8 with one scale each; where all experts are on one
     rank nothing travels."""
     expert_placement: PathField | None = None
     """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""

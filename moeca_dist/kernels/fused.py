@@ -10,19 +10,16 @@ import torch
 from torch import Tensor
 
 from moeca_dist.kernels.fused_branches import serve_tokens
-from moeca_dist.kernels.fused_codes import decode_rows, encode_rows
 from moeca_dist.kernels.fused_gather import gather_by_expert
 from moeca_dist.kernels.fused_residual import residual
 from moeca_dist.kernels.fused_router import route_tokens
 from moeca_dist.kernels.reference import ReferenceKernels
-from moeca_dist.kernels.row_codes import RowFormat
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,
     Forecast,
     FreshRows,
     GatheredRows,
-    HeldRows,
     RoutedTokens,
     RouterWeights,
     StoredBranches,
@@ -62,11 +59,3 @@ class FusedKernels(ReferenceKernels):
         self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
     ) -> RoutedTokens:
         return route_tokens(x_TD, router, ids_TJ, used_TJ, last_step)
-
-    def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
-        return encode_rows(rows_ND, held, form)
-
-    def decode_rows(
-        self, coded_NW: Tensor, held: HeldRows | None, form: RowFormat, width: int, dtype: torch.dtype
-    ) -> Tensor:
-        return decode_rows(coded_NW, held, form, width, dtype)

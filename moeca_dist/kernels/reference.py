@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeca_dist.kernels.row_codes import RowFormat, decode, encode
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,
     Forecast,
     FreshRows,
     GatheredRows,
-    HeldRows,
     RoutedTokens,
     RouterWeights,
     RowStore,
@@ -77,30 +75,6 @@ class ReferenceKernels:
         if router.normalised:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20) * router.scale
         return RoutedTokens(scores_TE, ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
-
-    def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
-        reference_ND = _held(held)
-        coded_NW = encode(rows_ND, reference_ND, form)
-        if held is not None:
-            _hold(held, decode(coded_NW, reference_ND, form, rows_ND.dtype))
-        return coded_NW
-
-    def decode_rows(
-        self, coded_NW: Tensor, held: HeldRows | None, form: RowFormat, width: int, dtype: torch.dtype
-    ) -> Tensor:
-        rows_ND = decode(coded_NW, _held(held), form, dtype)
-        if held is not None:
-            _hold(held, rows_ND)
-        return rows_ND
-
-
-def _held(held: HeldRows | None) -> Tensor | None:
-    return None if held is None else held.rows_SD.index_select(0, held.key_N)
-
-
-def _hold(held: HeldRows, rows_ND: Tensor) -> None:
-    # What is not finite would break all that follows: after it the pair starts anew.
-    held.rows_SD.index_copy_(0, held.key_N, rows_ND.nan_to_num(0.0, 0.0, 0.0))
 
 
 def match_entries(ids_TK: Tensor, ids_TJ: Tensor, used_TJ: Tensor, last_step: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """What goes into the kernels and what comes out of them.
 
 Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens of one segment, K routed experts per
-token, J entries per token, N refreshed branches or coded rows, E experts, B images, X any leading sizes, W bytes of a
-coded row.
+token, J entries per token, N refreshed branches, E experts, B images, X any leading sizes.
 """
 
 from collections.abc import Sequence
@@ -11,8 +10,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-
-from moeca_dist.kernels.row_codes import RowFormat
 
 
 @dataclass(frozen=True)
@@ -130,14 +127,6 @@ class Entering:
     scale_BD: Tensor
 
 
-@dataclass(frozen=True)
-class HeldRows:
-    """What the other end of an exchange holds too: of ``rows_SD`` those of ``key_N``, each of which comes once."""
-
-    rows_SD: Tensor
-    key_N: Tensor
-
-
 class Kernels(Protocol):
     """Every function has one meaning; ``reference`` says it in plain PyTorch.
 
@@ -169,14 +158,4 @@ class Kernels(Protocol):
         self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
     ) -> RoutedTokens:
         """Router, top-k and id match in one; see ``cache.branches.EntryTable.match`` for the entries."""
-        ...
-
-    def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
-        """uint8 [N, W], see ``row_codes``; what is held becomes what the other end decodes, 0 where not finite."""
-        ...
-
-    def decode_rows(
-        self, coded_NW: Tensor, held: HeldRows | None, form: RowFormat, width: int, dtype: torch.dtype
-    ) -> Tensor:
-        """[N, ``width``]; what is held becomes these rows, 0 where not finite: bit for bit as at the other end."""
         ...

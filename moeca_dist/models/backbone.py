@@ -14,7 +14,6 @@ from moeca_dist.models.attention import RotaryTable
 from moeca_dist.models.blocks import AdaLNBlock, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.layer import MoELayer
-from moeca_dist.parallel.references import RowCoding
 from moeca_dist.timing import UNTIMED, Timer
 
 
@@ -55,14 +54,12 @@ class DiffusionTransformer(nn.Module):
         y_B: Tensor,
         cache: StepCache | None = None,
         timer: Timer = UNTIMED,
-        coding: RowCoding | None = None,
     ) -> Tensor:
-        """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=coding=None``.
+        """The raw network output [B, C_out, H, W] in the parameters' dtype; exact with ``cache=None``.
 
         ``x_BCHW``: any float dtype; ``t_B``: time as the family's convention has it; ``y_B``: int64 labels, the null
         class being ``spec.null_label``. B may be 0: a rank without images still takes part in the exchange.
-        ``timer`` measures blocks that run without a cache; a cache brings its own. ``coding``: that of the batch, for
-        rows between ranks.
+        ``timer`` measures blocks that run without a cache; a cache brings its own.
         """
         patch = self.spec.patch_size
         rows, columns = x_BCHW.shape[-2] // patch, x_BCHW.shape[-1] // patch
@@ -80,11 +77,10 @@ class DiffusionTransformer(nn.Module):
                     rotary,
                     None,
                     timer,
-                    None if coding is None else coding.of_images(images),
                 ),
             )
         else:
-            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer, coding)
+            tokens_BTD = self._through_blocks(tokens_BTD, c_BD, rotary, cache, timer)
         return unpatchify(self.final_layer(tokens_BTD, c_BD), rows, columns, patch)
 
     def _through_blocks(
@@ -94,12 +90,10 @@ class DiffusionTransformer(nn.Module):
         rotary: RotaryTable | None,
         cache: StepCache | None,
         timer: Timer,
-        coding: RowCoding | None,
     ) -> Tensor:
         for index, block in enumerate(self.blocks):
             here = None if cache is None else cache.block(index)
-            coded = None if coding is None else coding.block(index)
-            tokens_BTD = block(tokens_BTD, c_BD, rotary, here, timer, coded)
+            tokens_BTD = block(tokens_BTD, c_BD, rotary, here, timer)
         return tokens_BTD
 
     def _time_signal(self, time: float, device: torch.device) -> Tensor:

@@ -16,7 +16,6 @@ from moeca_dist.models.attention import Attention, RotaryTable
 from moeca_dist.models.cached_block import CachedBlock
 from moeca_dist.models.modulation import Modulation, modulate, normalise
 from moeca_dist.moe.layer import MoELayer
-from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import UNTIMED, Timer
 
 TIME_FREQUENCIES = 256
@@ -104,18 +103,17 @@ class AdaLNBlock(nn.Module):
         rotary: RotaryTable | None,
         cache: BlockStep | None = None,
         timer: Timer = UNTIMED,
-        coding: BlockCoding | None = None,
     ) -> Tensor:
         """``cache=None`` computes everything: the exact path, measured with ``timer``."""
         modulation = self.modulation(c_BD)
         if cache is not None:
-            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache, coding).forward(x_BTD)
+            return CachedBlock(self.attn, self.feed_forward, modulation, rotary, cache).forward(x_BTD)
         with timer.section("attention"):
             attended_BTD = self.attn(modulation.to_attention(x_BTD), rotary)
         after_BTD, entering_BTD = modulation.enter_feed_forward(x_BTD, attended_BTD)
         if isinstance(self.feed_forward, MoELayer):
             with timer.section("experts"):
-                fed_BTD = self.feed_forward(entering_BTD, coding=coding)
+                fed_BTD = self.feed_forward(entering_BTD)
                 return modulation.after_feed_forward(after_BTD, fed_BTD)
         with timer.section("dense"):
             return modulation.after_feed_forward(after_BTD, self.feed_forward(entering_BTD))

@@ -19,7 +19,6 @@ from moeca_dist.kernels.select import kernels_for
 from moeca_dist.models.attention import Attention, RotaryTable, merge_heads, mix
 from moeca_dist.models.modulation import Modulation, empty_stream
 from moeca_dist.moe.layer import MoELayer
-from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.timing import Section
 
 
@@ -30,7 +29,6 @@ class CachedBlock:
     modulation: Modulation
     rotary: RotaryTable | None
     cache: BlockStep
-    coding: BlockCoding | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; the argument is left as it is."""
@@ -60,7 +58,7 @@ class CachedBlock:
                         x_BTD[images], attended, after_BTD[images], entering_BTD[images]
                     )
             with cache.timer.section("experts"):
-                fed_BTD = self.feed_forward(entering_BTD, cache, self.coding)
+                fed_BTD = self.feed_forward(entering_BTD, cache)
             return self.modulation.after_feed_forward(after_BTD, fed_BTD)
         name = "moe" if isinstance(self.feed_forward, MoELayer) else "dense"
         kernels = kernels_for(x_BTD.device)
@@ -89,7 +87,7 @@ class CachedBlock:
             rows = plan.refreshed_rows()
             self.cache.followed.rows = rows
             entering_BTD[rows.image_N, rows.position_N] = self._synchronise(x_BTD, attended_BTD, after_BTD, rows)
-        return layer.compute(entering_BTD, plan, self.cache, rows, self.coding)
+        return layer.compute(entering_BTD, plan, self.cache, rows)
 
     def _dense(self, x_BTD: Tensor, attended_BTD: Tensor, after_BTD: Tensor) -> Tensor:
         rows = self.cache.followed.rows
@@ -106,21 +104,14 @@ class CachedBlock:
         """The feed-forward as one module, whole images or the rows that the policy chooses."""
         section: Section = "experts" if name == "moe" else "dense"
 
-        def fed(entering: Tensor, coding: BlockCoding | None) -> Tensor:
-            if name == "dense":
-                return self.feed_forward(entering)
-            return self.feed_forward(entering, coding=coding)
-
         def whole(images: slice) -> Tensor:
-            coding = None if self.coding is None else self.coding.of_images(images)
             with self.cache.timer.section(section):
-                return fed(self.modulation.at(images).to_feed_forward(after_BTD[images]), coding)
+                return self.feed_forward(self.modulation.at(images).to_feed_forward(after_BTD[images]))
 
         def chosen(rows: Rows) -> Tensor:
             after_N1D = after_BTD[rows.image_N, rows.position_N][:, None]
-            coding = None if self.coding is None else self.coding.of_tokens(rows.flat_N)
             with self.cache.timer.section(section):
-                return fed(self.modulation.at(rows.image_N).to_feed_forward(after_N1D), coding).squeeze(1)
+                return self.feed_forward(self.modulation.at(rows.image_N).to_feed_forward(after_N1D)).squeeze(1)
 
         if self.cache.policy.refreshes_rows and not self.cache.all_full:
             return self.cache.serve_chosen(name, after_BTD, chosen)

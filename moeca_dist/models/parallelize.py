@@ -1,7 +1,9 @@
 """The pass that turns a single-device model into a rank's part of an expert-parallel one."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +12,7 @@ from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.dispatch import Dispatcher
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.placement_table import PlacementTable
+from moeca_dist.parallel.wire import RowDtype
 
 
 def shard_experts(
@@ -32,6 +35,17 @@ def shard_experts(
         if shared is not None:
             layer.dispatcher = shared(placement)
     return model
+
+
+def with_rows(model: DiffusionTransformer, row_dtype: RowDtype) -> DiffusionTransformer:
+    """Return ``model`` if its rows travel as ``row_dtype``, else another one over the same weights whose rows do."""
+    dispatchers = [layer.dispatcher for _, layer in model.moe_layers()]
+    wanted = {id(dispatcher): dispatcher.with_rows(row_dtype) for dispatcher in dispatchers}
+    if all(wanted[id(dispatcher)] is dispatcher for dispatcher in dispatchers):
+        return model
+    # What a copy is told to have copied already, it shares.
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, shared | wanted)
 
 
 def _keep_experts(experts: RoutedExperts, num_local: int) -> None:

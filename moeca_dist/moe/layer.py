@@ -29,7 +29,6 @@ from moeca_dist.moe.router import Router
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
 from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, LocalDispatcher
 from moeca_dist.parallel.pending import Pending
-from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.types import Branches
 
 
@@ -51,16 +50,15 @@ class MoELayer(nn.Module):
         self.local_expert_ids = tuple(range(num_experts))
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
 
-    def forward(self, x_BTD: Tensor, cache: BlockStep | None = None, coding: BlockCoding | None = None) -> Tensor:
-        """``cache=None`` computes every branch, and ``coding=None`` sends rows as they are: the exact path."""
+    def forward(self, x_BTD: Tensor, cache: BlockStep | None = None) -> Tensor:
+        """``cache=None`` computes every branch: the exact path."""
         if cache is not None:
-            return self.compute(x_BTD, self.decide(x_BTD, cache), cache, coding=coding)
+            return self.compute(x_BTD, self.decide(x_BTD, cache), cache)
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD)
         self.dispatcher.count_exact(routing, x_TD)
         # Nothing is kept, so outputs are summed up where the experts are.
-        dispatcher = self.dispatcher.coded(coding)
-        coming = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
+        coming = self.dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten())
         shared_TD = self._shared(x_TD)  # while rows travel
         dispatched = coming.wait()
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
@@ -97,17 +95,10 @@ class MoELayer(nn.Module):
             pairs = zip(parts, matches, strict=True)
             return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
 
-    def compute(
-        self,
-        x_BTD: Tensor,
-        plan: LayerPlan,
-        cache: BlockStep,
-        rows: Rows | None = None,
-        coding: BlockCoding | None = None,
-    ) -> Tensor:
+    def compute(self, x_BTD: Tensor, plan: LayerPlan, cache: BlockStep, rows: Rows | None = None) -> Tensor:
         """Carry out a plan; the shared expert is refreshed for ``rows``, whose inputs may be newer than the plan."""
         x_TD = x_BTD.flatten(0, 1)
-        coming = self._routed(x_TD, plan, cache, coding)
+        coming = self._routed(x_TD, plan, cache)
         shared_BTD = self._shared_output(x_BTD, cache, rows)  # while rows travel
         routed_TD = coming.wait()
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
@@ -125,15 +116,14 @@ class MoELayer(nn.Module):
             cache.refresh_rows("shared", shared_BTD, rows, fresh_ND)
         return shared_BTD
 
-    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, coding: BlockCoding | None) -> Pending[Tensor]:
+    def _routed(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
         """[T, D], rows being on their way. The choice of placement: branch values beside the experts, or at home."""
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
-            return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts, coding)
+            return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts)
         if plan.fixed is not None:
             return self._fixed_step(x_TD, plan, plan.fixed, cache)
-        dispatcher = self.dispatcher.coded(coding)
-        return (self._full_step if cache.all_full else self._step)(x_TD, plan, cache, dispatcher)
+        return (self._full_step if cache.all_full else self._step)(x_TD, plan, cache)
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.
@@ -144,7 +134,7 @@ class MoELayer(nn.Module):
         outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
         return self.dispatcher.combine(outputs_RD, dispatched)
 
-    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> Pending[Tensor]:
+    def _full_step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
         routing = plan.routing
 
         def finish(dispatched: DispatchedRows) -> Tensor:
@@ -157,7 +147,7 @@ class MoELayer(nn.Module):
                 self._keep_all(rows_ND.index_select(0, dispatched.slot_of_branch_N), plan, matches, cache)
             return routed_TD
 
-        return dispatcher.dispatch(x_TD, routing.all_branches()).then(finish)
+        return self.dispatcher.dispatch(x_TD, routing.all_branches()).then(finish)
 
     def _match_all(self, plan: LayerPlan) -> list[Match]:
         """Where a full step will store its branches, segment by segment."""
@@ -177,7 +167,7 @@ class MoELayer(nn.Module):
             gates_TK = cache.policy.reference_gates(mine)
             branches.store_all(mine.expert_ids_TK, values_TKD[part.tokens], match, cache.step.index, gates_TK)
 
-    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep, dispatcher: Dispatcher) -> Pending[Tensor]:
+    def _step(self, x_TD: Tensor, plan: LayerPlan, cache: BlockStep) -> Pending[Tensor]:
         """A step in which some segments are served from the cache; all refreshed branches share one exchange."""
         routing = plan.routing
         with cache.timer.section("bookkeeping"):
@@ -189,7 +179,7 @@ class MoELayer(nn.Module):
             with cache.timer.section("bookkeeping"):
                 return serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
 
-        return dispatcher.dispatch(x_TD, branches).then(finish)
+        return self.dispatcher.dispatch(x_TD, branches).then(finish)
 
     def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
         """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""

@@ -13,7 +13,6 @@ from moeca_dist.moe.cached import LayerPlan
 from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.parallel.pairs import ArrivedPairs, Asked, PairExchange
 from moeca_dist.parallel.pending import Pending
-from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.parallel.wire import token_sums
 
 
@@ -23,13 +22,12 @@ def routed_at_owners(
     cache: BlockStep,
     pairs: PairExchange,
     experts: RoutedExperts,
-    coding: BlockCoding | None = None,
 ) -> Pending[Tensor]:
     """[T, D] routed sums. A collective of the group, like every exchange: all its ranks call it in every step."""
     assert cache.owned is not None
     with cache.timer.section("bookkeeping"):
         asked = _ask(plan, cache, pairs)
-    coming = pairs.dispatch(x_TD, asked, cache.owned.pool.capacities, coding)
+    coming = pairs.dispatch(x_TD, asked, cache.owned.pool.capacities)
     return coming.then(lambda arrived: _sums(x_TD, plan, cache, asked, arrived, pairs, experts))
 
 

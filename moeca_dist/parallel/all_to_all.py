@@ -7,22 +7,28 @@ pairs of a token of this rank and an owner, P ranks of the group, R rows receive
 (or slots for one rank), W words of a header.
 """
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.kernels.reference import inverse
 from moeca_dist.kernels.select import kernels_for
-from moeca_dist.parallel.coded_wire import CodedPairs, send_pairs
 from moeca_dist.parallel.dispatch import DispatchedRows, FixedRows, RowPlan
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.wire import WORD_BYTES, Pairs, legs, pair_sums, paired, send, send_back, token_sums
+from moeca_dist.parallel.wire import (
+    WORD_BYTES,
+    Pairs,
+    RowDtype,
+    legs,
+    pair_sums,
+    paired,
+    send,
+    send_back,
+    token_sums,
+)
 from moeca_dist.types import Branches, Routing, positions
 
 BRANCH_HEADER_BYTES = WORD_BYTES  # expert, and whether a pair starts
@@ -37,20 +43,18 @@ class AllToAllDispatcher:
     travels at all: a zero matrix issues no payload collective. A token's hidden row goes to each owner once.
     """
 
-    def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
+    def __init__(self, exchange: Exchange, placement: ExpertPlacement, row_dtype: RowDtype = "exact") -> None:
         self.exchange = exchange
-        self.pairs = PairExchange(exchange, placement)
+        self.placement = placement
+        self.row_dtype = row_dtype
+        self.pairs = PairExchange(exchange, placement, row_dtype)
         self.num_ranks = placement.num_ranks
         self.num_local = len(placement.experts_of(exchange.rank))
-        self.coding: BlockCoding | None = None
 
-    def coded(self, coding: BlockCoding | None) -> "AllToAllDispatcher":
-        """Another one with the same tables: layers share a dispatcher, and each has its own references."""
-        if coding is self.coding:
+    def with_rows(self, row_dtype: RowDtype) -> "AllToAllDispatcher":
+        if row_dtype == self.row_dtype:
             return self
-        view = copy.copy(self)
-        view.coding = coding
-        return view
+        return AllToAllDispatcher(self.exchange, self.placement, row_dtype)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         owner_TK = self.pairs.owners(routing.expert_ids_TK.device)[routing.expert_ids_TK]
@@ -73,9 +77,7 @@ class AllToAllDispatcher:
         plan = dispatched.plan
         assert plan is not None
         rows_RD = outputs_RD.index_select(0, dispatched.row_of_received_R)
-        if plan.coded is not None:
-            return plan.coded.branches_back(self.exchange, rows_RD, plan.branches)
-        return send_back(self.exchange, rows_RD, plan.branches, payload=plan.payload)
+        return send_back(self.exchange, rows_RD, plan.branches, self.row_dtype, payload=plan.payload)
 
     def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
         ranks, slots = fixed.token_PS.shape
@@ -105,10 +107,7 @@ class AllToAllDispatcher:
         plan = dispatched.plan
         assert plan is not None and plan.gates_R is not None
         sums_SD = pair_sums(dispatched.row_of_received_R, outputs_RD, plan.starts_S, plan.gates_R)
-        if plan.coded is not None:
-            returning = plan.coded.sums_back(self.exchange, sums_SD, plan.leg)
-        else:
-            returning = send_back(self.exchange, sums_SD, plan.leg, payload=plan.payload)
+        returning = send_back(self.exchange, sums_SD, plan.leg, self.row_dtype, payload=plan.payload)
         return returning.then(lambda rows_MD: token_sums(rows_MD, plan.pairs.token_M, routing.num_tokens))
 
     def weighted_sum(self, rows_ND: Tensor, dispatched: DispatchedRows, routing: Routing) -> Tensor:
@@ -129,20 +128,17 @@ class AllToAllDispatcher:
         rows_MD = x_TD.index_select(0, pairs.token_M)
         slot_of_branch_N = inverse(pairs.branch_N)
 
-        def grouped(arrived: tuple[Tensor, Tensor, CodedPairs | None]) -> DispatchedRows:
-            header_RW, hidden_SD, coded = arrived
+        def grouped(arrived: tuple[Tensor, Tensor]) -> DispatchedRows:
+            header_RW, hidden_SD = arrived
             code_R = header_RW[:, 0]
             starts_R = (code_R & 1) != 0
             rows = kernels_for(x_TD.device).gather_rows(hidden_SD, starts_R.cumsum(0) - 1, code_R >> 1, self.num_local)
             starts_S = positions(starts_R, hidden_SD.shape[0])
             gates_R = None if gates_N is None else header_RW[:, 1].contiguous().view(torch.float32)
-            plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R, coded)
+            plan = RowPlan(pairs, branch_leg, leg, payload, starts_S, gates_R)
             return DispatchedRows(rows.rows_RD, rows.counts_L, slot_of_branch_N, rows.position_R, plan)
 
-        if self.coding is not None and payload:
-            return send_pairs(self.exchange, header_NW, rows_MD, pairs, branch_leg, leg, self.coding).then(grouped)
-        coming = send(self.exchange, header_NW, rows_MD, branch_leg, leg, payload=payload)
-        return coming.then(lambda arrived: grouped((*arrived, None)))
+        return send(self.exchange, header_NW, rows_MD, branch_leg, leg, self.row_dtype, payload=payload).then(grouped)
 
     def _equal_splits(self, rows: Tensor, slots: int) -> Pending[Tensor]:
         return self.exchange.start_rows(rows, [slots] * self.num_ranks, [slots] * self.num_ranks)

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.kernels.select import kernels_for
-from moeca_dist.parallel.coded_wire import CodedPairs
 from moeca_dist.parallel.pending import Pending
-from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.wire import Leg, Pairs
+from moeca_dist.parallel.wire import Leg, Pairs, RowDtype
 from moeca_dist.types import Branches, Routing
 
 
@@ -30,7 +28,7 @@ class RowPlan:
 
     ``branches`` and ``leg``: branches and pairs there and here, rank by rank. ``payload``: whether any rank of the
     group sends anything, the same on all of them. ``starts_S``: the first received branch of each pair; ``gates_R``:
-    their gates, None where branches return one by one. ``coded``: None where rows travel as they are.
+    their gates, None where branches return one by one.
     """
 
     pairs: Pairs
@@ -39,7 +37,6 @@ class RowPlan:
     payload: bool
     starts_S: Tensor
     gates_R: Tensor | None
-    coded: CodedPairs | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,8 @@ class FixedRows:
 class Dispatcher(Protocol):
     """How a MoE layer reaches the experts."""
 
-    def coded(self, coding: BlockCoding | None) -> "Dispatcher":
-        """The same exchange with its rows coded, but those of ``dispatch_fixed``; None: all rows as they are."""
+    def with_rows(self, row_dtype: RowDtype) -> "Dispatcher":
+        """Return this dispatcher, or another one over the same ranks if its rows travel in another way."""
         ...
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
@@ -110,7 +107,7 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def coded(self, coding: BlockCoding | None) -> "LocalDispatcher":
+    def with_rows(self, row_dtype: RowDtype) -> "LocalDispatcher":
         return self  # nothing travels
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:

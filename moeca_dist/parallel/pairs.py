@@ -9,20 +9,17 @@ N branches sent, M pairs sent, H hidden rows received, R branches received, S pa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeca_dist.parallel.coded_wire import CodedPairs, HiddenRows, others
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.placement import ExpertPlacement
-from moeca_dist.parallel.references import BlockCoding
-from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, legs, paired, send, send_back
-from moeca_dist.types import positions
+from moeca_dist.parallel.wire import WORD_BYTES, Leg, Pairs, RowDtype, legs, paired, send, send_back
 
-HEADER_BYTES = 3 * WORD_BYTES  # per branch: expert and flags, row, gate; where rows are coded, the pair's key besides
+HEADER_BYTES = 3 * WORD_BYTES  # per branch: expert and flags, row, gate
 _STARTS_PAIR, _REFRESH, _FOUND, _EXPERT_SHIFT = 1, 2, 4, 3
 
 
@@ -48,7 +45,7 @@ class ArrivedPairs:
     ``starts_S``: the first branch of each pair. ``hidden_row_R``: the hidden row of each branch, meaningful where it
     is refreshed. ``local_expert_R``: positions among the owner's experts. ``capacities``: rows that each home rank
     uses of this rank's cache. ``sent`` and ``leg``: this rank's own pairs as a home, and how many went where;
-    ``payload`` is the same on all ranks. ``coded``: None where rows travel as they are.
+    ``payload`` is the same on all ranks.
     """
 
     hidden_HD: Tensor
@@ -64,14 +61,14 @@ class ArrivedPairs:
     sent: Pairs
     leg: Leg
     payload: bool
-    coded: CodedPairs | None = None
 
 
 class PairExchange:
     """Both legs over one group. All ranks agree on every size from the gathered counts, so also on whether to talk."""
 
-    def __init__(self, exchange: Exchange, placement: ExpertPlacement) -> None:
+    def __init__(self, exchange: Exchange, placement: ExpertPlacement, row_dtype: RowDtype = "exact") -> None:
         self.exchange = exchange
+        self.row_dtype = row_dtype
         self.num_ranks = placement.num_ranks
         # As this rank's tokens see it: replicated experts are here.
         owners = placement.owners_for(exchange.rank)
@@ -89,10 +86,8 @@ class PairExchange:
         self.local_id_E = self.local_id_E.to(device)
         return self.owner_of_expert_E
 
-    def dispatch(
-        self, x_TD: Tensor, asked: Asked, capacities: Sequence[int], coding: BlockCoding | None = None
-    ) -> Pending[ArrivedPairs]:
-        """``capacities``: rows that this rank uses of each rank's cache; ``coding`` None: rows travel as they are."""
+    def dispatch(self, x_TD: Tensor, asked: Asked, capacities: Sequence[int]) -> Pending[ArrivedPairs]:
+        """``capacities``: rows that this rank uses of each rank's cache."""
         header_N3, pairs, hidden_M = self._headers(asked)
         device = header_N3.device
         # NOTE: a host synchronisation on CUDA: the number of hidden rows decides the shapes.
@@ -106,21 +101,12 @@ class PairExchange:
         payload = bool(traffic_P4P[:, 0].any())
         rows_HD = x_TD.index_select(0, token_H)
         mine = (pairs, leg, payload)
-        if coding is None or not payload:
-            coming = send(self.exchange, header_N3, rows_HD, branches, hidden, payload=payload)
-            return coming.then(lambda arrived: _read(*arrived, branches.received, wanted.received, mine))
-        rank = self.exchange.rank
-        header_N4 = torch.cat([header_N3, coding.owner_keys(pairs.token_N, pairs.owner_N)[:, None]], 1)
-        to_H = coding.home_keys(others(token_H, hidden.sent, rank), others(owner_H, hidden.sent, rank))
-        sending = HiddenRows(rank, rows_HD, hidden, to_H, coding)
-        coming = send(self.exchange, header_N4, sending.encode(), branches, hidden.between_others(rank), payload=True)
-        return coming.then(lambda arrived: _read_coded(*arrived, branches.received, wanted.received, mine, sending))
+        coming = send(self.exchange, header_N3, rows_HD, branches, hidden, self.row_dtype, payload=payload)
+        return coming.then(lambda arrived: _read(*arrived, branches.received, wanted.received, mine))
 
     def combine(self, sums_SD: Tensor, arrived: ArrivedPairs) -> Pending[Tensor]:
         """[S, D] sums at the owner -> [M, D] rows of this rank's pairs, in the order of ``sent.token_M``."""
-        if arrived.coded is not None:
-            return arrived.coded.sums_back(self.exchange, sums_SD, arrived.leg)
-        return send_back(self.exchange, sums_SD, arrived.leg, payload=arrived.payload)
+        return send_back(self.exchange, sums_SD, arrived.leg, self.row_dtype, payload=arrived.payload)
 
     def _headers(self, asked: Asked) -> tuple[Tensor, Pairs, Tensor]:
         """Headers [N, 3] of the branches of touched tokens, their pairs, and bool [M]: whose hidden row is needed."""
@@ -139,32 +125,6 @@ class PairExchange:
         gate_N = asked.gates_TK.flatten()[branch_N].float().view(torch.int32)
         row_N = asked.rows_TK.flatten()[branch_N]
         return torch.stack([code_N.to(torch.int32), row_N.to(torch.int32), gate_N], 1), pairs, hidden_M
-
-
-def _read_coded(
-    header_R4: Tensor,
-    coded_HW: Tensor,
-    from_branches: Sequence[int],
-    capacities: tuple[int, ...],
-    sent: tuple[Pairs, Leg, bool],
-    sending: HiddenRows,
-) -> ArrivedPairs:
-    """As ``_read``; the keys of all pairs are in the headers, because sums return from pairs without a hidden row."""
-    header_R3, key_R = header_R4[:, :3], header_R4[:, 3]
-    pairs, leg, _ = sent
-    refresh_R = (header_R3[:, 0] & _REFRESH) != 0
-    starts_R = (header_R3[:, 0] & _STARTS_PAIR) != 0
-    key_S = key_R.index_select(0, positions(starts_R, sum(leg.received))).long()
-    # Branches that are not refreshed mark a pair past the last.
-    pair_R = torch.where(refresh_R, starts_R.cumsum(0) - 1, key_S.shape[0])
-    hidden_S = torch.zeros(key_S.shape[0] + 1, dtype=torch.bool, device=key_S.device).index_fill_(0, pair_R, True)
-    key_H = key_S.index_select(0, positions(hidden_S[:-1], sum(sending.leg.received)))
-    hidden_HD = sending.decode(coded_HW, others(key_H, sending.leg.received, sending.rank))
-    home_M = sending.coding.home_keys(
-        others(pairs.token_M, leg.sent, sending.rank), others(pairs.owner_M, leg.sent, sending.rank)
-    )
-    coded = CodedPairs(sending.coding, home_M, others(key_S, leg.received, sending.rank))
-    return replace(_read(header_R3, hidden_HD, from_branches, capacities, sent), coded=coded)
 
 
 def _read(

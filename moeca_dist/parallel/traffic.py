@@ -12,9 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moeca_dist.kernels.row_codes import SCALE_BYTES
+from moeca_dist.kernels.int8_rows import SCALE_BYTES
 from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
-from moeca_dist.parallel.coded_wire import KEY_BYTES
 from moeca_dist.parallel.pairs import HEADER_BYTES
 from moeca_dist.parallel.placement import ExpertPlacement
 
@@ -24,7 +23,7 @@ Returns = Literal["sums", "branches", "owner"]
 
 @dataclass(frozen=True)
 class RowBytes:
-    """Of one row on its way to an owner, with what stands beside it, and on its way back."""
+    """Of one row on its way to an owner, and on its way back."""
 
     there: int
     back: int
@@ -35,9 +34,9 @@ class RowBytes:
         return cls(row_bytes, row_bytes)
 
     @classmethod
-    def coded(cls, width: int) -> "RowBytes":
-        """Rows of so many values as 8-bit codes; not for what comes back from owners that keep branches."""
-        return cls(KEY_BYTES + SCALE_BYTES + width, SCALE_BYTES + width)
+    def int8(cls, width: int) -> "RowBytes":
+        """Rows of so many values as int8 codes."""
+        return cls(SCALE_BYTES + width, SCALE_BYTES + width)
 
 
 @dataclass(frozen=True)

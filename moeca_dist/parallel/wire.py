@@ -1,7 +1,8 @@
 """Branches on their way to the owners of their experts: a header for each, and the hidden row once per pair.
 
 A pair is a token and a rank that owns some of its experts. The headers of all branches and the hidden rows of the pairs
-share one collective; a row for each pair, or for each branch, comes back.
+share one collective; a row for each pair, or for each branch, comes back. Rows to other ranks travel in the row dtype
+of the exchange; rows of a rank to itself stay exact.
 
 Shape suffixes: T tokens of this rank, D hidden size, P ranks of the group, N branches sent, M pairs sent, H hidden rows
 sent or received, R branches received, S pairs received, W words of a header.
@@ -9,16 +10,20 @@ sent or received, R branches received, S pairs received, W words of a header.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeca_dist.kernels.int8_rows import decode_rows, encode_rows
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.types import positions
 
 WORD_BYTES = 4
+RowDtype = Literal["exact", "int8"]
+"""How rows travel between ranks: as computed, or as int8 codes with one scale each."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,14 @@ def legs(traffic_PCP: Tensor, rank: int) -> list[Leg]:
 
 
 def send(
-    exchange: Exchange, header_NW: Tensor, rows_HD: Tensor, branches: Leg, hidden: Leg, *, payload: bool
+    exchange: Exchange,
+    header_NW: Tensor,
+    rows_HD: Tensor,
+    branches: Leg,
+    hidden: Leg,
+    row_dtype: RowDtype,
+    *,
+    payload: bool,
 ) -> Pending[tuple[Tensor, Tensor]]:
     """Headers (int32) and hidden rows of this rank's branches -> those that arrive, in the order of the home ranks.
 
@@ -108,6 +120,49 @@ def send(
     if not payload:
         exchange.elide()
         return Pending.ready((header_NW, rows_HD))
+    if row_dtype == "exact":
+        return _send_packed(exchange, header_NW, rows_HD, branches, hidden)
+    rank = exchange.rank
+    own_ND, coded = _own(rows_HD, hidden.sent, rank), encode_rows(_others(rows_HD, hidden.sent, rank))
+    coming = _send_packed(exchange, header_NW, coded, branches, hidden.between_others(rank))
+    return coming.then(
+        lambda arrived: (arrived[0], _joined(own_ND, decode_rows(arrived[1], rows_HD.dtype), hidden.received, rank))
+    )
+
+
+def send_back(exchange: Exchange, rows: Tensor, leg: Leg, row_dtype: RowDtype, *, payload: bool) -> Pending[Tensor]:
+    """One row for each thing that ``leg`` brought here, back to where it came from."""
+    if not payload:
+        exchange.elide()
+        return Pending.ready(rows)
+    if row_dtype == "exact":
+        return exchange.start_rows(rows, leg.received, leg.sent)
+    rank, away = exchange.rank, leg.between_others(exchange.rank)
+    own_ND, coded = _own(rows, leg.received, rank), encode_rows(_others(rows, leg.received, rank))
+    coming = exchange.start_rows(coded, away.received, away.sent)
+    return coming.then(lambda arrived: _joined(own_ND, decode_rows(arrived, rows.dtype), leg.sent, rank))
+
+
+def _others(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """Of rows grouped by rank, return those of all ranks but this one."""
+    start = sum(counts[:rank])
+    return torch.cat([rows[:start], rows[start + counts[rank] :]])
+
+
+def _own(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """Of rows grouped by rank, return those of this one."""
+    return rows.narrow(0, sum(counts[:rank]), counts[rank])
+
+
+def _joined(own_rows: Tensor, others_rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """Undo ``_own`` and ``_others``."""
+    start = sum(counts[:rank])
+    return torch.cat([others_rows[:start], own_rows, others_rows[start:]])
+
+
+def _send_packed(
+    exchange: Exchange, header_NW: Tensor, rows_HD: Tensor, branches: Leg, hidden: Leg
+) -> Pending[tuple[Tensor, Tensor]]:
     packed = _packed(header_NW, rows_HD, branches.sent, hidden.sent)
     header_bytes, row_bytes = _widths(header_NW, rows_HD)
     sent = _sizes(branches.sent, hidden.sent, header_bytes, row_bytes)
@@ -116,14 +171,6 @@ def send(
     return arriving.then(
         lambda bytes_N1: _unpacked(bytes_N1.squeeze(1), header_NW, rows_HD, branches.received, hidden.received)
     )
-
-
-def send_back(exchange: Exchange, rows: Tensor, leg: Leg, *, payload: bool) -> Pending[Tensor]:
-    """One row for each thing that ``leg`` brought here, back to where it came from."""
-    if not payload:
-        exchange.elide()
-        return Pending.ready(rows)
-    return exchange.start_rows(rows, leg.received, leg.sent)
 
 
 def _widths(header_NW: Tensor, rows_HD: Tensor) -> tuple[int, int]:
