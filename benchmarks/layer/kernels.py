@@ -29,7 +29,6 @@ from moeca_dist.kernels.types import (
     Entering,
     Forecast,
     FreshRows,
-    HeldRows,
     Kernels,
     RouterWeights,
     StoredBranches,
@@ -93,15 +92,6 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
         ids_TJ = torch.rand(all_tokens, experts, device=device).argsort(-1)[:, :k].contiguous()
         return normal(all_tokens, width), router, ids_TJ, torch.zeros_like(ids_TJ, dtype=torch.int32), 3
 
-    def change() -> Any:
-        held_SD = normal(all_tokens, width)
-        near_ND = held_SD + 0.1 * normal(all_tokens, width)
-        return near_ND, HeldRows(held_SD, torch.randperm(all_tokens, device=device)), FORMATS["int8"]
-
-    def coded() -> Any:
-        near_ND, held, form = change()
-        return ReferenceKernels().encode_rows(near_ND, held, form), held, form, width, dtype
-
     def drawn(draw: Callable[[], Any]) -> list[Any]:
         return [draw() for _ in range(INPUT_SETS)]
 
@@ -125,10 +115,6 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
         "route", all_tokens * row, 2 * all_tokens * width * experts, drawn(route),
         lambda kernels, sets: kernels.route(*sets),
     )  # fmt: skip
-    # A row for each token, as with one other owner: the row, what is held before and after, and a byte for each value.
-    with_codes = all_tokens * (3 * row + width + SCALE_BYTES)
-    yield Case("encode_rows", with_codes, 0, drawn(change), lambda kernels, sets: kernels.encode_rows(*sets))
-    yield Case("decode_rows", with_codes, 0, drawn(coded), lambda kernels, sets: kernels.decode_rows(*sets))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _layers(
     seed: int, coded: bool,
 ) -> dict[str, LayerTraffic]:  # fmt: skip
     ids_TK, home_T = zipf_routing(shape, placement.num_ranks, tokens, args.zipf, seed)
-    row = RowBytes.coded(shape.hidden) if coded else RowBytes.exact(BYTES * shape.hidden)
+    row = RowBytes.int8(shape.hidden) if coded else RowBytes.exact(BYTES * shape.hidden)
     computed = {"full": np.ones(ids_TK.shape, bool)}
     computed["cache"] = np.random.default_rng(seed).random(ids_TK.shape) < args.refresh_share
     return {kind: layer_traffic(ids_TK, fresh, home_T, placement, row, returns) for kind, fresh in computed.items()}

@@ -129,7 +129,7 @@ def predict_run(
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     placement: Placement = "owner" if policy in AT_OWNERS else "home"
     # The configurations that are simulated on CPU compute in fp32.
-    row = RowBytes.coded(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
+    row = RowBytes.int8(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
     steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, machine, full=bool(full_S[step])) for step, layers in enumerate(steps)]

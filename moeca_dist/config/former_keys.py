@@ -39,6 +39,7 @@ REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
         ("parallel.row_dtype", "fp8"): "use int8, which loses 8 to 14 dB less at the same bytes",
         # (section.key, value): what to do instead
         ("cache.dtype", "float16"): "use bfloat16, which takes as much memory",
+        ("parallel.rows", "fp8"): "take int8, which is as small and nearer to the exact rows",
     }
 )
 

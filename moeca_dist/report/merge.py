@@ -27,7 +27,6 @@ class ReportTotal:
         self._num_images = 0
         self._denoise_s = 0.0
         self._bytes_peak = 0
-        self._reference_bytes = 0
         self._flops = [0, 0]
         self._branches = dict.fromkeys(_BRANCHES, 0)
         self._exchange: dict[str, Any] = dict.fromkeys(_EXCHANGE, 0)
@@ -43,7 +42,6 @@ class ReportTotal:
         self._num_images += report["num_images"]
         self._denoise_s += report["denoise_s"]
         self._bytes_peak = max(self._bytes_peak, report["cache"]["bytes_peak"])
-        self._reference_bytes = max(self._reference_bytes, report["exchange"].get("reference_bytes", 0))
         self._flops[0] += report["flops"]["computed"]
         self._flops[1] += report["flops"]["full"]
         for name in _BRANCHES:

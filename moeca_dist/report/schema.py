@@ -49,9 +49,7 @@ class ExchangeReport:
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
     divides ``bytes_sent``. ``count_exchanges``: how often each rank's row counts were gathered, which tells all ranks what
-    travels; their few bytes are not counted. ``rows``: their format, see ``kernels.row_codes``; ``exact`` also where
-    nothing travels. ``reference_bytes``: what all ranks keep of coded rows, at its peak; part of the cache's
-    ``bytes_peak`` where there is a cache.
+    travels; their few bytes are not counted. ``row_dtype``: how they travelled, ``exact`` also where nothing did.
     """
 
     mode: str

@@ -116,8 +116,7 @@ def _exchange(report: Mapping[str, Any]) -> _Rows:
     if exchange["placement"] is not None:
         rows.insert(1, ("branch values are kept", f"at the {exchange['placement']} rank"))
     if exchange.get("rows", "exact") != "exact":
-        held = f"{scaled(exchange['reference_bytes'], 1024)}iB of references"
-        rows.insert(1, ("rows travel as", f"{exchange['rows']} codes, {held}"))
+        rows.insert(1, ("rows travel as", exchange["rows"]))
     return rows
 
 

@@ -27,7 +27,6 @@ from moeca_dist.kernels.types import (
     Entering,
     Forecast,
     FreshRows,
-    HeldRows,
     Kernels,
     RouterWeights,
     StoredBranches,
@@ -36,7 +35,6 @@ from tests.helpers.golden_files import load_golden
 
 REFERENCE = ReferenceKernels()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-CODED_DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 WIDTHS = st.sampled_from([1, 7, 16, 40, 65])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -193,78 +191,6 @@ def test_route(
     assert torch.equal(found.found_TK[same_T], expected.found_TK[same_T])
     assert torch.equal(found.entry_TK[same_T], expected.entry_TK[same_T])
     assert all(len(set(entry)) == k for entry in found.entry_TK.tolist())
-
-
-FORMS = st.sampled_from(sorted(FORMATS))
-
-
-@given(FORMS, CODED_DTYPES, st.integers(0, 9), WIDTHS, st.booleans(), st.booleans(), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
-def test_coded_rows(
-    fused: Kernels, name: str, dtype: torch.dtype, rows: int, width: int, holds: bool, broken: bool, seed: int
-) -> None:
-    """Four exchanges of rows that change little: codes as the reference makes them, and both ends hold the same bits.
-
-    Rows are slices, codes unaligned, and some rows have infinities and NaN, or are zero.
-    """
-    form, draw = FORMATS[name], torch.Generator().manual_seed(seed)
-
-    def end() -> HeldRows:
-        return HeldRows(torch.zeros(rows + 3, width, dtype=dtype), torch.randperm(rows + 3, generator=draw)[:rows])
-
-    sender, receiver = (end() if holds else None for _ in range(2))
-    wide_ND = torch.randn(rows, width + 3, generator=draw)
-    for turn in range(4):
-        wide_ND = wide_ND + 0.1 * torch.randn(rows, width + 3, generator=draw)
-        rows_ND = wide_ND.to(dtype)[:, 3:]
-        if broken and turn == 1 and rows:
-            rows_ND[0] = 0
-            rows_ND[rows // 2, seed % width] = (torch.nan, torch.inf, -torch.inf)[seed % 3]
-        reference = None if sender is None else HeldRows(sender.rows_SD.clone(), sender.key_N)
-        coded_NW = fused.encode_rows(rows_ND, sender, form)
-        finite_N = rows_ND.isfinite().all(1)
-        # What codes a row without a scale has is moot.
-        alike(coded_NW[finite_N], REFERENCE.encode_rows(rows_ND, reference, form)[finite_N], form)
-        packed = torch.cat([torch.zeros(rows, 3, dtype=torch.uint8), coded_NW], 1)[:, 3:]
-        decoded_ND = fused.decode_rows(packed, receiver, form, width, dtype)
-        assert decoded_ND.dtype == dtype and decoded_ND[~finite_N].isnan().all()
-        # Half a code of a whole row, or three bits of mantissa of the largest value.
-        most_N1 = rows_ND.float().abs().amax(1, keepdim=True)
-        error_ND = (decoded_ND.float() - rows_ND.float()).abs()
-        rounding_ND = torch.finfo(dtype).eps * rows_ND.float().abs()
-        assert (error_ND <= 1.01 * most_N1 / (254 if name == "int8" else 16) + rounding_ND)[finite_N].all()
-        if sender is not None and receiver is not None:
-            held_ND = sender.rows_SD[sender.key_N]
-            assert torch.equal(held_ND, receiver.rows_SD[receiver.key_N])
-            assert torch.equal(held_ND, decoded_ND.nan_to_num(0.0, 0.0, 0.0))
-
-
-def alike(found_NW: Tensor, expected_NW: Tensor, form: RowFormat) -> None:
-    """The same scales to rounding, and codes next to each other where a value lies between two of them."""
-    both = found_NW, expected_NW
-    scales, codes = [each[:, :SCALE_BYTES] for each in both], [each[:, SCALE_BYTES:] for each in both]
-    found_N, expected_N = (each.flatten().view(torch.float32) for each in scales)
-    torch.testing.assert_close(found_N, expected_N, rtol=1e-6, atol=0)
-    if form.dtype.is_floating_point:  # ascending, as numbers of one sign and their bits are
-        found, expected = (torch.where(each >= 128, 128 - each.int(), each.int()) for each in codes)
-    else:
-        found, expected = (each.contiguous().view(torch.int8).int() for each in codes)
-    apart = (found - expected).abs()
-    assert (apart <= 1).all() and apart.sum() <= 1 + 0.02 * apart.numel()
-
-
-def test_e4m3_by_its_bits(fused: Kernels) -> None:
-    """Every code, and what lies between two of them: as PyTorch rounds, ties to even."""
-    form = FORMATS["fp8"]
-    codes = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]
-    values = codes.view(torch.float8_e4m3fn).float().sort().values
-    between = torch.cat([values[:-1] + share * values.diff() for share in (0.0, 0.25, 0.4999, 0.5, 0.5001, 0.75)])
-    # The largest value gets the largest code, so the scale is 1.
-    rows_ND = torch.cat([between, torch.tensor([448.0])])[None]
-    coded_NW = fused.encode_rows(rows_ND, None, form)
-    assert torch.equal(coded_NW[0, SCALE_BYTES:], rows_ND[0].to(torch.float8_e4m3fn).view(torch.uint8))
-    decoded_ND = fused.decode_rows(coded_NW, None, form, rows_ND.shape[1], torch.float32)
-    assert torch.equal(decoded_ND, rows_ND.to(torch.float8_e4m3fn).float())
 
 
 def test_the_device_chooses() -> None:
