@@ -82,7 +82,7 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
         flops=work.flops(),
         branches=work.branches(),
         exchange=ExchangeReport(
-            mode="local" if setup.is_local else config.parallel.exchange,
+            mode="exact" if group else "local",
             placement=setup.placement,
             bytes_sent=sum(theirs.bytes_sent for theirs in ranks),
             bytes_full=work.extrapolated(sum(theirs.bytes_exact for theirs in ranks)),
@@ -90,7 +90,6 @@ def account(setup: Setup, requests: Sequence[Request], counters: Counters) -> Re
             collectives_elided=group.traffic.collectives_elided if group else 0,
             agreements=group.traffic.agreements if group else 0,
             bytes_per_step=work.bytes_per_step(),
-            budget=work.budget(setup.budget_rows or {}),
             rows="exact" if group is None else config.parallel.rows,
             reference_bytes=sum(theirs.reference_bytes for theirs in ranks),
         ),

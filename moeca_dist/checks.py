@@ -9,7 +9,6 @@ from moeca_dist.graphs import check_graphs
 from moeca_dist.memory import cache_size, check_memory
 from moeca_dist.models.loading import check_weights
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import budget_rows, check_exchange
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.placement_table import PlacementTable
 from moeca_dist.sampling.calibration import Calibration, read_calibration
@@ -37,21 +36,18 @@ def check_config(config: Config, labels: Sequence[int]) -> ModelSpec:
     """Everything about the model and the labels that can be refused without loading weights; cheap.
 
     Raises UserError for a missing, foreign or inconsistent checkpoint, step counts the sampler does not offer, labels
-    that the model does not have, an exchange mode without effect, CUDA graphs of what cannot be captured, a
-    calibration or expert placement that is none, and a decoder that is not there or has no use.
+    that the model does not have, CUDA graphs of what cannot be captured, a calibration or expert placement that is
+    none, and a decoder that is not there or has no use.
     """
     spec = check_weights(config.model)
     sampler = sampler_for(spec)
     num_steps = config.sampling.num_steps or sampler.default_num_steps
     sampler.check_num_steps(num_steps)
-    policy = build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
-    check_exchange(config, policy)
+    build_policy(config.cache, num_steps, guided=config.sampling.cfg_scale != 1)
     check_graphs(config, spec)
     if config.cache.calibration is not None:
         read_calibration(config.cache.calibration)
     read_placement(config)
-    if config.parallel.exchange == "budget":
-        budget_rows(config.parallel, spec.moe_blocks, spec.num_tokens, spec.num_experts_per_tok, [0] * spec.num_experts)
     check_requests([Request(index, label) for index, label in enumerate(labels)], spec)
     check_decoder(config, spec)
     return spec

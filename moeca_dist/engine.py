@@ -172,9 +172,9 @@ class Engine:
     def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
         """Another cache over the same network and ranks, with a ``calibration`` of it if there is no file.
 
-        Without telemetry, and with the exact exchange, which all policies offer; CUDA graphs without a cache alone.
+        Without telemetry, and with rows that travel as computed; CUDA graphs without a cache alone.
         """
-        parallel = self.config.parallel.model_copy(update=_EXACT_EXCHANGE)
+        parallel = self.config.parallel.model_copy(update={"rows": "exact"})
         graphs = self.config.model.cuda_graphs and cache.policy == "none"
         model = self.config.model.model_copy(update={"cuda_graphs": graphs})
         changes = {"model": model, "cache": cache, "parallel": parallel, "telemetry": TelemetryConfig()}
@@ -269,15 +269,6 @@ class Engine:
         if self.mesh.expert_group is not None:
             self.mesh.expert_group.reset_traffic(observed.timer)
         return Counters(observed)
-
-
-_EXACT_EXCHANGE = {
-    "exchange": "exact",
-    "budget": None,
-    "budget_groups": None,
-    "budget_fill": False,
-    "rows": "exact",
-}
 
 
 def join(config: Config) -> Mesh:

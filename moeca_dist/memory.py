@@ -33,7 +33,7 @@ class CacheSize:
 
     Exact, but an upper bound in placement ``owner``, where what an owner keeps depends on the routing.
     ``element_bytes``: of a value as the network computes it. ``experts_per_owner``: the most that a rank holds of one
-    block. ``budgeted``: rows are, and branches wait for room.
+    block.
     ``coded``: rows travel as codes, and both ends keep references.
     ``output_history``: outputs of full steps that a calibrated run remembers of each half, None without a calibration;
     ``output_bytes``: size of one of them for one image.
@@ -48,7 +48,6 @@ class CacheSize:
     placement: Placement | None
     ep_size: int
     experts_per_owner: int
-    budgeted: bool
     coded: bool
     output_history: int | None
     output_bytes: int
@@ -82,8 +81,6 @@ class CacheSize:
                 yield self._kept_rows(half, by_rows=False)
             return
         yield from (self._modules(half, block) for block in range(self.spec.depth))
-        if self.budgeted:
-            yield self._backlogs(half)
 
     @property
     def _row(self) -> int:
@@ -121,16 +118,6 @@ class CacheSize:
             if full or by_rows:
                 kept = min(kept + 1, self._values)
             held.append(kept * self._row + (4 if by_rows and not full else 0))
-        return held
-
-    def _backlogs(self, half: Half) -> list[int]:
-        """Bytes per token of what waits for room, in all blocks, after each step."""
-        expert_id, waited = 8, 1
-        branches = len(self.spec.moe_blocks) * self.spec.num_experts_per_tok
-        started, held = False, []
-        for index in range(self.num_steps):
-            started |= not self._is_full(index, half)
-            held.append(branches * (expert_id + waited) * started)
         return held
 
     def _outputs(self, half: Half) -> list[int]:
@@ -209,7 +196,6 @@ def cache_size(
         placement,
         ep_size,
         experts_per_owner=_experts_per_owner(config, spec, ep_size),
-        budgeted=config.parallel.exchange == "budget",
         coded=config.parallel.rows != "exact",
         output_history=None if calibration is None else calibration.weights.history,
         output_bytes=sampler_for(spec).guided_channels * spec.input_size**2 * torch.float32.itemsize,

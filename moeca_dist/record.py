@@ -16,7 +16,7 @@ from torch import Tensor
 from moeca_dist.engine import Engine
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher, FixedRows
+from moeca_dist.parallel.dispatch import DispatchedRows, Dispatcher
 from moeca_dist.parallel.pending import Pending
 from moeca_dist.parallel.references import BlockCoding
 from moeca_dist.parallel.routing_trace import RoutingTrace
@@ -26,8 +26,8 @@ from moeca_dist.types import Branches, Request, Routing
 def record_routing(engine: Engine, requests: Sequence[Request], source: str = "") -> RoutingTrace | None:
     """Generate ``requests`` and return their trace on rank 0, None elsewhere; the images are thrown away.
 
-    A collective of the world. Raises UserError for what leaves no complete trace: placement ``owner``, exchange mode
-    ``budget``, CUDA graphs, and policies that compute single tokens of a module.
+    A collective of the world. Raises UserError for what leaves no complete trace: placement ``owner``, CUDA
+    graphs, and policies that compute single tokens of a module.
     """
     _check(engine)
     recorder = RoutingRecorder(engine.model)
@@ -52,8 +52,6 @@ def _check(engine: Engine) -> None:
         raise UserError("a routing trace cannot be recorded in cache.placement owner: use home, the choices are alike")
     if engine.graphed_model is not None:
         raise UserError("a routing trace is copied to the host in every step: remove model.cuda_graphs")
-    if engine.config.parallel.exchange != "exact":
-        raise UserError("a routing trace is recorded with parallel.exchange exact: the decisions are those of a step")
     if engine.policy is not None and engine.policy.refreshes_rows:
         raise UserError(
             f"a routing trace cannot be recorded with cache.policy {engine.config.cache.policy}, which routes only "
@@ -168,13 +166,6 @@ class _RecordingDispatcher:
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
         return self._inner.combine(outputs_RD, dispatched)
-
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        """Never noted: traces are recorded with the exact exchange."""
-        return self._inner.dispatch_fixed(x_TD, fixed)
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        return self._inner.combine_fixed(outputs_RD, dispatched)
 
     def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
         return self._inner.combine_sums(outputs_RD, dispatched, routing)

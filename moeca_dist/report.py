@@ -24,7 +24,6 @@ class BranchReport:
     """Branches (token x routed expert) of all ranks and steps.
 
     ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
-    ``deferred``: branches, among those that were served, for which budgeted rows left no room.
     """
 
     routed: int
@@ -36,15 +35,13 @@ class BranchReport:
     full_step: int = 0
     score: int = 0
     forced: int = 0
-    deferred: int = 0
 
 
 @dataclass(frozen=True)
 class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together.
 
-    ``mode`` is ``local`` where every rank holds all experts and the mode changes nothing. ``budget``: see
-    ``work.Work.budget``.
+    ``mode`` is ``local`` where every rank holds all experts and nothing travels, else ``exact``.
     ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
     rank holds all experts. Collectives are counted per rank.
 
@@ -65,7 +62,6 @@ class ExchangeReport:
     collectives_elided: int
     agreements: int = 0
     bytes_per_step: tuple[int, ...] = ()
-    budget: tuple[dict[str, Any], ...] = ()
     rows: str = "exact"
     reference_bytes: int = 0
 

@@ -15,7 +15,6 @@ _BRANCHES = (
     "full_step",
     "score",
     "forced",
-    "deferred",
 )
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_elided", "agreements")
 
@@ -33,7 +32,6 @@ class ReportTotal:
         self._branches = dict.fromkeys(_BRANCHES, 0)
         self._exchange: dict[str, Any] = dict.fromkeys(_EXCHANGE, 0)
         self._bytes_per_step: list[int] = []
-        self._budget: list[dict[str, Any]] = []
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
@@ -56,8 +54,6 @@ class ReportTotal:
         layers = [dict(layer) for layer in report["cache"]["per_layer"]]
         pairs = zip(self._per_layer, layers, strict=True) if self._per_layer else ()
         self._per_layer = [_sum(mine, theirs) | {"block": mine["block"]} for mine, theirs in pairs] or layers
-        budget = [dict(layer) for layer in report["exchange"].get("budget", ())]
-        self._budget = [_joined(*pair) for pair in zip(self._budget, budget, strict=True)] if self._budget else budget
         self._modules = _sum(self._modules, report["cache"]["modules"])
         self._seconds = _sum(self._seconds, report["seconds"])
         self._remarks.add(report["cache"]["remark"])
@@ -85,7 +81,6 @@ class ReportTotal:
                 first["exchange"]["placement"],
                 **self._exchange,
                 bytes_per_step=tuple(self._bytes_per_step),
-                budget=tuple(self._budget),
                 rows=first["exchange"].get("rows", "exact"),
                 reference_bytes=self._reference_bytes,
             ),
@@ -101,13 +96,6 @@ class ReportTotal:
             requests=requests,
             batch=batch,
         )
-
-
-def _joined(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """One block's budget: who was deferred adds up, of each demand the larger, which was enough for both parts."""
-    names = {**mine["demand"], **theirs["demand"]}
-    demand = {name: max(part["demand"].get(name, 0) for part in (mine, theirs)) for name in names}
-    return {**mine, "deferred": mine["deferred"] + theirs["deferred"], "demand": demand}
 
 
 def _sum(mine: Any, theirs: Any) -> Any:

@@ -214,17 +214,3 @@ def _share(count: int, of: int) -> str:
 def _table(title: str, rows: _Rows) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
-
-
-def needed_rows(report: Mapping[str, Any], quantile: str) -> list[int]:
-    """Rows of each image, guidance half and group of experts that would have been enough, one for each MoE block.
-
-    ``quantile``: for which share of the steps, images and groups, as ``work.QUANTILES`` writes it. Raises UserError for
-    a run without a budget, or with one that left branches waiting: they ask again, so needs would count twice.
-    """
-    blocks = report["exchange"].get("budget") or []
-    if not blocks or not all(block["demand"] for block in blocks):
-        raise UserError("this run counted no rows: generate with parallel.exchange budget and parallel.budget 1.0")
-    if any(block["deferred"] for block in blocks):
-        raise UserError("branches waited in this run, which hides what they need: generate with parallel.budget 1.0")
-    return [max(1, block["demand"][quantile]) for block in blocks]

@@ -6,7 +6,6 @@ Everything here follows from the configuration, the network and the ranks; a bat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeca_dist.arrangement import budget_of_round, rows_of_budget
 from moeca_dist.cache.policies import build_policy
 from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.cache.session import HALVES, CacheSession
@@ -15,7 +14,7 @@ from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import Config
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.models.spec import ModelSpec
-from moeca_dist.moe.placement import Placement, check_exchange, choose_placement
+from moeca_dist.moe.placement import Placement, choose_placement
 from moeca_dist.parallel.agreement import agreed
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.parallel.references import RowCoding
@@ -30,8 +29,8 @@ from moeca_dist.work import Work
 class Setup:
     """Made once for an engine with ``Setup.of``.
 
-    ``placement``: which side of the exchange keeps branch values, None where it is moot; ``budget_rows``: by MoE block,
-    None in exchange modes without a budget; ``calibration``: None where outputs are not corrected.
+    ``placement``: which side of the exchange keeps branch values, None where it is moot; ``calibration``: None where
+    outputs are not corrected.
     """
 
     config: Config
@@ -41,7 +40,6 @@ class Setup:
     halves: tuple[Half, ...]
     policy: Policy | None
     placement: Placement | None
-    budget_rows: dict[int, int] | None
     calibration: Calibration | None
 
     @classmethod
@@ -50,29 +48,21 @@ class Setup:
     ) -> "Setup":
         """``calibration``: of this cache and network, where there is no file of it.
 
-        Raises UserError, on all ranks alike, for an exchange mode without effect, and for a file of another
-        calibration.
+        Raises UserError, on all ranks alike, for a file of another calibration.
         """
         spec, guided = model.spec, config.sampling.cfg_scale != 1
         halves = HALVES if guided else HALVES[:1]
         policy = build_policy(config.cache, num_steps, guided=guided)
-        check_exchange(config, policy)
         placement = choose_placement(config.cache, policy, spec.num_experts_per_tok, mesh.ep_size)
-        rows = rows_of_budget(config, spec, mesh.ep_size)
         path = config.cache.calibration
         if calibration is None and path is not None:
             wanted = fitted_for(config, num_steps, policy, halves, model)
             calibration = agreed(mesh, lambda: fitting_calibration(path, wanted))
-        return cls(config, mesh, model, num_steps, halves, policy, placement, rows, calibration)
+        return cls(config, mesh, model, num_steps, halves, policy, placement, calibration)
 
     @property
     def spec(self) -> ModelSpec:
         return self.model.spec
-
-    @property
-    def is_local(self) -> bool:
-        """Whether nothing travels, and the exchange mode means nothing."""
-        return self.mesh.expert_group is None and self.config.parallel.exchange == "exact"
 
     def work(self, num_images: int, statistics: CacheStatistics) -> Work:
         return Work(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
@@ -97,7 +87,7 @@ class Setup:
         statistics: CacheStatistics,
         timer: Timer,
     ) -> CacheSession:
-        """The caches of one round. A collective of the expert-parallel group in exchange mode ``budget``."""
+        """The caches of one round."""
         assert self.policy is not None
 
         def bytes_beside() -> int:
@@ -115,7 +105,6 @@ class Setup:
             timer=timer,
             device=self.mesh.device,
             owner_ranks=self.mesh.ep_size if self.placement == "owner" else None,
-            budget=budget_of_round(self.config, self.budget_rows, self.spec, self.mesh, len(share)),
             storage=storage_of(self.config.cache.dtype),
             bytes_beside=bytes_beside,
         )

@@ -3,7 +3,6 @@
 Shape suffixes: S steps, Y reasons, E experts.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -74,7 +73,6 @@ class Work:
             full_step=full,
             score=score,
             forced=forced,
-            deferred=counted.total(Reason.DEFERRED),
         )
 
     def modules(self) -> dict[str, dict[str, int]]:
@@ -110,23 +108,6 @@ class Work:
         sent = self._statistics.bytes_per_step
         return tuple(sent[step] for step in range(1 + max(sent, default=-1)))
 
-    def budget(self, rows: Mapping[int, int]) -> tuple[dict[str, Any], ...]:
-        """One entry per MoE block with budgeted ``rows`` of an image, guidance half and group of experts.
-
-        ``deferred``: branches that found no room, counted in every step; ``demand``: so many rows would have been
-        enough for these shares of the steps, images and groups.
-        """
-        deferred = self._statistics.per_step(Reason.DEFERRED)
-        return tuple(
-            {
-                "block": block,
-                "rows": most,
-                "deferred": sum(count for (_, counted), count in deferred.items() if counted == block),
-                "demand": _quantiles(self._statistics.demand[block]) if block in self._statistics.demand else {},
-            }
-            for block, most in rows.items()
-        )
-
     def per_layer(self) -> tuple[dict[str, Any], ...]:
         """One entry per MoE block: branches by reason, in all, by step and by expert; empty without a branch cache.
 
@@ -139,15 +120,6 @@ class Work:
             for block in self._spec.moe_blocks
             if block in self._statistics.branches
         )
-
-
-QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
-
-
-def _quantiles(counts: Tensor) -> dict[str, int]:
-    """From how often each number of rows was needed."""
-    up_to, total = counts.cumsum(0), int(counts.sum())
-    return {f"{share:g}": int((up_to < share * total).sum()) for share in QUANTILES}
 
 
 def _entry(block: int, counts_SYE: Tensor) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def serve(
     cache: BranchCache, ids_TK: Tensor, gates_TK: Tensor, match: Match, refresh_TK: Tensor, fresh_TKD: Tensor, step: int
 ) -> Tensor:
     branch_N = refresh_TK.flatten().nonzero().squeeze(1)
-    fresh = FreshRows(fresh_TKD.flatten(0, 1), branch_N, branch_N, padded=False)
+    fresh = FreshRows(fresh_TKD.flatten(0, 1), branch_N, branch_N)
     return cache.serve(Routing(ids_TK, gates_TK), match, refresh_TK, fresh, step)
 
 

@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, K routed experts per token, D hidden size, N rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.placement import ExpertPlacement
 from moeca_dist.parallel.references import BlockReferences, Places, RowCoding
 from moeca_dist.types import Branches, Routing
-from tests.test_budget_exchange import READS, Walk, _noting
+from tests.host_waits import waits_of
 from tests.test_dispatch import EXPERTS, HIDDEN, make_experts
 
 LEGS = ("hidden", "sums")
@@ -169,17 +169,8 @@ def waits_of_coding() -> list[list[str]]:
     walk_TD, routing = torch.randn(4, HIDDEN, generator=draw), random_routing(draw, 4, 0.0)
     plain = AllToAllDispatcher(group, ExpertPlacement((0, 0, 0, 1, 1, 1), 2))
     experts = make_experts(range(3))
-    expected = walked(lambda: summed(plain, walk_TD, routing, routing.gates_TK, experts))
-    return [walked(lambda: summed(plain.coded(coding), walk_TD, routing, routing.gates_TK, experts)), expected]
-
-
-def walked(work: Callable[[], Tensor]) -> list[str]:
-    waits: list[str] = []
-    with pytest.MonkeyPatch.context() as patch, Walk() as walk:
-        for name in READS:
-            patch.setattr(Tensor, name, _noting(name, getattr(Tensor, name), waits))
-        work()
-    return waits + walk.waits
+    expected = waits_of(lambda: summed(plain, walk_TD, routing, routing.gates_TK, experts))
+    return [waits_of(lambda: summed(plain.coded(coding), walk_TD, routing, routing.gates_TK, experts)), expected]
 
 
 def test_the_host_waits_for_nothing_more(two_ranks: Any) -> None:

@@ -1,4 +1,4 @@
-"""Coded rows in whole networks: every policy, placement and exchange mode; samples are float latents, relative L2."""
+"""Coded rows in whole networks: every policy and placement; samples are float latents, relative L2."""
 
 import json
 from pathlib import Path
@@ -26,22 +26,21 @@ from tests.test_placement_images import difference, make_config, ranks  # noqa: 
 
 FULL_STEPS = [0, 1, 4]
 APART = {"conditional": [0, 1, 3, 5, 7], "unconditional": [0, 4]}
-EXACT, OWNER = {"exchange": "exact"}, {"placement": "owner"}
-# The cache, the exchange, and the legs that have references: single branches return without.
-CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
-    ({}, EXACT, {*LEGS}),
-    ({"policy": "network_forecast", "full_steps": APART}, EXACT, {*LEGS}),
-    ({"policy": "teacache", "delta": 0.008}, EXACT, {*LEGS}),
-    ({"policy": "fora", "full_steps": APART}, EXACT, {*LEGS}),
-    ({"policy": "taylorseer", "full_steps": FULL_STEPS}, EXACT, {*LEGS}),
-    ({"policy": "toca", "full_steps": APART}, EXACT, {*LEGS}),
-    ({"policy": "moeca_forecast", "full_steps": APART}, EXACT, {"hidden"}),
-    ({"policy": "moeca", "full_steps": FULL_STEPS}, EXACT, {"hidden"}),
-    ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5}, EXACT, {"hidden"}),
-    ({"policy": "dice_skip", "full_steps": FULL_STEPS}, EXACT, {"hidden"}),
-    ({"policy": "moeca_forecast", "full_steps": FULL_STEPS, **OWNER}, EXACT, {*LEGS}),
-    ({"policy": "random", "full_steps": APART, **OWNER}, EXACT, {*LEGS}),
-    ({"policy": "moeca_forecast", "full_steps": APART}, {"exchange": "budget", "budget": 3}, {"hidden"}),
+OWNER = {"placement": "owner"}
+# The cache, and the legs that have references: single branches return without.
+CASES: list[tuple[dict[str, Any], set[str]]] = [
+    ({}, {*LEGS}),
+    ({"policy": "network_forecast", "full_steps": APART}, {*LEGS}),
+    ({"policy": "teacache", "delta": 0.008}, {*LEGS}),
+    ({"policy": "fora", "full_steps": APART}, {*LEGS}),
+    ({"policy": "taylorseer", "full_steps": FULL_STEPS}, {*LEGS}),
+    ({"policy": "toca", "full_steps": APART}, {*LEGS}),
+    ({"policy": "moeca_forecast", "full_steps": APART}, {"hidden"}),
+    ({"policy": "moeca", "full_steps": FULL_STEPS}, {"hidden"}),
+    ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5}, {"hidden"}),
+    ({"policy": "dice_skip", "full_steps": FULL_STEPS}, {"hidden"}),
+    ({"policy": "moeca_forecast", "full_steps": FULL_STEPS, **OWNER}, {*LEGS}),
+    ({"policy": "random", "full_steps": APART, **OWNER}, {*LEGS}),
 ]
 # Relative L2 to the samples of exact rows; measured: 2e-5 to 2e-4 and 1e-4 to 5e-4.
 LARGEST = {"int8": 5e-4, "fp8": 2e-3}
@@ -54,9 +53,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"checkpoint": str(path), "device": "cpu", **golden.options}
 
 
-def coded(config: Config, rows: str, **parallel: Any) -> Config:
-    changed = config.parallel.model_copy(update={"rows": rows, **parallel})
-    return config.model_copy(update={"parallel": changed})
+def coded(config: Config, rows: str) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"rows": rows})})
 
 
 def five() -> list[Request]:
@@ -104,13 +102,10 @@ def both(config: Config, rows: str) -> tuple[Any, Any]:
     return generate(coded(config, "exact")), generate(coded(config, rows))
 
 
-@pytest.mark.parametrize(("cache", "exchange", "legs"), CASES)
+@pytest.mark.parametrize(("cache", "legs"), CASES)
 @pytest.mark.parametrize("rows", FORMATS)
-def test_every_policy_and_mode(
-    two_ranks: Any, model: dict[str, Any], rows: str, cache: dict[str, Any], exchange: dict[str, Any], legs: set[str]
-) -> None:
-    config = coded(make_config(model, cache), "exact", **exchange)
-    (exact, plain, _), (images, report, found) = two_ranks.run(both, config, rows)[0]
+def test_every_policy(two_ranks: Any, model: dict[str, Any], rows: str, cache: dict[str, Any], legs: set[str]) -> None:
+    (exact, plain, _), (images, report, found) = two_ranks.run(both, make_config(model, cache), rows)[0]
     assert found == legs
     distance = difference(images, exact)
     assert 0 < distance < LARGEST[rows]
@@ -120,18 +115,16 @@ def test_every_policy_and_mode(
 
 
 @pytest.mark.parametrize("world", [(4, 4), (4, 2)], ids=["EP4", "DP2xEP2"])
-@pytest.mark.parametrize(("cache", "exchange", "legs"), [CASES[index] for index in (0, 1, 8, 10)])
+@pytest.mark.parametrize(("cache", "legs"), [CASES[index] for index in (0, 1, 8, 10)])
 def test_more_ranks(
     ranks: Any,  # noqa: F811
     model: dict[str, Any],
     cache: dict[str, Any],
-    exchange: dict[str, Any],
     legs: set[str],
     world: tuple[int, int],
 ) -> None:
     """Five images: some ranks have two, some one, some none."""
-    config = coded(make_config(model, cache, world[1]), "exact", **exchange)
-    (exact, _, _), (images, _, found) = ranks(world[0]).run(both, config, "int8")[0]
+    (exact, _, _), (images, _, found) = ranks(world[0]).run(both, make_config(model, cache, world[1]), "int8")[0]
     assert found == legs and 0 < difference(images, exact) < LARGEST["int8"]
 
 

@@ -20,7 +20,7 @@ from moeca_dist.graphs import GraphedModel, Recording, check_graphs
 from moeca_dist.parallel.mesh import Mesh
 from moeca_dist.record import record_routing
 from tests.golden_files import load_golden
-from tests.test_budget_exchange import READS, WAITING
+from tests.host_waits import READS, WAITING
 from tests.test_placement_images import make_config
 
 

@@ -25,10 +25,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "exact": {},
     "network_forecast": {"cache": {"policy": "network_forecast"}},
     "moeca_forecast": {"cache": {"policy": "moeca_forecast"}},
-    "moeca_forecast, budget": {
-        "cache": {"policy": "moeca_forecast"},
-        "parallel": {"exchange": "budget", "budget": 0.05},
-    },
     "taylorseer": {"cache": {"policy": "taylorseer"}},
     "fora": {"cache": {"policy": "fora"}},
 }
@@ -76,7 +72,6 @@ def measured(
         "flop": report.flops.computed,
         "flop_ratio": report.flops.speedup,
         "of_limit": report.flops.computed / seconds / roofline.gemm_flop_per_s,
-        "deferred": report.branches.deferred,
         "cache_bytes": report.cache.bytes_peak,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }, engine

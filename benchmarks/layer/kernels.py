@@ -78,7 +78,7 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
             torch.rand(all_tokens, k, device=device), entry_TK, torch.ones_like(entry_TK, dtype=torch.bool),
             refresh_TK.view(all_tokens, k),
         )  # fmt: skip
-        rows = FreshRows(normal(fresh, width), branch_N, torch.arange(fresh, device=device), padded=False)
+        rows = FreshRows(normal(fresh, width), branch_N, torch.arange(fresh, device=device))
         return StoredBranches(stored, slopes, steps_TJ), branches, rows
 
     def residual() -> Any:

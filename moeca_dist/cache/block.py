@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.branches import BranchCache
-from moeca_dist.cache.budget import Backlog, Budget
 from moeca_dist.cache.owned import HomeTable, OwnedBlock
 from moeca_dist.cache.policy import Half, ModuleView, Policy
 from moeca_dist.cache.rows import KeyValueCache, RowCache, Rows
@@ -48,7 +47,6 @@ class SegmentCache:
         entries = num_experts_per_tok + policy.extra_entries
         self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
         self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
-        self.backlog = Backlog()
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:
@@ -59,7 +57,7 @@ class SegmentCache:
     def num_bytes(self) -> int:
         usage = 0 if self.usage is None else self.usage.num_bytes
         modules = sum(rows.num_bytes for rows in self.modules.values())
-        branches = self.branches.num_bytes + self.home.num_bytes + self.backlog.num_bytes
+        branches = self.branches.num_bytes + self.home.num_bytes
         return branches + modules + self.keys_values.num_bytes + usage
 
 
@@ -74,8 +72,7 @@ class Followed:
 class BlockStep:
     """One block in one step: what the block asks instead of computing everything.
 
-    ``owned``: this rank's part of placement ``owner``; None in placement ``home``. ``budget``: None where the number of
-    rows follows from the data.
+    ``owned``: this rank's part of placement ``owner``; None in placement ``home``.
     """
 
     block: int
@@ -88,7 +85,6 @@ class BlockStep:
     followed: Followed
     owned: OwnedBlock | None = None
     timer: Timer = UNTIMED
-    budget: Budget | None = None
 
     @property
     def all_full(self) -> bool:

@@ -62,26 +62,6 @@ class EntryTable:
             return Match(entries.expand_as(expert_ids_TK), torch.zeros_like(expert_ids_TK, dtype=torch.bool))
         return Match(*match_entries(expert_ids_TK, self._ids_TJ, self._used_TJ, self._last_step))
 
-    def stand_ins(self, match: Match, refresh_TK: Tensor, expert_ids_TK: Tensor) -> tuple[Match, Tensor]:
-        """Entries where some unmatched branches are not refreshed, and the expert ids [T, K] that the tokens then have.
-
-        In place of such a branch stands the token's branch that was used last and is not in use; the table must hold
-        as many branches of each token as it is routed to. Where all unmatched branches are refreshed nothing changes.
-        """
-        assert self._ids_TJ is not None
-        found_TK = match.found_TK
-        in_use_TJ = torch.zeros_like(self._ids_TJ, dtype=torch.bool).scatter_(1, match.entry_TK, found_TK)
-        free_TJ = (self._used_TJ + in_use_TJ * (self._last_step + 2)).argsort(dim=-1, stable=True)
-        kept_TK = ~found_TK & ~refresh_TK
-        nth_kept_TK = kept_TK.cumsum(-1) - 1
-        nth_new_TK = (~found_TK & refresh_TK).cumsum(-1) - 1
-        last_T1 = self.num_entries - 1 - found_TK.sum(-1, keepdim=True)
-        # New branches take the entries that were used longest ago, from the other end.
-        nth_TK = torch.where(kept_TK, last_T1 - nth_kept_TK, nth_new_TK).clamp(min=0)
-        entry_TK = torch.where(found_TK, match.entry_TK, free_TJ.gather(1, nth_TK))
-        ids_TK = torch.where(kept_TK, self._ids_TJ.gather(1, entry_TK), expert_ids_TK)
-        return Match(entry_TK, found_TK), ids_TK
-
     def route(self, x_TD: Tensor, router: RouterWeights) -> RoutedTokens:
         """Route the tokens and ``match`` them in one."""
         assert self._ids_TJ is not None, "the first step of a request is a full step"
@@ -157,19 +137,10 @@ class BranchCache(EntryTable):
         if self._gates_TJ is not None and self._norms_TJ is not None and reference_gates_TK is not None:
             _replace(self._gates_TJ, match.entry_TK, refresh_TK, reference_gates_TK.float())
             norm_N = fresh.rows_RD.index_select(0, fresh.row_N).float().norm(dim=-1)
-            # The last place takes what stands for padding.
-            norms = norm_N.new_zeros(refresh_TK.numel() + 1).scatter_(0, fresh.branch_N, norm_N)
-            _replace(self._norms_TJ, match.entry_TK, refresh_TK, norms[:-1].view_as(refresh_TK))
+            norms_TK = norm_N.new_zeros(refresh_TK.numel()).scatter_(0, fresh.branch_N, norm_N).view_as(refresh_TK)
+            _replace(self._norms_TJ, match.entry_TK, refresh_TK, norms_TK)
         self.touch(match, step)
         return total_TD
-
-    def expected_change(self, match: Match, step: int) -> Tensor:
-        """fp32 [T, K]: how far a stored branch is extrapolated, |slope| x steps; at order 0 the steps alone."""
-        gap_TK = (step - self._steps_TJ).gather(1, match.entry_TK).float()
-        if not self.forecast:
-            return gap_TK
-        norm_TJ = self._slopes_TJD.unpack().float().norm(dim=-1)
-        return gap_TK * norm_TJ.gather(1, match.entry_TK)
 
     def reference(self, match: Match) -> Reference | None:
         """What was kept of the branches of a routing; arbitrary where they are unmatched. None without gates."""

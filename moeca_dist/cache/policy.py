@@ -53,14 +53,10 @@ class RefreshPlan:
     """``refresh_TK``: branches computed now and stored; the others are served from the cache. Covers all unmatched.
 
     ``forced_TK``: those among them that were not judged each on its own; None where all matched ones were.
-    ``priority_TK``: which matched branches come first where there is not room for all, higher first; None: gate x
-    expected change. ``judges_matched``: whether it ever refreshes one of them.
     """
 
     refresh_TK: Tensor
     forced_TK: Tensor | None = None
-    priority_TK: Tensor | None = None
-    judges_matched: bool = True
 
 
 class Policy(Protocol):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Followed, Segment, SegmentCache
-from moeca_dist.cache.budget import Budget
 from moeca_dist.cache.network import NetworkCache
 from moeca_dist.cache.owned import OwnedBlock, OwnedBranches, RowPool
 from moeca_dist.cache.policy import Half, Policy
@@ -31,8 +30,7 @@ class CacheSession:
     """The caches of one batch. ``at(step)`` is what the network gets with each evaluation.
 
     ``owner_ranks``: the size of the expert-parallel group in placement ``owner``, where all its ranks open their
-    sessions together; None in placement ``home``. ``budget``: the rows that a cache step computes at most, in exchange
-    mode ``budget``.
+    sessions together; None in placement ``home``.
     """
 
     def __init__(
@@ -47,14 +45,12 @@ class CacheSession:
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
-        budget: Budget | None = None,
         storage: Storage = AS_COMPUTED,
         timer: Timer = UNTIMED,
         bytes_beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
         self.timer = timer
-        self.budget = budget
         self.statistics = statistics
         self._bytes_beside = bytes_beside
         self._halves = HALVES if guided else HALVES[:1]
@@ -126,7 +122,6 @@ class StepCache:
             self.followed,
             session.owned(index),
             session.timer,
-            session.budget,
         )
 
     @property

@@ -22,7 +22,6 @@ class Reason(IntEnum):
     FORCED = 2  # a rule of the policy computes it without judging it
     SCORE = 3  # the policy judged this very branch, by a score or (the control) by a draw
     SERVED = 4  # reused or forecast
-    DEFERRED = 5  # to be computed, but there was no room: reused or forecast, or another expert stands in
 
 
 REFRESHED = tuple(reason for reason in Reason if reason < Reason.SERVED)
@@ -46,8 +45,6 @@ class CacheStatistics:
     branches: dict[int, Tensor] = field(default_factory=dict)
     """By MoE block: branches of each step, reason and expert, int64 [S, Y, E]; on the model's device, which counting
     must not stall."""
-    demand: dict[int, Tensor] = field(default_factory=dict)
-    """By MoE block: how often an image and expert group needed so many rows, int64; where rows are budgeted."""
     bytes_per_step: Counter[int] = field(default_factory=Counter)
     bytes_peak: int = 0
 
@@ -66,13 +63,6 @@ class CacheStatistics:
             reason = reason.long()
         cell_N = (reason * num_experts + expert_ids_TK).flatten()
         self.branches[block][step.index].view(-1).index_add_(0, cell_N, torch.ones_like(cell_N))
-
-    def count_demand(self, block: int, demand_BG: Tensor, most: int) -> None:
-        """Count how many rows, at most ``most``, the images and expert groups of a step would need."""
-        if block not in self.demand:
-            self.demand[block] = torch.zeros(most + 1, dtype=torch.int64, device=demand_BG.device)
-        rows_N = demand_BG.flatten()
-        self.demand[block].index_add_(0, rows_N, torch.ones_like(rows_N))
 
     def per_step(self, reason: Reason) -> Counter[tuple[int, int]]:
         """Branches by (step, block)."""
@@ -95,16 +85,11 @@ class CacheStatistics:
         self.skipped += other.skipped
         self.signals += other.signals
         self.reached += other.reached
-        for name in _COUNTED:
-            mine = getattr(self, name)
-            for block, counts in getattr(other, name).items():
-                mine[block] = mine[block] + counts.cpu() if block in mine else counts.cpu()
+        mine = self.branches
+        for block, counts in other.branches.items():
+            mine[block] = mine[block] + counts.cpu() if block in mine else counts.cpu()
         self.bytes_peak += other.bytes_peak
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to other ranks: they may not have this rank's device."""
-        on_host = {name: {block: counts.cpu() for block, counts in getattr(self, name).items()} for name in _COUNTED}
-        return self.__dict__ | on_host
-
-
-_COUNTED = ("branches", "demand")
+        return self.__dict__ | {"branches": {block: counts.cpu() for block, counts in self.branches.items()}}

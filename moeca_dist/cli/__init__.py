@@ -7,7 +7,7 @@ import, and ``--help`` or a mistyped key must not wait for them.
 from collections.abc import Sequence
 
 from moeca_dist import __version__
-from moeca_dist.cli import batch, budget, calibrate, convert, evaluate, generate, place, report, trace, tune
+from moeca_dist.cli import batch, calibrate, convert, evaluate, generate, place, report, trace, tune
 from moeca_dist.cli.arguments import Parser, dispatch
 from moeca_dist.cli.outcomes import exit_code
 
@@ -24,7 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_arguments(commands.add_parser("tune", help="choose a cache for a target", description=tune.HELP))
     trace.add_arguments(commands.add_parser("trace", help="record a run's routing", description=trace.HELP))
     place.add_arguments(commands.add_parser("place", help="place experts on ranks", description=place.HELP))
-    budget.add_arguments(commands.add_parser("budget", help="rows of exchange mode budget", description=budget.HELP))
     report.add_arguments(commands.add_parser("report", help="show what a run did", description=report.HELP))
     evaluate.add_arguments(commands.add_parser("evaluate", help="measure images", description=evaluate.HELP))
     return exit_code(lambda: dispatch(parser, argv))

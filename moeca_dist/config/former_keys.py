@@ -10,7 +10,11 @@ REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         # section.key: what to do instead
         "model.compile": "remove it; the malloc variables of docs/running.md bring more on a CPU",
-        "cache.late_refresh": "remove it, every refreshed branch is served in the step that computes it",
+        "cache.late_refresh": "remove it; every refreshed branch is served in the step that computes it",
+        "parallel.exchange": "remove it; the exact exchange is the only one",
+        "parallel.budget": "remove it; a cache step computes what its policy refreshes",
+        "parallel.budget_groups": "remove it; a cache step computes what its policy refreshes",
+        "parallel.budget_fill": "remove it; a cache step computes what its policy refreshes",
         "parallel.two_batch_overlap": "remove it; on slow links parallel.rows=int8 wins more",
         "cache.schedule": "remove it, or state cache.full_steps",
         "cache.tau0": "state cache.refresh_ratio, from which the threshold follows",
@@ -33,6 +37,7 @@ REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
         ("parallel.exchange", "planned"): "remove it, the ranks agree in every layer on what travels",
         # (section.key, value): what to do instead
         ("cache.dtype", "float16"): "use bfloat16, which takes as much memory",
+        # (section.key, value): what to do instead
     }
 )
 

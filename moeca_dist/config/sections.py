@@ -13,10 +13,6 @@ from moeca_dist.errors import UserError
 PathField = Annotated[Path, Strict(False)]
 
 
-# A number is a number of rows, and one with a point a share: 1 is one row, 1.0 all of them.
-BudgetRows = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -49,17 +45,6 @@ class ParallelConfig(_Section):
 
     ep_size: int | None = Field(None, ge=1)
     """None: the whole world."""
-    exchange: Literal["exact", "budget"] = "exact"
-    """When the ranks agree on what travels: in every layer, or never, because a cache step computes a fixed number of
-    rows."""
-    budget: BudgetRows | list[BudgetRows] | None = None
-    """Rows that each image and guidance half may have computed by each rank in a layer of a cache step, for all MoE
-    blocks or one by one: a number (1, 2, ...) or a share of the image's branches (above 0, up to 1.0, which is all)."""
-    budget_groups: int | None = Field(None, ge=1)
-    """Groups of consecutive experts that have rows of their own, a multiple of ``ep_size``; None: one per rank. With
-    the same number of groups a run is the same on any number of ranks, whatever waits."""
-    budget_fill: bool = False
-    """Whether rows that nobody needs recompute the stored branches that are expected to be off most."""
     rows: Literal["exact", "fp8", "int8"] = "exact"
     """How rows travel between ranks: as computed, or as 8-bit codes of how they changed; where all experts are on one
     rank nothing travels."""
@@ -195,7 +180,6 @@ class Config(_Section):
             raise ValueError("model.cuda_graphs needs a CUDA device, not model.device cpu: remove one of them")
         if self.cache.dtype == model.dtype:
             raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
-        _check_budget(self.parallel)
         if self.parallel.backend == "nccl" and model.device == "cpu":
             raise ValueError("parallel.backend nccl needs model.device cuda; use gloo (or auto) on cpu")
         return self
@@ -226,21 +210,3 @@ def validate_world(config: Config, world_size: int) -> None:
             f"parallel.ep_size {ep_size} does not divide the world size {world_size}; choose one of {divisors}, "
             "or start another number of ranks"
         )
-
-
-def _check_budget(parallel: ParallelConfig) -> None:
-    if parallel.exchange == "budget":
-        if parallel.budget is None:
-            raise ValueError(
-                "parallel.exchange budget needs parallel.budget, the rows of each image and rank in a layer: "
-                "`moeca budget` reads them off a run with parallel.budget 1.0"
-            )
-        if parallel.expert_placement is not None:
-            raise ValueError(
-                "parallel.exchange budget gives every rank rows for an equal run of consecutive experts: remove "
-                "parallel.expert_placement, or use exact"
-            )
-        return
-    for name in ("budget", "budget_groups", "budget_fill"):
-        if getattr(parallel, name):
-            raise ValueError(f"parallel.{name} has no effect with parallel.exchange {parallel.exchange}: remove it")

@@ -42,12 +42,11 @@ class FusedKernels(ReferenceKernels):
             # Rows that are kept smaller than computed are brought back outside.
             return super().serve_branches(stored, branches, fresh, step)
         tokens, k = branches.gates_TK.shape
-        # The last place takes what stands for padding.
-        row_N = torch.full((tokens * k + 1,), -1, dtype=torch.int64, device=values_TJD.device)
+        row_N = torch.full((tokens * k,), -1, dtype=torch.int64, device=values_TJD.device)
         row_N.scatter_(0, fresh.branch_N, fresh.row_N)
         return serve_tokens(
             values_TJD, slopes_TJD, stored.steps_TJ, branches.gates_TK, branches.entry_TK, branches.found_TK,
-            row_N[:-1].view(tokens, k), fresh.rows_RD, step,
+            row_N.view(tokens, k), fresh.rows_RD, step,
         )  # fmt: skip
 
     def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:

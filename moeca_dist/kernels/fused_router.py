@@ -37,8 +37,8 @@ def _logits(x_TD, weight_ED, token, is_token, width, experts, x_stride,
 
 @triton.jit
 def _route(
-    x_TD, weight_ED, bias_E, ids_TJ, used_TJ, out_scores_TE, out_ids_TK, out_gates_TK, out_entry_TK,
-    out_found_TK, tokens, width, experts, x_stride, last_step, gate_scale,
+    x_TD, weight_ED, bias_E, ids_TJ, used_TJ, out_ids_TK, out_gates_TK, out_entry_TK, out_found_TK,
+    tokens, width, experts, x_stride, last_step, gate_scale,
     K: tl.constexpr, J: tl.constexpr, KP: tl.constexpr, JP: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISED: tl.constexpr, OLD: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,6 @@ def _route(
         logits = tl.where(is_expert, logits, float("-inf"))
         powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         scores = (powers / tl.sum(powers, axis=1)[:, None]).to(out_gates_TK.dtype.element_ty).to(tl.float32)
-    tl.store(out_scores_TE + token[:, None] * experts + expert[None, :], scores, mask=is_token[:, None] & is_expert)
     choice = scores
     if BIAS:
         choice += tl.load(bias_E + expert, mask=expert < experts, other=0.0).to(tl.float32)[None, :]
@@ -104,17 +103,16 @@ def route_tokens(x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: T
     shape, device = (tokens, k), x_TD.device
     ids_TK = torch.empty(shape, dtype=torch.int64, device=device)
     gates_TK = torch.empty(shape, dtype=torch.float32 if router.scoring == "sigmoid" else x_TD.dtype, device=device)
-    scores_TE = torch.empty(tokens, experts, dtype=gates_TK.dtype, device=device)
     entry_TK = torch.empty(shape, dtype=torch.int64, device=device)
     found_TK = torch.empty(shape, dtype=torch.uint8, device=device)
     if tokens:
         x_TD = rows_apart(x_TD)
         _route[(triton.cdiv(tokens, _TOKENS),)](
             x_TD, router.weight_ED, router.weight_ED if router.bias_E is None else router.bias_E, ids_TJ, used_TJ,
-            scores_TE, ids_TK, gates_TK, entry_TK, found_TK,
+            ids_TK, gates_TK, entry_TK, found_TK,
             tokens, width, experts, x_TD.stride(0), last_step, router.scale,
             K=k, J=entries, KP=triton.next_power_of_2(k), JP=triton.next_power_of_2(entries), TOKENS=_TOKENS,
             EXPERTS=max(16, triton.next_power_of_2(experts)), WIDTH=_WIDTH, SIGMOID=router.scoring == "sigmoid",
             BIAS=router.bias_E is not None, NORMALISED=router.normalised, OLD=_NO_ENTRY,
         )  # fmt: skip
-    return RoutedTokens(scores_TE, ids_TK, gates_TK, entry_TK, found_TK.view(torch.bool))
+    return RoutedTokens(ids_TK, gates_TK, entry_TK, found_TK.view(torch.bool))

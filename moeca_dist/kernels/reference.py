@@ -32,7 +32,7 @@ class ReferenceKernels:
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         expert_R = expert_R.long()
         order_R = expert_R.argsort(stable=True)
-        counts_L = expert_R.new_zeros(num_experts + 1).scatter_add_(0, expert_R, torch.ones_like(expert_R))[:-1]
+        counts_L = expert_R.new_zeros(num_experts).scatter_add_(0, expert_R, torch.ones_like(expert_R))
         rows_RD = x_SD.index_select(0, source_R.index_select(0, order_R))
         return GatheredRows(rows_RD, counts_L, inverse(order_R))
 
@@ -47,8 +47,6 @@ class ReferenceKernels:
             ahead_TK = weights_TK * (step - stored.steps_TJ.gather(1, branches.entry_TK))
             total_TD += _weighted_rows(at_TK, stored.slopes_TJD, ahead_TK)
         if fresh.branch_N.shape[0]:
-            if fresh.padded:
-                fresh = _padding_last(fresh)
             _add_fresh(total_TD, branches, fresh)
             _keep(stored, branches, fresh, at_TK, step)
         return total_TD
@@ -76,7 +74,7 @@ class ReferenceKernels:
         gates_TK = scores_TE.gather(-1, ids_TK)
         if router.normalised:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20) * router.scale
-        return RoutedTokens(scores_TE, ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
+        return RoutedTokens(ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
 
     def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
         reference_ND = _held(held)
@@ -131,48 +129,23 @@ def _weighted_rows(at_TK: Tensor, stored_TJD: RowStore, weights_TK: Tensor) -> T
     return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
 
 
-def _padding_last(fresh: FreshRows) -> FreshRows:
-    """Ascending: sums then have one order, whatever the order of the rows."""
-    branch_N, order_N = fresh.branch_N.sort()
-    return FreshRows(fresh.rows_RD, branch_N, fresh.row_N.index_select(0, order_N), padded=True)
-
-
 def _add_fresh(total_TD: Tensor, branches: BranchesToServe, fresh: FreshRows) -> None:
     """Add gate x row, in the order of the branches."""
-    tokens, k = branches.gates_TK.shape
-    branch_N = fresh.branch_N.clamp(max=tokens * k - 1) if fresh.padded else fresh.branch_N
-    gates_N = branches.gates_TK.flatten().index_select(0, branch_N).to(total_TD.dtype)
+    gates_N = branches.gates_TK.flatten().index_select(0, fresh.branch_N).to(total_TD.dtype)
     weighted_ND = fresh.rows_RD.index_select(0, fresh.row_N) * gates_N[:, None]
-    if fresh.padded:
-        # Rows of padding were never computed and may hold anything, so a weight of 0 is not enough.
-        weighted_ND = torch.where((fresh.branch_N < tokens * k)[:, None], weighted_ND, 0.0)
-    total_TD.index_add_(0, branch_N // k, weighted_ND)
+    total_TD.index_add_(0, fresh.branch_N // branches.gates_TK.shape[1], weighted_ND)
 
 
 def _keep(stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, at_TK: Tensor, step: int) -> None:
-    branch_N, row_N = fresh.branch_N, fresh.row_N
-    some_1: Tensor | None = None
-    if fresh.padded:
-        # Padding repeats the first branch, or where there is none writes back what one entry held.
-        last, arange_N = at_TK.numel() - 1, torch.arange(branch_N.shape[0], device=branch_N.device)
-        some_1 = branch_N[:1] <= last
-        pick_N = torch.where(branch_N <= last, arange_N, 0)
-        branch_N, row_N = branch_N[pick_N].clamp(max=last), row_N[pick_N]
-    at_N = at_TK.flatten().index_select(0, branch_N)
-    values_ND = fresh.rows_RD.index_select(0, row_N)
-    before_ND = None if some_1 is None and stored.slopes_TJD is None else stored.values_TJD.rows(at_N)
-    if some_1 is not None and before_ND is not None:
-        values_ND = torch.where(some_1[:, None], values_ND, before_ND)
+    """Store the fresh rows, and where there are slopes how they changed since they were stored last."""
+    at_N = at_TK.flatten().index_select(0, fresh.branch_N)
+    values_ND = fresh.rows_RD.index_select(0, fresh.row_N)
     steps = stored.steps_TJ.view(-1)
-    if stored.slopes_TJD is not None and before_ND is not None:
-        gap_N, found_N = step - steps[at_N], branches.found_TK.flatten()[branch_N]
-        slopes_ND = slopes(values_ND, before_ND, gap_N, found_N)
-        if some_1 is not None:
-            slopes_ND = torch.where(some_1[:, None], slopes_ND, stored.slopes_TJD.rows(at_N))
-        stored.slopes_TJD.put(at_N, slopes_ND)
+    if stored.slopes_TJD is not None:
+        gap_N, found_N = step - steps[at_N], branches.found_TK.flatten()[fresh.branch_N]
+        stored.slopes_TJD.put(at_N, slopes(values_ND, stored.values_TJD.rows(at_N), gap_N, found_N))
     stored.values_TJD.put(at_N, values_ND)
-    now_N = torch.full_like(at_N, step, dtype=steps.dtype)
-    steps[at_N] = now_N if some_1 is None else torch.where(some_1, now_N, steps[at_N])
+    steps.index_fill_(0, at_N, step)
 
 
 def _expected(forecast: Forecast) -> Tensor:

@@ -17,7 +17,7 @@ from moeca_dist.kernels.row_codes import RowFormat
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """Rows grouped by expert, in their order within each; padding stands behind all of them.
+    """Rows grouped by expert, in their order within each.
 
     ``counts_L``: int64, on the device. ``position_R``: where each row went.
     """
@@ -77,14 +77,12 @@ class BranchesToServe:
 class FreshRows:
     """Computed branches of a segment.
 
-    ``branch_N``: positions among the segment's branches, ascending; ``row_N``: which of ``rows_RD`` each is. Where
-    ``padded``, the lists have a fixed length and any order, and T * K stands for padding, whose rows are arbitrary.
+    ``branch_N``: positions among the segment's branches, ascending; ``row_N``: which of ``rows_RD`` each is.
     """
 
     rows_RD: Tensor
     branch_N: Tensor
     row_N: Tensor
-    padded: bool
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,8 @@ class RouterWeights:
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """``scores_TE`` of all experts; ``entry_TK`` and ``found_TK`` as ``cache.branches.Match`` has them."""
+    """The chosen experts and their gates; ``entry_TK`` and ``found_TK`` as ``cache.branches.Match`` has them."""
 
-    scores_TE: Tensor
     expert_ids_TK: Tensor
     gates_TK: Tensor
     entry_TK: Tensor
@@ -148,7 +145,7 @@ class Kernels(Protocol):
     def fuses_routing(self) -> bool: ...
 
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
-        """``x_SD[source_R]`` grouped by expert; ``expert_R == num_experts`` marks padding."""
+        """``x_SD[source_R]`` grouped by expert."""
         ...
 
     def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:

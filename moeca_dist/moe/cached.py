@@ -12,13 +12,12 @@ from torch import Tensor
 
 from moeca_dist.cache.block import BlockStep, Segment, SegmentCache
 from moeca_dist.cache.branches import Match
-from moeca_dist.cache.policy import LayerView, RefreshPlan
+from moeca_dist.cache.policy import LayerView
 from moeca_dist.cache.rows import Rows
 from moeca_dist.cache.statistics import Reason
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import FreshRows
 from moeca_dist.moe.router import Router
-from moeca_dist.parallel.dispatch import FixedRows
 from moeca_dist.types import Routing, positions
 
 
@@ -44,8 +43,8 @@ class Part:
 class Decision:
     """``reason_TK``: uint8, a ``Reason`` for every branch.
 
-    ``refresh_TK``: branches that are computed; ``num_refreshed`` counts them, 0 in placement ``owner`` and where rows
-    are budgeted: no shape depends on it there.
+    ``refresh_TK``: branches that are computed; ``num_refreshed`` counts them, 0 in placement ``owner``, where no shape
+    depends on it.
     """
 
     match: Match
@@ -55,31 +54,12 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class BudgetedRows:
-    """``fixed``: what travels. ``lists``: for each segment its branches, T * K for padding, and the slot of each."""
-
-    fixed: FixedRows
-    lists: Sequence[tuple[Tensor, Tensor]]
-
-    def fresh(self, rows_RD: Tensor, row_of_slot: Tensor) -> list[FreshRows]:
-        return [
-            FreshRows(rows_RD, branch_N, row_of_slot.index_select(0, slot_N), padded=True)
-            for branch_N, slot_N in self.lists
-        ]
-
-
-@dataclass(frozen=True)
 class LayerPlan:
-    """What a layer does in one step; decided before anything is computed. No decisions where all segments are full.
-
-    In exchange mode ``budget`` the ``routing`` is what tokens have while branches wait, and ``fixed`` the rows that
-    travel where no segment is full.
-    """
+    """What a layer does in one step; decided before anything is computed. No decisions where all segments are full."""
 
     routing: Routing
     parts: Sequence[Part]
     decisions: Sequence[Decision]
-    fixed: BudgetedRows | None = None
 
     def refreshed_branches(self) -> Tensor:
         """Positions int64 [N] of the refreshed ones among all branches, ascending."""
@@ -117,30 +97,16 @@ def segment_parts(x_TD: Tensor, cache: BlockStep) -> list[Part]:
     ]
 
 
-@dataclass(frozen=True)
-class Routed:
-    """What the router chose, and where the branches of each segment are stored; scores where they were asked for."""
-
-    scores_TE: Tensor | None
-    routing: Routing
-    matches: Sequence[Match]
-
-
-def route(x_TD: Tensor, router: Router, parts: Sequence[Part], *, with_scores: bool) -> Routed:
-    """All tokens; branches are kept at home."""
+def route(x_TD: Tensor, router: Router, parts: Sequence[Part]) -> tuple[Routing, list[Match]]:
+    """Route all tokens, and find the branches of each segment at home."""
     fuses = kernels_for(x_TD.device).fuses_routing and not any(part.segment.full for part in parts)
     weights = router.weights() if fuses else None
     if weights is None:
-        scores_TE = router.scores(x_TD) if with_scores else None
-        routing = router(x_TD) if scores_TE is None else router.route(scores_TE)
-        matches = [part.kept.branches.match(routing.expert_ids_TK[part.tokens]) for part in parts]
-        return Routed(scores_TE, routing, matches)
+        routing = router(x_TD)
+        return routing, [part.kept.branches.match(routing.expert_ids_TK[part.tokens]) for part in parts]
     routed = [part.kept.branches.route(x_TD[part.tokens], weights) for part in parts]
-    return Routed(
-        torch.cat([each.scores_TE for each in routed]),
-        Routing(torch.cat([each.expert_ids_TK for each in routed]), torch.cat([each.gates_TK for each in routed])),
-        [Match(each.entry_TK, each.found_TK) for each in routed],
-    )
+    ids_TK, gates_TK = (torch.cat([getattr(each, name) for each in routed]) for name in ("expert_ids_TK", "gates_TK"))
+    return Routing(ids_TK, gates_TK), [Match(each.entry_TK, each.found_TK) for each in routed]
 
 
 def decide(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Decision:
@@ -148,34 +114,18 @@ def decide(part: Part, routing: Routing, match: Match, cache: BlockStep) -> Deci
     mine = part.routing(routing)
     observe(part, mine)
     if part.segment.full:
-        return computed(match)
-    reason_TK, _ = judge(part, mine, match, cache)
+        reason_TK = torch.full_like(match.found_TK, Reason.FULL, dtype=torch.uint8)
+        return Decision(match, torch.ones_like(match.found_TK), reason_TK, reason_TK.numel())
+    reason_TK = _judge(part, mine, match, cache)
+    refresh_TK = reason_TK != Reason.SERVED
     if cache.owned is not None:
-        return Decision(match, refreshed(reason_TK), reason_TK)
-    return served(match, reason_TK)
-
-
-def computed(match: Match) -> Decision:
-    """All branches of a full segment."""
-    refresh_TK = torch.ones_like(match.found_TK)
-    reason_TK = torch.full_like(refresh_TK, Reason.FULL, dtype=torch.uint8)
-    return Decision(match, refresh_TK, reason_TK, refresh_TK.numel())
-
-
-def served(match: Match, reason_TK: Tensor) -> Decision:
-    """The branches of a segment in a cache step, kept at home."""
-    refresh_TK = refreshed(reason_TK)
+        return Decision(match, refresh_TK, reason_TK)
     # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
     return Decision(match, refresh_TK, reason_TK, int(refresh_TK.sum()))
 
 
-def refreshed(reason_TK: Tensor) -> Tensor:
-    """bool [T, K]: branches that are computed, for whatever reason."""
-    return reason_TK < Reason.SERVED
-
-
-def judge(part: Part, mine: Routing, match: Match, cache: BlockStep) -> tuple[Tensor, RefreshPlan]:
-    """uint8 [T, K]: which branches of a segment the policy refreshes, and why; and what the policy said."""
+def _judge(part: Part, mine: Routing, match: Match, cache: BlockStep) -> Tensor:
+    """Say which branches of a segment the policy refreshes in a cache step, and why: uint8 [T, K]."""
     found_TK = match.found_TK
     plan = cache.policy.plan(cache.step, _view(part, mine, match, cache))
     assert plan.refresh_TK.shape == found_TK.shape
@@ -183,7 +133,7 @@ def judge(part: Part, mine: Routing, match: Match, cache: BlockStep) -> tuple[Te
     reason_TK.masked_fill_(plan.refresh_TK, Reason.SCORE)
     if plan.forced_TK is not None:
         reason_TK.masked_fill_(plan.forced_TK, Reason.FORCED)
-    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED), plan
+    return reason_TK.masked_fill_(~found_TK, Reason.UNMATCHED)
 
 
 def count_reasons(plan: "LayerPlan", cache: BlockStep, num_experts: int) -> None:
@@ -198,7 +148,7 @@ def fresh_parts(plan: LayerPlan, rows_RD: Tensor, branch_N: Tensor, row_N: Tenso
     for part, decision in zip(plan.parts, plan.decisions, strict=True):
         window = slice(start, start + decision.num_refreshed)
         mine_N = branch_N[window] - part.tokens.start * k
-        found.append(FreshRows(rows_RD, mine_N, row_N[window], padded=False))
+        found.append(FreshRows(rows_RD, mine_N, row_N[window]))
         start += decision.num_refreshed
     return found
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from moeca_dist.cache.block import BlockStep
 from moeca_dist.cache.branches import Match
 from moeca_dist.cache.rows import Rows
-from moeca_dist.moe.budgeted import budgeted_layer
 from moeca_dist.moe.cached import (
-    BudgetedRows,
     LayerPlan,
     count_reasons,
     decide,
@@ -70,10 +68,8 @@ class MoELayer(nn.Module):
     def decide(self, x_BTD: Tensor, cache: BlockStep) -> LayerPlan:
         """Route, and ask the policy which branches are computed now."""
         x_TD = x_BTD.flatten(0, 1)
-        if cache.budget is not None:
-            plan = budgeted_layer(x_TD, self.gate, cache, self.dispatcher)
-        else:
-            plan = self._plan(x_TD, cache)
+        plan = self._plan(x_TD, cache)
+        self.dispatcher.count_exact(plan.routing, x_TD)
         with cache.timer.section("bookkeeping"):
             count_reasons(plan, cache, self.num_experts)
         return plan
@@ -81,18 +77,14 @@ class MoELayer(nn.Module):
     def _plan(self, x_TD: Tensor, cache: BlockStep) -> LayerPlan:
         parts = segment_parts(x_TD, cache)
         cache.count("router", x_TD)
-        if cache.all_full and cache.owned is None:
-            # At home a full step needs no decisions; owners are told what to keep in every step.
-            routing = self.gate(x_TD)
-            self.dispatcher.count_exact(routing, x_TD)
-            return LayerPlan(routing, parts, [])
         if cache.owned is not None:
             routing = self.gate(x_TD)
             matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
+        elif cache.all_full:
+            # At home a full step needs no decisions; owners are told what to keep in every step.
+            return LayerPlan(self.gate(x_TD), parts, [])
         else:
-            routed = route(x_TD, self.gate, parts, with_scores=False)
-            routing, matches = routed.routing, list(routed.matches)
-        self.dispatcher.count_exact(routing, x_TD)
+            routing, matches = route(x_TD, self.gate, parts)
         with cache.timer.section("bookkeeping"):
             pairs = zip(parts, matches, strict=True)
             return LayerPlan(routing, parts, [decide(part, routing, match, cache) for part, match in pairs])
@@ -130,8 +122,6 @@ class MoELayer(nn.Module):
         if cache.owned is not None:
             assert isinstance(self.dispatcher, AllToAllDispatcher)
             return routed_at_owners(x_TD, plan, cache, self.dispatcher.pairs, self.experts, coding)
-        if plan.fixed is not None:
-            return self._fixed_step(x_TD, plan, plan.fixed, cache)
         dispatcher = self.dispatcher.coded(coding)
         return (self._full_step if cache.all_full else self._step)(x_TD, plan, cache, dispatcher)
 
@@ -190,14 +180,3 @@ class MoELayer(nn.Module):
                 return serve(plan, fresh_parts(plan, rows_ND, branch_N, dispatched.slot_of_branch_N), cache)
 
         return dispatcher.dispatch(x_TD, branches).then(finish)
-
-    def _fixed_step(self, x_TD: Tensor, plan: LayerPlan, budgeted: BudgetedRows, cache: BlockStep) -> Pending[Tensor]:
-        """A step that computes a budgeted number of rows: the same operators with the same shapes every time."""
-
-        def finish(dispatched: DispatchedRows) -> Tensor:
-            outputs_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
-            rows_ND = self.dispatcher.combine_fixed(outputs_RD, dispatched).wait()
-            with cache.timer.section("bookkeeping"):
-                return serve(plan, budgeted.fresh(rows_ND, dispatched.slot_of_branch_N), cache)
-
-        return self.dispatcher.dispatch_fixed(x_TD, budgeted.fixed).then(finish)

@@ -15,9 +15,7 @@ class Router(nn.Module):
     """Scores of all experts, the choice among them, and the gates of chosen ones."""
 
     def forward(self, x_TD: Tensor) -> Routing:
-        return self.route(self.scores(x_TD))
-
-    def route(self, scores_TE: Tensor) -> Routing:
+        scores_TE = self.scores(x_TD)
         expert_ids_TK = self.choose(scores_TE)
         return Routing(expert_ids_TK, self.gates(scores_TE, expert_ids_TK))
 
@@ -34,7 +32,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def gates(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """[T, K] weights of any distinct experts, normalised over them as the model does it over the chosen ones."""
+        """[T, K] weights of the chosen experts."""
         raise NotImplementedError
 
 

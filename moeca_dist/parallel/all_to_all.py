@@ -3,20 +3,19 @@
 Rows are gathered with ``index_select``: on CPU it takes a quarter of the time of advanced indexing.
 
 Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, E experts, N branches of this rank, M
-pairs of a token of this rank and an owner, P ranks of the group, R rows received and computed here, S pairs received
-(or slots for one rank), W words of a header.
+pairs of a token of this rank and an owner, P ranks of the group, R rows received and computed here, S pairs received, W
+words of a header.
 """
 
 import copy
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moeca_dist.kernels.reference import inverse
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.parallel.coded_wire import CodedPairs, send_pairs
-from moeca_dist.parallel.dispatch import DispatchedRows, FixedRows, RowPlan
+from moeca_dist.parallel.dispatch import DispatchedRows, RowPlan
 from moeca_dist.parallel.exchange import Exchange
 from moeca_dist.parallel.pairs import PairExchange
 from moeca_dist.parallel.pending import Pending
@@ -27,7 +26,6 @@ from moeca_dist.types import Branches, Routing, positions
 
 BRANCH_HEADER_BYTES = WORD_BYTES  # expert, and whether a pair starts
 SUM_HEADER_BYTES = 2 * WORD_BYTES  # and the gate
-FIXED_HEADER_BYTES = 16  # the expert; a whole memory transaction, so that rows stay aligned
 
 
 class AllToAllDispatcher:
@@ -77,30 +75,6 @@ class AllToAllDispatcher:
             return plan.coded.branches_back(self.exchange, rows_RD, plan.branches)
         return send_back(self.exchange, rows_RD, plan.branches, payload=plan.payload)
 
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        ranks, slots = fixed.token_PS.shape
-        first, width = FIXED_HEADER_BYTES // x_TD.element_size(), x_TD.shape[1]
-        # Whole words, so that the header of every row is one.
-        odd = (first + width) * x_TD.element_size() % WORD_BYTES // x_TD.element_size()
-        sent = x_TD.new_zeros(ranks * slots, first + width + odd)
-        sent[:, :2].view(torch.int32)[:, 0] = self._local_or_none(fixed.expert_PS).flatten()
-        if x_TD.shape[0]:
-            sent[:, first : first + width] = x_TD.index_select(0, fixed.token_PS.flatten())
-
-        def grouped(arrived: Tensor) -> DispatchedRows:
-            local_R = arrived[:, :2].view(torch.int32)[:, 0]
-            expert_R = torch.where(local_R < 0, self.num_local, local_R)
-            source_R = torch.arange(ranks * slots, device=x_TD.device)
-            hidden_RD = arrived[:, first : first + width]
-            rows = kernels_for(x_TD.device).gather_rows(hidden_RD, source_R, expert_R, self.num_local)
-            return DispatchedRows(rows.rows_RD, rows.counts_L, source_R, rows.position_R)
-
-        return self._equal_splits(sent, slots).then(grouped)
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        rows_RD = outputs_RD.index_select(0, dispatched.row_of_received_R)
-        return self._equal_splits(rows_RD, rows_RD.shape[0] // self.num_ranks)
-
     def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
         plan = dispatched.plan
         assert plan is not None and plan.gates_R is not None
@@ -143,15 +117,6 @@ class AllToAllDispatcher:
             return send_pairs(self.exchange, header_NW, rows_MD, pairs, branch_leg, leg, self.coding).then(grouped)
         coming = send(self.exchange, header_NW, rows_MD, branch_leg, leg, payload=payload)
         return coming.then(lambda arrived: grouped((*arrived, None)))
-
-    def _equal_splits(self, rows: Tensor, slots: int) -> Pending[Tensor]:
-        return self.exchange.start_rows(rows, [slots] * self.num_ranks, [slots] * self.num_ranks)
-
-    def _local_or_none(self, expert_PS: Tensor) -> Tensor:
-        """int32: positions among the owner's experts, -1 for empty slots."""
-        self.pairs.owners(expert_PS.device)
-        local_E = F.pad(self.pairs.local_id_E, (0, 1), value=-1)
-        return local_E[expert_PS].to(torch.int32)
 
     def _headers(self, branches: Branches, gates_N: Tensor | None, pairs: Pairs) -> Tensor:
         """int32 [N, 1 or 2]: expert among the owner's own and whether a pair starts; the bits of the fp32 gate."""

@@ -7,7 +7,7 @@ caller can compute meanwhile what does not depend on the rows. What the way back
 
 Shape suffixes: T tokens of this rank, K routed experts per token, D hidden size, L experts held here, N branches of
 this rank, M pairs of a token of this rank and an owner, P ranks of the group, R rows received and computed here, S
-pairs received (or slots for one rank).
+pairs received.
 """
 
 from dataclasses import dataclass
@@ -57,22 +57,11 @@ class DispatchedRows:
     plan: RowPlan | None = None
 
 
-@dataclass(frozen=True)
-class FixedRows:
-    """Branches in a fixed number of slots for each rank, whose experts are all there.
-
-    ``token_PS``: int64; ``expert_PS``: int64 global ids, the number of experts in empty slots.
-    """
-
-    token_PS: Tensor
-    expert_PS: Tensor
-
-
 class Dispatcher(Protocol):
     """How a MoE layer reaches the experts."""
 
     def coded(self, coding: BlockCoding | None) -> "Dispatcher":
-        """The same exchange with its rows coded, but those of ``dispatch_fixed``; None: all rows as they are."""
+        """The same exchange with its rows coded; None: all rows as they are."""
         ...
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
@@ -85,14 +74,6 @@ class Dispatcher(Protocol):
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
         """[R, D] expert outputs -> [N, D] outputs of this rank's branches, in the order of ``slot_of_branch_N``."""
-        ...
-
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        """Equal splits: a hidden row for every slot, without an agreement and without a host synchronisation."""
-        ...
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        """[R, D] -> [N, D] outputs, arbitrary for empty slots; ``slot_of_branch_N`` says where that of each slot is."""
         ...
 
     def combine_sums(self, outputs_RD: Tensor, dispatched: DispatchedRows, routing: Routing) -> Pending[Tensor]:
@@ -119,12 +100,6 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Pending[DispatchedRows]:
         rows = kernels_for(x_TD.device).gather_rows(x_TD, branches.token_N, branches.expert_ids_N, self.num_experts)
         return Pending.ready(DispatchedRows(rows.rows_RD, rows.counts_L, rows.position_R, rows.position_R))
-
-    def dispatch_fixed(self, x_TD: Tensor, fixed: FixedRows) -> Pending[DispatchedRows]:
-        return self.dispatch(x_TD, Branches(fixed.token_PS.flatten(), fixed.expert_PS.flatten()))
-
-    def combine_fixed(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
-        return Pending.ready(outputs_RD)
 
     def combine(self, outputs_RD: Tensor, dispatched: DispatchedRows) -> Pending[Tensor]:
         return Pending.ready(outputs_RD)

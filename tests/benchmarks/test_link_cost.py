@@ -31,12 +31,6 @@ def test_groups_inside_an_island_do_not_touch_the_network() -> None:
     assert ISLANDS.all_to_all_s(np.array([[7]]), np.arange(1)) == 0 and ISLANDS.gather_counts_s(1, 8) == 0
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8, 12])
-def test_equal_splits_are_the_formula_of_the_same_bytes(num_ranks: int) -> None:
-    sent = np.full((num_ranks, num_ranks), 40)
-    assert ISLANDS.equal_all_to_all_s(num_ranks, 40) == pytest.approx(ISLANDS.all_to_all_s(sent, np.arange(num_ranks)))
-
-
 def test_agreements_grow_with_the_square_of_the_ranks() -> None:
     seconds = [ISLANDS.gather_counts_s(ranks, 2 * ranks) for ranks in (1024, 2048)]
     assert seconds[1] / seconds[0] == pytest.approx(4, rel=0.01)

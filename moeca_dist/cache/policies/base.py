@@ -29,7 +29,7 @@ class Defaults:
     refreshes_rows: ClassVar[bool] = False
 
     def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        return RefreshPlan(~view.match.found_TK, judges_matched=False)
+        return RefreshPlan(~view.match.found_TK)
 
     def rows(self, step: StepContext, view: ModuleView) -> Tensor:
         raise NotImplementedError

@@ -62,7 +62,7 @@ class Moeca(Scheduled):
         # s > tau_0 * f is s / f > tau_0: one threshold for all experts, because f is positive.
         relative_TK = self.score(view) / self.leniency(view)
         chosen_TK = self._highest(relative_TK.masked_fill(~view.match.found_TK, -torch.inf), view.num_images)
-        return RefreshPlan(chosen_TK | ~view.match.found_TK, priority_TK=relative_TK)
+        return RefreshPlan(chosen_TK | ~view.match.found_TK)
 
     def score(self, view: LayerView) -> Tensor:
         """[T, K] fp32: s of every branch; meaningless where it is unmatched."""

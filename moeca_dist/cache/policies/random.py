@@ -25,8 +25,7 @@ class RandomBranches(Scheduled):
     unit: ClassVar[Unit] = "branch"
 
     def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        drawn_TK = uniform(step, view)
-        return RefreshPlan((drawn_TK < self.ratio) | ~view.match.found_TK, priority_TK=-drawn_TK)
+        return RefreshPlan((uniform(step, view) < self.ratio) | ~view.match.found_TK)
 
 
 def uniform(step: StepContext, view: LayerView) -> Tensor:
