@@ -62,7 +62,7 @@ class CacheSize:
             * (len(self.spec.moe_blocks) * self._branches + self.spec.depth * self._keys_values)
         )
         if self.placement == "owner":
-            rows = tokens * self.ep_size * len(self.halves) * self._entries_at_an_owner
+            rows = tokens * self.ep_size * len(self.halves) * min(self.spec.num_experts_per_tok, self.experts_per_owner)
             kept += len(self.spec.moe_blocks) * int(_ROW_GROWTH * rows) * (self._values * self._row + 4)
         return images * kept_per_image + kept + tokens * len(self.halves) * self._references
 
@@ -90,14 +90,6 @@ class CacheSize:
     def _values(self) -> int:
         """Rows that one branch or routed sum takes: its value, and what a forecast needs."""
         return 1 + self.policy.order
-
-    @property
-    def _entries(self) -> int:
-        return self.spec.num_experts_per_tok + self.policy.extra_entries
-
-    @property
-    def _entries_at_an_owner(self) -> int:
-        return min(self._entries, self.experts_per_owner)
 
     def _modules(self, half: Half, block: int) -> list[int]:
         """Bytes per token of one block's modules after each step."""
@@ -145,12 +137,13 @@ class CacheSize:
         """Bytes per token of one MoE block's branches, or in placement ``owner`` of their table and the routed sums."""
         if self.policy.unit != "branch":
             return 0
+        k = self.spec.num_experts_per_tok
         usage = 0 if self.policy.usage_decay is None else 4 * self.spec.num_experts
-        expert_id, used, step, row, gate, norm = 8, 4, 4, 8, 4, 4
+        expert_id, step, row, gate, norm = 8, 4, 8, 4, 4
         if self.placement == "owner":
-            return self._entries * (expert_id + used + row) + 8 + self._values * self._row + usage
+            return k * (expert_id + row) + 8 + self._values * self._row + usage
         reference = gate + norm if self._keeps_reference else 0
-        return self._entries * (expert_id + used + step + reference + self._values * self._row) + usage
+        return k * (expert_id + step + reference + self._values * self._row) + usage
 
     @property
     def _references(self) -> int:

@@ -100,7 +100,6 @@ class Setup:
             guided=len(self.halves) == 2,
             num_blocks=self.spec.depth,
             num_experts=self.spec.num_experts,
-            num_experts_per_tok=self.spec.num_experts_per_tok,
             statistics=statistics,
             timer=timer,
             device=self.mesh.device,

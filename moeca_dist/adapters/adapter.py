@@ -36,7 +36,6 @@ class MoEParts:
 
     hidden_size: int
     num_experts: int
-    num_experts_per_tok: int
     router: Router
     experts: nn.Module
     shared: nn.Module
@@ -117,14 +116,12 @@ class Adapter:
                 f"{type(policy).__name__} also decides about attention or the whole network, which an adapter does not "
                 "cache: choose a policy of branches or modules with attention_sync off, such as moeca_forecast"
             )
-        sizes = {(parts.num_experts, parts.num_experts_per_tok) for parts in self.parts.values()}
         return CacheSession(
             policy,
             requests,
             guided=guided,
             num_blocks=len(self.parts),
-            num_experts=max(experts for experts, _ in sizes),
-            num_experts_per_tok=max(per_tok for _, per_tok in sizes),
+            num_experts=max(parts.num_experts for parts in self.parts.values()),
             statistics=CacheStatistics(),
             device=next(self.model.parameters()).device,
         )

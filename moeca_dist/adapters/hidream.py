@@ -27,7 +27,6 @@ def _parts(layer: Any) -> MoEParts:
     return MoEParts(
         hidden_size=layer.gate.gating_dim,
         num_experts=layer.gate.n_routed_experts,
-        num_experts_per_tok=layer.gate.top_k,
         router=_Router(layer.gate),
         experts=_Experts(layer.experts),
         shared=layer.shared_experts,

@@ -37,16 +37,15 @@ class Segment:
 class SegmentCache:
     """What one block keeps for one segment: ``branches`` in placement ``home``, ``home`` in placement ``owner``."""
 
-    def __init__(self, policy: Policy, num_experts: int, num_experts_per_tok: int, storage: Storage) -> None:
+    def __init__(self, policy: Policy, num_experts: int, storage: Storage) -> None:
         self._order = policy.order
         self._storage = storage
         self.modules: dict[str, RowCache] = {}
         self.keys_values = KeyValueCache(storage)
         decay = policy.usage_decay
         self.usage = None if decay is None else UsageHistory(decay, num_experts)
-        entries = num_experts_per_tok + policy.extra_entries
-        self.branches = BranchCache(entries, forecast=policy.order > 0, storage=storage)
-        self.home = HomeTable(entries, forecast=policy.order > 0, storage=storage)
+        self.branches = BranchCache(forecast=policy.order > 0, storage=storage)
+        self.home = HomeTable(forecast=policy.order > 0, storage=storage)
 
     def module(self, name: str) -> RowCache:
         if name not in self.modules:

@@ -3,8 +3,8 @@
 The home rank decides everything: it matches branches, and hands out the rows of each owner's cache. So it knows what
 an owner holds without asking, and an owner writes and reads the rows that it is told.
 
-Shape suffixes: T tokens of one segment, K routed experts per token, J entries per token, D hidden size, N branches,
-S tokens that are summed here, E experts.
+Shape suffixes: T tokens of one segment, K routed experts and entries per token, D hidden size, N branches, S tokens
+that are summed here, E experts.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from moeca_dist.cache.branches import EntryTable, Match
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
 from moeca_dist.kernels.reference import slopes
+
+_EMPTY = -1  # an entry that stands for no expert yet
 
 
 class RowPool:
@@ -69,11 +71,11 @@ class HomeTable(EntryTable):
     on the shipped model that is 0.3 dB better than a slope across the change.
     """
 
-    def __init__(self, num_entries: int, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
-        super().__init__(num_entries)
+    def __init__(self, *, forecast: bool, storage: Storage = AS_COMPUTED) -> None:
+        super().__init__()
         self.forecast = forecast
         self.storage = storage
-        self._rows_TJ: Tensor
+        self._rows_TK: Tensor
         # Allocated with the first sums, when shapes and dtype are known.
         self._sums_TD: Packed | None = None
         self._slopes_TD: Packed
@@ -81,19 +83,18 @@ class HomeTable(EntryTable):
 
     def assign(self, expert_ids_TK: Tensor, match: Match, pool: RowPool, owner_of_expert_E: Tensor) -> Tensor:
         """The row [T, K] of every branch at its owner; unmatched ones take over the entries that ``match`` gave."""
-        if self._ids_TJ is None:
-            self._allocate_entries(expert_ids_TK.shape[0], expert_ids_TK.device)
-            assert self._ids_TJ is not None
-            self._rows_TJ = torch.zeros_like(self._ids_TJ)
+        if self._ids_TK is None:
+            self._ids_TK = torch.full_like(expert_ids_TK, _EMPTY)
+            self._rows_TK = torch.zeros_like(self._ids_TK)
         token_N, slot_N = (~match.found_TK).nonzero().unbind(1)
         if token_N.shape[0]:
             entry_N, ids_N = match.entry_TK[token_N, slot_N], expert_ids_TK[token_N, slot_N]
-            left_N = self._ids_TJ[token_N, entry_N]
-            held_N = left_N >= 0
-            pool.release(owner_of_expert_E[left_N[held_N]], self._rows_TJ[token_N, entry_N][held_N])
-            self._rows_TJ[token_N, entry_N] = pool.take(owner_of_expert_E[ids_N])
-            self._ids_TJ[token_N, entry_N] = ids_N
-        return self._rows_TJ.gather(1, match.entry_TK)
+            left_N = self._ids_TK[token_N, entry_N]
+            held_N = left_N != _EMPTY
+            pool.release(owner_of_expert_E[left_N[held_N]], self._rows_TK[token_N, entry_N][held_N])
+            self._rows_TK[token_N, entry_N] = pool.take(owner_of_expert_E[ids_N])
+            self._ids_TK[token_N, entry_N] = ids_N
+        return self._rows_TK.gather(1, match.entry_TK)
 
     def serve(self, touched_T: Tensor, changed_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
         """[T, D] routed sums: ``fresh_TD`` where touched, and kept; elsewhere what is expected in ``step``.
@@ -126,10 +127,10 @@ class HomeTable(EntryTable):
 
     @property
     def num_bytes(self) -> int:
-        if self._ids_TJ is None or self._sums_TD is None:
+        if self._ids_TK is None or self._sums_TD is None:
             return 0
         values = self._sums_TD.num_bytes + (self._slopes_TD.num_bytes if self.forecast else 0)
-        tensors = [self._ids_TJ, self._used_TJ, self._rows_TJ, self._steps_T]
+        tensors = [self._ids_TK, self._rows_TK, self._steps_T]
         return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -80,9 +80,6 @@ class Policy(Protocol):
     def order(self) -> int: ...
 
     @property
-    def extra_entries(self) -> int: ...
-
-    @property
     def attention_sync(self) -> bool: ...
 
     @property

@@ -41,7 +41,6 @@ class CacheSession:
         guided: bool,
         num_blocks: int,
         num_experts: int,
-        num_experts_per_tok: int,
         statistics: CacheStatistics,
         device: torch.device | str = "cpu",
         owner_ranks: int | None = None,
@@ -59,8 +58,7 @@ class CacheSession:
             [request.seed * 2**32 + request.index - 2**63 for request in requests], dtype=torch.int64, device=device
         )
         self._blocks = [
-            tuple(SegmentCache(policy, num_experts, num_experts_per_tok, storage) for _ in self._halves)
-            for _ in range(num_blocks)
+            tuple(SegmentCache(policy, num_experts, storage) for _ in self._halves) for _ in range(num_blocks)
         ]
         self.network = NetworkCache(storage)
         self.changes = tuple(RowCache(policy.order, storage) for _ in self._halves)  # of the whole network, by schedule

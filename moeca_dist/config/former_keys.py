@@ -16,6 +16,7 @@ REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
         "parallel.budget_groups": "remove it; a cache step computes what its policy refreshes",
         "parallel.budget_fill": "remove it; a cache step computes what its policy refreshes",
         "parallel.two_batch_overlap": "remove it; on slow links parallel.rows=int8 wins more",
+        "cache.extra_entries": "remove it; a token has as many stored branches as routed experts",
         "cache.schedule": "remove it, or state cache.full_steps",
         "cache.tau0": "state cache.refresh_ratio, from which the threshold follows",
         "cache.drift_weight": "remove it; policy moeca has the paper's weights",

@@ -36,16 +36,16 @@ class FusedKernels(ReferenceKernels):
         return gather_by_expert(x_SD, source_R, expert_R, num_experts)
 
     def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:
-        values_TJD = stored.values_TJD.exact
-        slopes_TJD = None if stored.slopes_TJD is None else stored.slopes_TJD.exact
-        if values_TJD is None or (stored.slopes_TJD is not None and slopes_TJD is None):
+        values_TKD = stored.values_TKD.exact
+        slopes_TKD = None if stored.slopes_TKD is None else stored.slopes_TKD.exact
+        if values_TKD is None or (stored.slopes_TKD is not None and slopes_TKD is None):
             # Rows that are kept smaller than computed are brought back outside.
             return super().serve_branches(stored, branches, fresh, step)
         tokens, k = branches.gates_TK.shape
-        row_N = torch.full((tokens * k,), -1, dtype=torch.int64, device=values_TJD.device)
+        row_N = torch.full((tokens * k,), -1, dtype=torch.int64, device=values_TKD.device)
         row_N.scatter_(0, fresh.branch_N, fresh.row_N)
         return serve_tokens(
-            values_TJD, slopes_TJD, stored.steps_TJ, branches.gates_TK, branches.entry_TK, branches.found_TK,
+            values_TKD, slopes_TKD, stored.steps_TK, branches.gates_TK, branches.entry_TK, branches.found_TK,
             row_N.view(tokens, k), fresh.rows_RD, step,
         )  # fmt: skip
 
@@ -57,10 +57,8 @@ class FusedKernels(ReferenceKernels):
     ) -> None:
         residual(x_BTD, gate_BD, forecast, after_BTD, entering)
 
-    def route(
-        self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
-    ) -> RoutedTokens:
-        return route_tokens(x_TD, router, ids_TJ, used_TJ, last_step)
+    def route(self, x_TD: Tensor, router: RouterWeights, stored_ids_TK: Tensor) -> RoutedTokens:
+        return route_tokens(x_TD, router, stored_ids_TK)
 
     def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
         return encode_rows(rows_ND, held, form)

@@ -1,6 +1,6 @@
 """The routed sum of a cached step in one pass over the stored branches: forecasts exist only in registers.
 
-Shape suffixes: T tokens, K routed experts per token, J entries per token, D hidden size, R rows.
+Shape suffixes: T tokens, K routed experts and entries per token, D hidden size, R rows.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @triton.jit
 def _serve(
-    values_TJD, slopes_TJD, steps_TJ, gates_TK, entry_TK, found_TK, row_TK, rows_RD, out_TD, step, entries, width,
+    values_TKD, slopes_TKD, steps_TK, gates_TK, entry_TK, found_TK, row_TK, rows_RD, out_TD, step, width,
     K: tl.constexpr, FORECAST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One token: no other program reads or writes its entries."""
@@ -22,17 +22,17 @@ def _serve(
         total = tl.zeros((WIDTH,), dtype=tl.float32)
         for k in tl.static_range(K):
             branch = token * K + k
-            place = token * entries + tl.load(entry_TK + branch)
+            place = token * K + tl.load(entry_TK + branch)
             row = tl.load(row_TK + branch)
             gate = tl.load(gates_TK + branch).to(tl.float32)
             # Spread over the columns: the interpreter takes no mask that mixes in a single number.
             is_fresh, is_kept = inside & (row + 0 * column >= 0), inside & (row + 0 * column < 0)
-            at = values_TJD + place * width + column
+            at = values_TKD + place * width + column
             now = tl.load(rows_RD + row * width + column, mask=is_fresh, other=0.0).to(tl.float32)
             if FORECAST:
-                gap = (step - tl.load(steps_TJ + place)).to(tl.float32)
+                gap = (step - tl.load(steps_TK + place)).to(tl.float32)
                 before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                slope_at = slopes_TJD + place * width + column
+                slope_at = slopes_TKD + place * width + column
                 slope = tl.load(slope_at, mask=is_kept, other=0.0).to(tl.float32)
                 is_found = tl.load(found_TK + branch) != 0
                 # A branch that is computed again in the step of its last value has no slope to learn from.
@@ -46,27 +46,27 @@ def _serve(
         tl.store(out_TD + token * width + column, total, mask=inside)
     for k in tl.static_range(K):
         branch = token * K + k
-        place = token * entries + tl.load(entry_TK + branch)
+        place = token * K + tl.load(entry_TK + branch)
         if tl.load(row_TK + branch) >= 0:
-            tl.store(steps_TJ + place, step)
+            tl.store(steps_TK + place, step)
 
 
 def serve_tokens(
-    values_TJD: Tensor, slopes_TJD: Tensor | None, steps_TJ: Tensor, gates_TK: Tensor, entry_TK: Tensor,
+    values_TKD: Tensor, slopes_TKD: Tensor | None, steps_TK: Tensor, gates_TK: Tensor, entry_TK: Tensor,
     found_TK: Tensor, row_TK: Tensor, rows_RD: Tensor, step: int,
 ) -> Tensor:  # fmt: skip
     """[T, D]; ``row_TK``: the computed row of each branch, -1 where it is served. Updates values, slopes and steps."""
     tokens, k = gates_TK.shape
-    width = values_TJD.shape[2]
-    out_TD = torch.empty(tokens, width, dtype=values_TJD.dtype, device=values_TJD.device)
+    width = values_TKD.shape[2]
+    out_TD = torch.empty(tokens, width, dtype=values_TKD.dtype, device=values_TKD.device)
     if not tokens:
         return out_TD
-    for stored in (values_TJD, steps_TJ, *([] if slopes_TJD is None else [slopes_TJD])):
+    for stored in (values_TKD, steps_TK, *([] if slopes_TKD is None else [slopes_TKD])):
         assert stored.is_contiguous()
     _serve[(tokens,)](
-        values_TJD, values_TJD if slopes_TJD is None else slopes_TJD, steps_TJ, gates_TK.contiguous(),
+        values_TKD, values_TKD if slopes_TKD is None else slopes_TKD, steps_TK, gates_TK.contiguous(),
         entry_TK.contiguous(), found_TK.contiguous().view(torch.uint8), row_TK.contiguous(), rows_RD.contiguous(),
-        out_TD, step, values_TJD.shape[1], width,
-        K=k, FORECAST=slopes_TJD is not None, WIDTH=min(1024, triton.next_power_of_2(width)),
+        out_TD, step, width,
+        K=k, FORECAST=slopes_TKD is not None, WIDTH=min(1024, triton.next_power_of_2(width)),
     )  # fmt: skip
     return out_TD

@@ -1,6 +1,6 @@
 """Router, top-k and the search for stored branches in one kernel; scores in fp32.
 
-Shape suffixes: T tokens, D hidden size, E experts, K routed experts per token, J entries per token.
+Shape suffixes: T tokens, D hidden size, E experts, K routed experts and entries per token.
 """
 
 import torch
@@ -12,7 +12,6 @@ from moeca_dist.kernels.launch import rows_apart
 from moeca_dist.kernels.types import RoutedTokens, RouterWeights
 
 _TOKENS, _WIDTH = 16, 64  # of one program, and of one step through the hidden size
-_NO_ENTRY = 2**30  # older than any step
 
 
 @triton.jit
@@ -37,10 +36,10 @@ def _logits(x_TD, weight_ED, token, is_token, width, experts, x_stride,
 
 @triton.jit
 def _route(
-    x_TD, weight_ED, bias_E, ids_TJ, used_TJ, out_ids_TK, out_gates_TK, out_entry_TK, out_found_TK,
-    tokens, width, experts, x_stride, last_step, gate_scale,
-    K: tl.constexpr, J: tl.constexpr, KP: tl.constexpr, JP: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISED: tl.constexpr, OLD: tl.constexpr,
+    x_TD, weight_ED, bias_E, stored_ids_TK, out_ids_TK, out_gates_TK, out_entry_TK, out_found_TK,
+    tokens, width, experts, x_stride, gate_scale,
+    K: tl.constexpr, KP: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < tokens
@@ -72,47 +71,41 @@ def _route(
     if NORMALISED:
         gates = gates / (tl.sum(gates, axis=1)[:, None] + 1e-20) * gate_scale
 
-    place = tl.arange(0, JP)[None, :]
-    is_place = is_token[:, None] & (place < J)
-    held = tl.load(ids_TJ + token[:, None] * J + place, mask=is_place, other=-3)
-    used = tl.load(used_TJ + token[:, None] * J + place, mask=is_place, other=0)
-    same = (ids[:, :, None] == held[:, None, :]).to(tl.int32)
-    found = tl.sum(same, axis=2)
-    taken = tl.sum(same, axis=1)
-    age = tl.where(place < J, used + taken * (last_step + 2), OLD)
-    first, second = tl.arange(0, JP)[None, :, None], tl.arange(0, JP)[None, None, :]
-    before = (age[:, None, :] < age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (second < first))
-    order = tl.sum(before.to(tl.int32), axis=2)
-    missing = tl.where((found == 0) & (slot < K), 1, 0)
-    nth = tl.cumsum(missing, axis=1) - 1
-    index = tl.arange(0, JP)[None, None, :]
-    free = tl.sum(tl.where(order[:, None, :] == nth[:, :, None], index, 0), axis=2)
-    entry = tl.where(found > 0, tl.sum(same * index, axis=2), free)
-
     at = token[:, None] * K + slot
-    writes = is_token[:, None] & (slot < K)
-    tl.store(out_ids_TK + at, ids, mask=writes)
-    tl.store(out_gates_TK + at, gates, mask=writes)
-    tl.store(out_entry_TK + at, entry.to(tl.int64), mask=writes)
-    tl.store(out_found_TK + at, (found > 0).to(tl.uint8), mask=writes)
+    is_branch = is_token[:, None] & (slot < K)
+    stored = tl.load(stored_ids_TK + at, mask=is_branch, other=-3)
+    same = ids[:, :, None] == stored[:, None, :]
+    found = tl.sum(same.to(tl.int32), axis=2)
+    missing = ((found == 0) & (slot < K)).to(tl.int32)
+    free = ((tl.sum(same.to(tl.int32), axis=1) == 0) & (slot < K)).to(tl.int32)
+    # The n-th branch that is not stored gets the n-th free entry; 0 and -1 are those that take no part.
+    nth_missing, nth_free = tl.cumsum(missing, axis=1) * missing, tl.where(free > 0, tl.cumsum(free, axis=1), -1)
+    gets = same | (nth_missing[:, :, None] == nth_free[:, None, :])
+    entry = tl.sum(tl.where(gets, tl.arange(0, KP)[None, None, :], 0), axis=2)
+
+    tl.store(out_ids_TK + at, ids, mask=is_branch)
+    tl.store(out_gates_TK + at, gates, mask=is_branch)
+    tl.store(out_entry_TK + at, entry.to(tl.int64), mask=is_branch)
+    tl.store(out_found_TK + at, (found > 0).to(tl.uint8), mask=is_branch)
 
 
-def route_tokens(x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int) -> RoutedTokens:
+def route_tokens(x_TD: Tensor, router: RouterWeights, stored_ids_TK: Tensor) -> RoutedTokens:
     tokens, width = x_TD.shape
-    experts, entries, k = router.weight_ED.shape[0], ids_TJ.shape[1], router.k
+    experts, k = router.weight_ED.shape[0], router.k
     shape, device = (tokens, k), x_TD.device
     ids_TK = torch.empty(shape, dtype=torch.int64, device=device)
     gates_TK = torch.empty(shape, dtype=torch.float32 if router.scoring == "sigmoid" else x_TD.dtype, device=device)
     entry_TK = torch.empty(shape, dtype=torch.int64, device=device)
     found_TK = torch.empty(shape, dtype=torch.uint8, device=device)
     if tokens:
+        assert stored_ids_TK.is_contiguous()
         x_TD = rows_apart(x_TD)
         _route[(triton.cdiv(tokens, _TOKENS),)](
-            x_TD, router.weight_ED, router.weight_ED if router.bias_E is None else router.bias_E, ids_TJ, used_TJ,
+            x_TD, router.weight_ED, router.weight_ED if router.bias_E is None else router.bias_E, stored_ids_TK,
             ids_TK, gates_TK, entry_TK, found_TK,
-            tokens, width, experts, x_TD.stride(0), last_step, router.scale,
-            K=k, J=entries, KP=triton.next_power_of_2(k), JP=triton.next_power_of_2(entries), TOKENS=_TOKENS,
-            EXPERTS=max(16, triton.next_power_of_2(experts)), WIDTH=_WIDTH, SIGMOID=router.scoring == "sigmoid",
-            BIAS=router.bias_E is not None, NORMALISED=router.normalised, OLD=_NO_ENTRY,
+            tokens, width, experts, x_TD.stride(0), router.scale,
+            K=k, KP=triton.next_power_of_2(k), TOKENS=_TOKENS, EXPERTS=max(16, triton.next_power_of_2(experts)),
+            WIDTH=_WIDTH, SIGMOID=router.scoring == "sigmoid", BIAS=router.bias_E is not None,
+            NORMALISED=router.normalised,
         )  # fmt: skip
     return RoutedTokens(ids_TK, gates_TK, entry_TK, found_TK.view(torch.bool))

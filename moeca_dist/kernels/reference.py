@@ -37,15 +37,15 @@ class ReferenceKernels:
         return GatheredRows(rows_RD, counts_L, inverse(order_R))
 
     def serve_branches(self, stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> Tensor:
-        entries = stored.steps_TJ.shape[1]
-        first_T1 = torch.arange(0, stored.steps_TJ.numel(), entries, device=stored.steps_TJ.device)[:, None]
+        tokens, k = stored.steps_TK.shape
+        first_T1 = torch.arange(0, tokens * k, k, device=stored.steps_TK.device)[:, None]
         at_TK = branches.entry_TK + first_T1
-        weights_TK = (branches.gates_TK * ~branches.refresh_TK).to(stored.values_TJD.dtype)
+        weights_TK = (branches.gates_TK * ~branches.refresh_TK).to(stored.values_TKD.dtype)
         # Bags of rows take a third of the time of a batched product of weights and entries on CPU.
-        total_TD = _weighted_rows(at_TK, stored.values_TJD, weights_TK)
-        if stored.slopes_TJD is not None:
-            ahead_TK = weights_TK * (step - stored.steps_TJ.gather(1, branches.entry_TK))
-            total_TD += _weighted_rows(at_TK, stored.slopes_TJD, ahead_TK)
+        total_TD = _weighted_rows(at_TK, stored.values_TKD, weights_TK)
+        if stored.slopes_TKD is not None:
+            ahead_TK = weights_TK * (step - stored.steps_TK.gather(1, branches.entry_TK))
+            total_TD += _weighted_rows(at_TK, stored.slopes_TKD, ahead_TK)
         if fresh.branch_N.shape[0]:
             _add_fresh(total_TD, branches, fresh)
             _keep(stored, branches, fresh, at_TK, step)
@@ -62,9 +62,7 @@ class ReferenceKernels:
         scaled_BTD = normed_BTD * (1 + entering.scale_BD[:, None])
         torch.add(scaled_BTD, entering.shift_BD[:, None], out=entering.out_BTD)
 
-    def route(
-        self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
-    ) -> RoutedTokens:
+    def route(self, x_TD: Tensor, router: RouterWeights, stored_ids_TK: Tensor) -> RoutedTokens:
         if router.scoring == "sigmoid":
             scores_TE = F.linear(x_TD.float(), router.weight_ED.float()).sigmoid()
         else:
@@ -74,7 +72,7 @@ class ReferenceKernels:
         gates_TK = scores_TE.gather(-1, ids_TK)
         if router.normalised:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20) * router.scale
-        return RoutedTokens(ids_TK, gates_TK, *match_entries(ids_TK, ids_TJ, used_TJ, last_step))
+        return RoutedTokens(ids_TK, gates_TK, *match_entries(ids_TK, stored_ids_TK))
 
     def encode_rows(self, rows_ND: Tensor, held: HeldRows | None, form: RowFormat) -> Tensor:
         reference_ND = _held(held)
@@ -101,15 +99,14 @@ def _hold(held: HeldRows, rows_ND: Tensor) -> None:
     held.rows_SD.index_copy_(0, held.key_N, rows_ND.nan_to_num(0.0, 0.0, 0.0))
 
 
-def match_entries(ids_TK: Tensor, ids_TJ: Tensor, used_TJ: Tensor, last_step: int) -> tuple[Tensor, Tensor]:
-    """(entry_TK, found_TK): each branch by its expert id; the others get the entries that were used longest ago."""
-    same_TKJ = ids_TK[:, :, None] == ids_TJ[:, None, :]
-    found_TK = same_TKJ.any(-1)
-    # Entries in use are sorted behind all others; the stable sort makes the choice independent of the device.
-    age_TJ = used_TJ + same_TKJ.any(1) * (last_step + 2)
-    free_TJ = age_TJ.argsort(dim=-1, stable=True)
-    nth_TK = ((~found_TK).cumsum(-1) - 1).clamp(min=0)
-    return torch.where(found_TK, same_TKJ.int().argmax(-1), free_TJ.gather(1, nth_TK)), found_TK
+def match_entries(ids_TK: Tensor, stored_ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """(entry_TK, found_TK): each branch by its expert id; the n-th one not found gets the n-th entry that is free."""
+    same_TKK = ids_TK[:, :, None] == stored_ids_TK[:, None, :]
+    found_TK, free_TK = same_TKK.any(2), ~same_TKK.any(1)
+    nth_missing_TK = (~found_TK).cumsum(1).masked_fill(found_TK, 0)
+    nth_free_TK = free_TK.cumsum(1).masked_fill(~free_TK, -1)
+    same_TKK |= nth_missing_TK[:, :, None] == nth_free_TK[:, None, :]
+    return same_TKK.int().argmax(2), found_TK
 
 
 def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:
@@ -123,9 +120,9 @@ def inverse(order_N: Tensor) -> Tensor:
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.shape[0], device=order_N.device))
 
 
-def _weighted_rows(at_TK: Tensor, stored_TJD: RowStore, weights_TK: Tensor) -> Tensor:
+def _weighted_rows(at_TK: Tensor, stored_TKD: RowStore, weights_TK: Tensor) -> Tensor:
     """[T, D]: sum over k of weight x the row ``at`` of all stored ones."""
-    rows = stored_TJD.unpack().view(-1, stored_TJD.shape[-1])
+    rows = stored_TKD.unpack().view(-1, stored_TKD.shape[-1])
     return F.embedding_bag(at_TK, rows, per_sample_weights=weights_TK, mode="sum")
 
 
@@ -140,11 +137,11 @@ def _keep(stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, a
     """Store the fresh rows, and where there are slopes how they changed since they were stored last."""
     at_N = at_TK.flatten().index_select(0, fresh.branch_N)
     values_ND = fresh.rows_RD.index_select(0, fresh.row_N)
-    steps = stored.steps_TJ.view(-1)
-    if stored.slopes_TJD is not None:
+    steps = stored.steps_TK.view(-1)
+    if stored.slopes_TKD is not None:
         gap_N, found_N = step - steps[at_N], branches.found_TK.flatten()[fresh.branch_N]
-        stored.slopes_TJD.put(at_N, slopes(values_ND, stored.values_TJD.rows(at_N), gap_N, found_N))
-    stored.values_TJD.put(at_N, values_ND)
+        stored.slopes_TKD.put(at_N, slopes(values_ND, stored.values_TKD.rows(at_N), gap_N, found_N))
+    stored.values_TKD.put(at_N, values_ND)
     steps.index_fill_(0, at_N, step)
 
 

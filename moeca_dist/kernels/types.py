@@ -1,8 +1,7 @@
 """What goes into the kernels and what comes out of them.
 
-Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens of one segment, K routed experts per
-token, J entries per token, N refreshed branches or coded rows, E experts, B images, X any leading sizes, W bytes of a
-coded row.
+Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens of one segment, K routed experts and
+entries per token, N refreshed branches or coded rows, E experts, B images, X any leading sizes, W bytes of a coded row.
 """
 
 from collections.abc import Sequence
@@ -56,11 +55,11 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True)
 class StoredBranches:
-    """Entries of one block and segment: values [T, J, D], their change per step, and the step of each, int32."""
+    """Entries of one block and segment, K per token: values, their change per step, and the step of each, int32."""
 
-    values_TJD: RowStore
-    slopes_TJD: RowStore | None
-    steps_TJ: Tensor
+    values_TKD: RowStore
+    slopes_TKD: RowStore | None
+    steps_TK: Tensor
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,7 @@ class Kernels(Protocol):
         """The same, and ``norm(after) * (1 + scale) + shift`` to ``entering``."""
         ...
 
-    def route(
-        self, x_TD: Tensor, router: RouterWeights, ids_TJ: Tensor, used_TJ: Tensor, last_step: int
-    ) -> RoutedTokens:
+    def route(self, x_TD: Tensor, router: RouterWeights, stored_ids_TK: Tensor) -> RoutedTokens:
         """Router, top-k and id match in one; see ``cache.branches.EntryTable.match`` for the entries."""
         ...
 

@@ -70,7 +70,6 @@ def _ask(plan: LayerPlan, cache: BlockStep, pairs: PairExchange) -> Asked:
     for part, decision in zip(plan.parts, plan.decisions, strict=True):
         home, ids_TK = part.kept.home, routing.expert_ids_TK[part.tokens]
         rows.append(home.assign(ids_TK, decision.match, cache.owned.pool, owner_of_expert_E))
-        home.touch(decision.match, cache.step.index)
     refresh_TK = torch.cat([decision.refresh_TK for decision in plan.decisions])
     found_TK = torch.cat([decision.match.found_TK for decision in plan.decisions])
     return Asked(routing.expert_ids_TK, routing.gates_TK, refresh_TK, found_TK, torch.cat(rows))

@@ -20,7 +20,6 @@ class Defaults:
     """A policy with whole modules or branches that are served as they are stored."""
 
     order: int = 0
-    extra_entries: int = 0
     attention_sync: bool = False
     delta: float | None = None
 

@@ -14,7 +14,7 @@ from moeca_dist.cache.policy import Unit
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.config import CacheConfig
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "extra_entries", "attention_sync"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "attention_sync"}
 DEFAULT_ORDER = 1  # a second order was worse
 # Eleven of fifty steps, found on the shipped model (20 images of seed 7) by `python -m
 # benchmarks.quality.search_schedule --conditional 0,1,4,11,17,23,28,33,39,43,48 --seconds 480`.
@@ -46,6 +46,5 @@ def build(config: CacheConfig, num_steps: int, guided: bool) -> MoecaForecast:
     return MoecaForecast(
         schedule=default_or_stated(config, num_steps, guided),
         order=branch_order(config, DEFAULT_ORDER),
-        extra_entries=config.extra_entries or 0,
         attention_sync=bool(config.attention_sync),
     )

@@ -11,7 +11,7 @@ from moeca_dist.cache.policy import LayerView, RefreshPlan, Unit
 from moeca_dist.config import CacheConfig
 from moeca_dist.types import StepContext
 
-OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "extra_entries", "attention_sync"}
+OPTIONS = SCHEDULE_OPTIONS | {"order", "ratio", "attention_sync"}
 DEFAULT_INTERVAL = 4
 DEFAULT_RATIO = 0.05
 _BITS = 24
@@ -53,6 +53,5 @@ def build(config: CacheConfig, num_steps: int, guided: bool) -> RandomBranches:
         schedule=schedule_of(config, num_steps, guided, DEFAULT_INTERVAL),
         ratio=DEFAULT_RATIO if config.ratio is None else config.ratio,
         order=branch_order(config, 0),
-        extra_entries=config.extra_entries or 0,
         attention_sync=bool(config.attention_sync),
     )
