@@ -1,14 +1,15 @@
 """The kernels of a cached step on published shapes: time, bytes and FLOP, and how near each is to the device's limits.
 
-    python -m benchmarks.layer.kernels --device cuda
+    python -m benchmarks.layer.kernels --device cuda --out benchmarks/results/kernels_cuda
 
 Bytes are those that must move once, FLOP those of the router's product; both are counted from the shapes. The limits
 are measured in the same run. With guidance, so a batch of B images has 2B.
 
-Shape suffixes: T tokens, K routed experts per token, J entries per token, D hidden size, E experts, N fresh branches.
+Shape suffixes: T tokens, K routed experts and entries per token, D hidden size, E experts, N fresh branches.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +19,17 @@ from typing import Any
 import torch
 
 from benchmarks.common.device_timing import measure_roofline, median_seconds
-from benchmarks.common.results import default_folder, save
 from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
-from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.kernels.reference import ReferenceKernels
+from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,
     Forecast,
     FreshRows,
+    HeldRows,
     Kernels,
     RouterWeights,
     StoredBranches,
@@ -69,7 +70,7 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
 
     def serve() -> Any:
         stored, slopes = (Packed(normal(all_tokens, k, width), None, dtype) for _ in range(2))
-        steps_TJ = torch.zeros(all_tokens, k, dtype=torch.int32, device=device)
+        steps_TK = torch.zeros(all_tokens, k, dtype=torch.int32, device=device)
         branch_N = torch.randperm(all_tokens * k, device=device)[:fresh].sort().values
         refresh_TK = torch.zeros(all_tokens * k, dtype=torch.bool, device=device).index_fill_(0, branch_N, True)
         entry_TK = torch.arange(k, device=device).expand(all_tokens, k).contiguous()
@@ -78,7 +79,7 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
             refresh_TK.view(all_tokens, k),
         )  # fmt: skip
         rows = FreshRows(normal(fresh, width), branch_N, torch.arange(fresh, device=device))
-        return StoredBranches(stored, slopes, steps_TJ), branches, rows
+        return StoredBranches(stored, slopes, steps_TK), branches, rows
 
     def residual() -> Any:
         x_BTD, value_BTD, slope_BTD, after_BTD, out_BTD = (normal(images, tokens, width) for _ in range(5))
@@ -89,8 +90,17 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
 
     def route() -> Any:
         router = RouterWeights(normal(experts, width).float(), None, k, "sigmoid", True, 2.0)
-        ids_TJ = torch.rand(all_tokens, experts, device=device).argsort(-1)[:, :k].contiguous()
-        return normal(all_tokens, width), router, ids_TJ, torch.zeros_like(ids_TJ, dtype=torch.int32), 3
+        stored_ids_TK = torch.rand(all_tokens, experts, device=device).argsort(-1)[:, :k].contiguous()
+        return normal(all_tokens, width), router, stored_ids_TK
+
+    def change() -> Any:
+        held_SD = normal(all_tokens, width)
+        near_ND = held_SD + 0.1 * normal(all_tokens, width)
+        return near_ND, HeldRows(held_SD, torch.randperm(all_tokens, device=device)), FORMATS["int8"]
+
+    def coded() -> Any:
+        near_ND, held, form = change()
+        return ReferenceKernels().encode_rows(near_ND, held, form), held, form, width, dtype
 
     def drawn(draw: Callable[[], Any]) -> list[Any]:
         return [draw() for _ in range(INPUT_SETS)]
@@ -115,6 +125,10 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
         "route", all_tokens * row, 2 * all_tokens * width * experts, drawn(route),
         lambda kernels, sets: kernels.route(*sets),
     )  # fmt: skip
+    # A row for each token, as with one other owner: the row, what is held before and after, and a byte for each value.
+    with_codes = all_tokens * (3 * row + width + SCALE_BYTES)
+    yield Case("encode_rows", with_codes, 0, drawn(change), lambda kernels, sets: kernels.encode_rows(*sets))
+    yield Case("decode_rows", with_codes, 0, drawn(coded), lambda kernels, sets: kernels.decode_rows(*sets))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -163,18 +177,24 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(results: dict[str, Any], text: str, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--quick", action="store_true", help="one small case of each kernel, to see that all run")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/kernels")
+    parser.add_argument("--out", type=Path, required=True, help="path of the results without its suffix")
     arguments = parser.parse_args()
     with torch.inference_mode():
         results = measure(arguments)
-    save(arguments.out or default_folder("kernels", arguments.device), results, table(results))
-    print(table(results))
+    write(results, table(results), arguments.out)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,6 @@ class CacheConfig(_Section):
     """Order of the forecast; 0 reuses the stored value."""
     ratio: float | None = Field(None, ge=0, le=1)
     """Share that a cache step computes: of the branches with policy ``random``, of the tokens with ``toca``."""
-    extra_entries: int | None = Field(None, ge=0)
-    """Stored branches per token beyond its routed experts: those of experts that just left."""
     attention_sync: bool | None = None
     """Whether a token with a refreshed branch refreshes its attention row, shared expert and dense blocks with it."""
     refresh_ratio: float | None = Field(None, ge=0, le=1)

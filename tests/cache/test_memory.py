@@ -22,7 +22,7 @@ KNOBS: list[dict[str, Any]] = [
     *({"policy": policy} for policy in POLICIES if policy != "teacache"),
     *({"policy": policy, "full_steps": [0]} for policy in ("taylorseer", "moeca_forecast", "moeca")),
     *({"policy": policy, "full_steps": APART} for policy in ("fora", "moeca", "toca", "moeca_forecast")),
-    *({"policy": "moeca_forecast", "order": order, "extra_entries": order} for order in (0, 1)),
+    *({"policy": "moeca_forecast", "order": order} for order in (0, 1)),
     {"policy": "moeca_forecast", "attention_sync": True},
     {"policy": "moeca", "attention_sync": False},
     *({"policy": "taylorseer", "order": order} for order in (0, 2, 3)),
@@ -105,7 +105,7 @@ def test_ranks_keep_what_one_is_predicted_to(two_ranks: Any, policy: str, tmp_pa
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
-    "knobs", [{"policy": "moeca_forecast"}, {"policy": "random", "extra_entries": 1}, {"policy": "dice_skip"}], ids=str
+    "knobs", [{"policy": "moeca_forecast"}, {"policy": "random"}, {"policy": "dice_skip"}], ids=str
 )
 def test_owners_keep_no_more_than_predicted(request: Any, knobs: dict[str, Any], ranks: int, tmp_path: Path) -> None:
     pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])

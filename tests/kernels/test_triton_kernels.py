@@ -1,6 +1,6 @@
 """The Triton kernels against their references, in Triton's interpreter on CPU: ragged, empty and unaligned shapes.
 
-Shape suffixes: S source rows, D hidden size, R rows, T tokens, K routed experts per token, J entries per token,
+Shape suffixes: S source rows, D hidden size, R rows, T tokens, K routed experts and entries per token,
 B images, E experts, N branches.
 """
 
@@ -19,14 +19,15 @@ from moeca_dist import Engine, Request
 from moeca_dist.cache.storage import Packed
 from moeca_dist.config import Config
 from moeca_dist.kernels import select
-from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES, RowFormat
 from moeca_dist.kernels.reference import ReferenceKernels
+from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES, RowFormat
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import (
     BranchesToServe,
     Entering,
     Forecast,
     FreshRows,
+    HeldRows,
     Kernels,
     RouterWeights,
     StoredBranches,
@@ -35,6 +36,7 @@ from tests.helpers.golden_files import load_golden
 
 REFERENCE = ReferenceKernels()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+CODED_DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 WIDTHS = st.sampled_from([1, 7, 16, 40, 65])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -43,7 +45,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 def fused() -> Kernels:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("on a CUDA device the kernels are compiled; tests/kernels/test_gpu.py has them in whole networks")
+        pytest.skip("on a CUDA device the kernels are compiled; tests/test_gpu.py has them in whole networks")
     from moeca_dist.kernels.fused import FusedKernels
 
     return FusedKernels()
@@ -71,20 +73,20 @@ def test_gather_rows(
 
 
 def make_branches(
-    tokens: int, k: int, entries: int, width: int, dtype: torch.dtype, forecast: bool, draw: Any
+    tokens: int, k: int, width: int, dtype: torch.dtype, forecast: bool, draw: Any
 ) -> tuple[StoredBranches, BranchesToServe, FreshRows]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(dtype)
 
-    values, slopes = (Packed(normal(tokens, entries, width), None, dtype) for _ in range(2))
-    steps_TJ = torch.randint(0, 5, (tokens, entries), generator=draw, dtype=torch.int32)
-    entry_TK = torch.rand(tokens, entries, generator=draw).argsort(-1)[:, :k]
+    values, slopes = (Packed(normal(tokens, k, width), None, dtype) for _ in range(2))
+    steps_TK = torch.randint(0, 5, (tokens, k), generator=draw, dtype=torch.int32)
+    entry_TK = torch.rand(tokens, k, generator=draw).argsort(-1)
     found_TK = torch.rand(tokens, k, generator=draw) < 0.7
     refresh_TK = (torch.rand(tokens, k, generator=draw) < 0.3) | ~found_TK
     gates_TK = torch.rand(tokens, k, generator=draw)
     branch_N = refresh_TK.flatten().nonzero().squeeze(1)
     row_N = torch.randperm(len(branch_N), generator=draw)
-    stored = StoredBranches(values, slopes if forecast else None, steps_TJ)
+    stored = StoredBranches(values, slopes if forecast else None, steps_TK)
     fresh = FreshRows(normal(len(branch_N), width), branch_N, row_N)
     return stored, BranchesToServe(gates_TK, entry_TK, found_TK, refresh_TK), fresh
 
@@ -93,25 +95,25 @@ def copied(stored: StoredBranches) -> StoredBranches:
     def copy(packed: Any) -> Any:
         return None if packed is None else Packed(packed.data_XD.clone(), None, packed.dtype)
 
-    return StoredBranches(copy(stored.values_TJD), copy(stored.slopes_TJD), stored.steps_TJ.clone())
+    return StoredBranches(copy(stored.values_TKD), copy(stored.slopes_TKD), stored.steps_TK.clone())
 
 
-SHAPES = st.tuples(st.integers(0, 6), st.integers(1, 4), st.integers(0, 2), WIDTHS, DTYPES, st.booleans())
+SHAPES = st.tuples(st.integers(0, 6), st.integers(1, 4), WIDTHS, DTYPES, st.booleans())
 
 
 @given(SHAPES, st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
 def test_serve_branches(fused: Kernels, shape: Any, seed: int) -> None:
     """The sums, and what is stored afterwards: values bit for bit, slopes to rounding, and who was stored when."""
-    tokens, k, extra, width, dtype, forecast = shape
-    made = make_branches(tokens, k, k + extra, width, dtype, forecast, torch.Generator().manual_seed(seed))
+    tokens, k, width, dtype, forecast = shape
+    made = make_branches(tokens, k, width, dtype, forecast, torch.Generator().manual_seed(seed))
     here, there = copied(made[0]), copied(made[0])
     found, expected = fused.serve_branches(here, *made[1:], 7), REFERENCE.serve_branches(there, *made[1:], 7)
     close(found, expected)
-    assert torch.equal(here.values_TJD.unpack(), there.values_TJD.unpack())
-    assert torch.equal(here.steps_TJ, there.steps_TJ)
-    if here.slopes_TJD is not None and there.slopes_TJD is not None:
-        close(here.slopes_TJD.unpack(), there.slopes_TJD.unpack())
+    assert torch.equal(here.values_TKD.unpack(), there.values_TKD.unpack())
+    assert torch.equal(here.steps_TK, there.steps_TK)
+    if here.slopes_TKD is not None and there.slopes_TKD is not None:
+        close(here.slopes_TKD.unpack(), there.slopes_TKD.unpack())
 
 
 @given(st.integers(0, 3), st.integers(1, 5), WIDTHS, DTYPES, st.integers(0, 3), st.booleans(), st.integers(0, 10**6))
@@ -148,28 +150,24 @@ def scores_of(x_TD: Tensor, router: RouterWeights) -> Tensor:
 
 
 @given(
-    st.integers(0, 40), st.sampled_from([1, 16, 70]), st.integers(1, 17), st.integers(1, 5), st.integers(0, 2), DTYPES,
+    st.integers(0, 40), st.sampled_from([1, 16, 70]), st.integers(1, 17), st.integers(1, 5), DTYPES,
     st.sampled_from(["sigmoid", "softmax"]), st.booleans(), st.booleans(), st.integers(0, 10**6),
 )  # fmt: skip
-@example(5, 1, 16, 1, 0, torch.bfloat16, "sigmoid", False, False, 1)  # two experts have the same weights
+@example(5, 1, 16, 1, torch.bfloat16, "sigmoid", False, False, 1)  # two experts have the same weights
 @settings(max_examples=40, deadline=None)
 def test_route(
-    fused: Kernels, tokens: int, width: int, experts: int, k: int, extra: int, dtype: torch.dtype, scoring: Any,
+    fused: Kernels, tokens: int, width: int, experts: int, k: int, dtype: torch.dtype, scoring: Any,
     biased: bool, normalised: bool, seed: int,
 ) -> None:  # fmt: skip
     draw = torch.Generator().manual_seed(seed)
     k = min(k, experts)
-    entries = min(k + extra, experts)
     router = RouterWeights(
         torch.randn(experts, width, generator=draw).to(dtype),
         torch.rand(experts, generator=draw) if biased else None, k, scoring, normalised, 2.5,
     )  # fmt: skip
     x_TD = torch.randn(tokens, width, generator=draw).to(dtype)
-    held = torch.rand(tokens, experts, generator=draw).argsort(-1)[:, :entries]
-    empty = torch.rand(tokens, entries, generator=draw) < 0.1
-    ids_TJ = torch.where(empty, -1, held)
-    used_TJ = torch.where(empty, -1, torch.randint(0, 6, ids_TJ.shape, generator=draw)).to(torch.int32)
-    found, expected = (each.route(x_TD, router, ids_TJ, used_TJ, 5) for each in (fused, REFERENCE))
+    stored_ids_TK = torch.rand(tokens, experts, generator=draw).argsort(-1)[:, :k].contiguous()
+    found, expected = (each.route(x_TD, router, stored_ids_TK) for each in (fused, REFERENCE))
     # Equal scores may be chosen in any order, but none that is lower.
     scores_TE = scores_of(x_TD, router)
     choice_TE = scores_TE + (router.bias_E if router.bias_E is not None else 0.0)
@@ -191,6 +189,78 @@ def test_route(
     assert torch.equal(found.found_TK[same_T], expected.found_TK[same_T])
     assert torch.equal(found.entry_TK[same_T], expected.entry_TK[same_T])
     assert all(len(set(entry)) == k for entry in found.entry_TK.tolist())
+
+
+FORMS = st.sampled_from(sorted(FORMATS))
+
+
+@given(FORMS, CODED_DTYPES, st.integers(0, 9), WIDTHS, st.booleans(), st.booleans(), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_coded_rows(
+    fused: Kernels, name: str, dtype: torch.dtype, rows: int, width: int, holds: bool, broken: bool, seed: int
+) -> None:
+    """Four exchanges of rows that change little: codes as the reference makes them, and both ends hold the same bits.
+
+    Rows are slices, codes unaligned, and some rows have infinities and NaN, or are zero.
+    """
+    form, draw = FORMATS[name], torch.Generator().manual_seed(seed)
+
+    def end() -> HeldRows:
+        return HeldRows(torch.zeros(rows + 3, width, dtype=dtype), torch.randperm(rows + 3, generator=draw)[:rows])
+
+    sender, receiver = (end() if holds else None for _ in range(2))
+    wide_ND = torch.randn(rows, width + 3, generator=draw)
+    for turn in range(4):
+        wide_ND = wide_ND + 0.1 * torch.randn(rows, width + 3, generator=draw)
+        rows_ND = wide_ND.to(dtype)[:, 3:]
+        if broken and turn == 1 and rows:
+            rows_ND[0] = 0
+            rows_ND[rows // 2, seed % width] = (torch.nan, torch.inf, -torch.inf)[seed % 3]
+        reference = None if sender is None else HeldRows(sender.rows_SD.clone(), sender.key_N)
+        coded_NW = fused.encode_rows(rows_ND, sender, form)
+        finite_N = rows_ND.isfinite().all(1)
+        # What codes a row without a scale has is moot.
+        alike(coded_NW[finite_N], REFERENCE.encode_rows(rows_ND, reference, form)[finite_N], form)
+        packed = torch.cat([torch.zeros(rows, 3, dtype=torch.uint8), coded_NW], 1)[:, 3:]
+        decoded_ND = fused.decode_rows(packed, receiver, form, width, dtype)
+        assert decoded_ND.dtype == dtype and decoded_ND[~finite_N].isnan().all()
+        # Half a code of a whole row, or three bits of mantissa of the largest value.
+        most_N1 = rows_ND.float().abs().amax(1, keepdim=True)
+        error_ND = (decoded_ND.float() - rows_ND.float()).abs()
+        rounding_ND = torch.finfo(dtype).eps * rows_ND.float().abs()
+        assert (error_ND <= 1.01 * most_N1 / (254 if name == "int8" else 16) + rounding_ND)[finite_N].all()
+        if sender is not None and receiver is not None:
+            held_ND = sender.rows_SD[sender.key_N]
+            assert torch.equal(held_ND, receiver.rows_SD[receiver.key_N])
+            assert torch.equal(held_ND, decoded_ND.nan_to_num(0.0, 0.0, 0.0))
+
+
+def alike(found_NW: Tensor, expected_NW: Tensor, form: RowFormat) -> None:
+    """The same scales to rounding, and codes next to each other where a value lies between two of them."""
+    both = found_NW, expected_NW
+    scales, codes = [each[:, :SCALE_BYTES] for each in both], [each[:, SCALE_BYTES:] for each in both]
+    found_N, expected_N = (each.flatten().view(torch.float32) for each in scales)
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-6, atol=0)
+    if form.dtype.is_floating_point:  # ascending, as numbers of one sign and their bits are
+        found, expected = (torch.where(each >= 128, 128 - each.int(), each.int()) for each in codes)
+    else:
+        found, expected = (each.contiguous().view(torch.int8).int() for each in codes)
+    apart = (found - expected).abs()
+    assert (apart <= 1).all() and apart.sum() <= 1 + 0.02 * apart.numel()
+
+
+def test_e4m3_by_its_bits(fused: Kernels) -> None:
+    """Every code, and what lies between two of them: as PyTorch rounds, ties to even."""
+    form = FORMATS["fp8"]
+    codes = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]
+    values = codes.view(torch.float8_e4m3fn).float().sort().values
+    between = torch.cat([values[:-1] + share * values.diff() for share in (0.0, 0.25, 0.4999, 0.5, 0.5001, 0.75)])
+    # The largest value gets the largest code, so the scale is 1.
+    rows_ND = torch.cat([between, torch.tensor([448.0])])[None]
+    coded_NW = fused.encode_rows(rows_ND, None, form)
+    assert torch.equal(coded_NW[0, SCALE_BYTES:], rows_ND[0].to(torch.float8_e4m3fn).view(torch.uint8))
+    decoded_ND = fused.decode_rows(coded_NW, None, form, rows_ND.shape[1], torch.float32)
+    assert torch.equal(decoded_ND, rows_ND.to(torch.float8_e4m3fn).float())
 
 
 def test_the_device_chooses() -> None:
