@@ -84,7 +84,7 @@ class GpuRecord:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuMonitor:
     """A device as NVML knows it, and the figures that it offers."""
 
     nvml: Nvml
@@ -94,7 +94,7 @@ class Gpu:
     offered: tuple[str, ...]
 
     @classmethod
-    def open(cls, device: torch.device, nvml: Nvml | None = None) -> "Gpu":
+    def open(cls, device: torch.device, nvml: Nvml | None = None) -> "GpuMonitor":
         """Raises TelemetryUnavailableError on a CPU, without a driver, or for a device that NVML does not know."""
         nvml = pynvml if nvml is None else nvml
         uuid = device_uuid(device)
@@ -128,7 +128,7 @@ def device_uuid(device: torch.device) -> str | None:
 class GpuSampler(AbstractContextManager["GpuSampler"]):
     """Samples ``gpu`` every ``period_s`` seconds from a thread of its own while the context is open."""
 
-    def __init__(self, gpu: Gpu, period_s: float) -> None:
+    def __init__(self, gpu: GpuMonitor, period_s: float) -> None:
         self._gpu = gpu
         self._period_s = period_s
         self._samples: list[tuple[float, dict[str, float]]] = []
@@ -220,7 +220,7 @@ def _link_bytes(nvml: Nvml, handle: Any, field: int) -> float:
 
 
 _Reader = Callable[[Nvml, Any], float]
-# RunCounters come first, next to the sample's time, and what takes long to read last: rates are differences of both.
+# Counters come first, next to the sample's time, and what takes long to read last: rates are differences of both.
 _READERS: Final[Mapping[str, _Reader]] = MappingProxyType(
     {
         "energy_j": lambda nvml, device: nvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1000,

@@ -10,7 +10,7 @@ import torch
 from moeca_dist.config import TelemetryConfig
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.telemetry.gpu import Gpu, GpuRecord, GpuSampler, TelemetryUnavailableError
+from moeca_dist.telemetry.gpu import GpuMonitor, GpuRecord, GpuSampler, TelemetryUnavailableError
 from moeca_dist.telemetry.profiler import TracedTimer, Tracer
 from moeca_dist.timing import SectionTimer, Timer
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 TraceSink = Callable[[int, bytes], None]
 
 
-def open_gpu(config: TelemetryConfig, mesh: Mesh) -> Gpu | None:
+def open_gpu_monitor(config: TelemetryConfig, mesh: Mesh) -> GpuMonitor | None:
     """What telemetry watches on this rank; rank 0 says why where there is nothing to watch, and the run goes on."""
     if config.period_s is None:
         return None
     try:
-        return Gpu.open(mesh.device)
+        return GpuMonitor.open(mesh.device)
     except TelemetryUnavailableError as error:
         if mesh.rank == 0:
             logger.warning("telemetry.period_s is set, but there is no GPU to watch: %s", error)
@@ -34,7 +34,9 @@ def open_gpu(config: TelemetryConfig, mesh: Mesh) -> Gpu | None:
 class RunObserver(AbstractContextManager["RunObserver"]):
     """Observes this rank while the context is open. ``timer`` is what the run's parts are measured with."""
 
-    def __init__(self, config: TelemetryConfig, gpu: Gpu | None, mesh: Mesh, trace_sink: TraceSink | None) -> None:
+    def __init__(
+        self, config: TelemetryConfig, gpu: GpuMonitor | None, mesh: Mesh, trace_sink: TraceSink | None
+    ) -> None:
         """Raises UserError for ``telemetry.trace`` without a sink."""
         if config.trace is not None and trace_sink is None:
             raise UserError("telemetry.trace has no place for its traces here: unset it, or pass trace_sink")
