@@ -1,4 +1,4 @@
-"""What a run is observed with: the timer of its sections, and where asked for a profiler and a sampler of the GPU."""
+"""The observation of a run: a timer of its sections and, if configured, a profiler and a sampler of the GPU."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,10 @@ TraceSink = Callable[[int, bytes], None]
 
 
 def open_gpu_monitor(config: TelemetryConfig, mesh: Mesh) -> GpuMonitor | None:
-    """What telemetry watches on this rank; rank 0 says why where there is nothing to watch, and the run goes on."""
+    """Open this rank's GPU if telemetry is configured, else return None.
+
+    If there is no GPU to watch, rank 0 logs the reason, and the run goes on.
+    """
     if config.period_s is None:
         return None
     try:
@@ -32,12 +35,12 @@ def open_gpu_monitor(config: TelemetryConfig, mesh: Mesh) -> GpuMonitor | None:
 
 
 class RunObserver(AbstractContextManager["RunObserver"]):
-    """Observes this rank while the context is open. ``timer`` is what the run's parts are measured with."""
+    """The observation of this rank while the context is open. ``timer`` measures the sections of the run."""
 
     def __init__(
         self, config: TelemetryConfig, gpu: GpuMonitor | None, mesh: Mesh, trace_sink: TraceSink | None
     ) -> None:
-        """Raises UserError for ``telemetry.trace`` without a sink."""
+        """Raise UserError for ``telemetry.trace`` without a sink."""
         if config.trace is not None and trace_sink is None:
             raise UserError("telemetry.trace has no place for its traces here: unset it, or pass trace_sink")
         self._mesh = mesh
@@ -58,17 +61,20 @@ class RunObserver(AbstractContextManager["RunObserver"]):
         self._open.close()
 
     def end_step(self, index: int) -> None:
-        """Denoising step ``index`` has ended."""
+        """Record that denoising step ``index`` has ended."""
         self.seconds.end_step(index)
         if self._tracer is not None:
             self._tracer.end_step()
 
     def gpu_record(self) -> GpuRecord | None:
-        """Asked after the context was left."""
+        """Return the GPU's record, or None without a sampler. Call it after the context was left."""
         return None if self._sampler is None else self._sampler.record()
 
     def deliver_trace(self) -> None:
-        """Traces of all ranks to the sink of rank 0, which alone knows a place for them; a collective of the world."""
+        """Send the traces of all ranks to the sink of rank 0. A collective of the world.
+
+        Only rank 0 knows a place for them.
+        """
         if self._tracer is None or self._trace_sink is None:
             return
         trace, world = self._tracer.chrome_trace(), self._mesh.world
