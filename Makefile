@@ -45,9 +45,9 @@ lint: $(STAMP)
 # On a machine that brings its own torch and cannot install: make gpu GPU_PYTHON=python3
 gpu: $(if $(GPU_PYTHON),,$(STAMP))
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu
-	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.layer.layer --device cuda --ranks 1 --out benchmarks/results/layer_cuda
-	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.layer.kernels --device cuda --out benchmarks/results/kernels_cuda
-	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.layer.gpu_e2e --device cuda --out benchmarks/results/gpu_e2e_cuda
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.layer.layer --device cuda --ranks 1
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.layer.kernels --device cuda
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.layer.gpu_e2e --device cuda
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,8 +1,8 @@
 """Whole denoising runs on published shapes with random weights: seconds, work and memory of every way to cache.
 
-    python -m benchmarks.layer.gpu_e2e --device cuda --out benchmarks/results/gpu_e2e_cuda
+    python -m benchmarks.layer.gpu_e2e --device cuda
 
-Every row is a whole run after runs to warm up; the figure is the median of ``--repeats``. The exact path is eager
+Every row is a whole run after one to warm up; the figure is the median of ``--repeats``. The exact path is eager
 PyTorch without a cache; TaylorSeer and FORA are this package's own policies. "Of the limit" is the work that was
 counted, divided by the time and by the rate of a matrix product measured in the same run.
 """
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.common.device_timing import Roofline, measure_roofline
+from benchmarks.common.results import default_folder, save
 from benchmarks.hardware import conditions
-from benchmarks.layer.kernels import BATCHES, MODELS, write
+from benchmarks.layer.kernels import BATCHES, MODELS
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config
 
@@ -25,35 +26,27 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "exact": {},
     "network_forecast": {"cache": {"policy": "network_forecast"}},
     "moeca_forecast": {"cache": {"policy": "moeca_forecast"}},
-    "moeca_forecast, budget": {
-        "cache": {"policy": "moeca_forecast"},
-        "parallel": {"exchange": "budget", "budget": 0.05},
-    },
     "taylorseer": {"cache": {"policy": "taylorseer"}},
     "fora": {"cache": {"policy": "fora"}},
 }
-# These three also with every evaluation captured and replayed, which only a CUDA device can do.
-GRAPHED = ("exact", "network_forecast", "moeca_forecast, budget")
-GRAPHS = ", CUDA graphs"
-# With a cache a graph is replayed from the third run of a number of images on.
-WARM_UP_RUNS, WARM_UP_GRAPHS = 1, 3
+GRAPHED = "exact, CUDA graphs"
 
 
 def contenders(device: str) -> list[str]:
-    return [*CONTENDERS, *(name + GRAPHS for name in GRAPHED if device == "cuda")]
+    return [*CONTENDERS, *([GRAPHED] if device == "cuda" else [])]
 
 
 def config_of(model: str, batch: int, contender: str, arguments: argparse.Namespace) -> Config:
-    quick, plain = arguments.quick, contender.removesuffix(GRAPHS)
+    quick = arguments.quick
     return Config.model_validate(
         {
             "model": {
                 "name": model, "random_init": True, "device": arguments.device,
-                "dtype": "float32" if arguments.device == "cpu" else "bfloat16", "cuda_graphs": plain != contender,
+                "dtype": "float32" if arguments.device == "cpu" else "bfloat16", "cuda_graphs": contender == GRAPHED,
             } | ({"input_size": 8} if quick else {}),
             "sampling": {"num_steps": 30 if quick else 50, "batch_size": batch},
         }
-        | CONTENDERS[plain]
+        | CONTENDERS.get(contender, {})
     )  # fmt: skip
 
 
@@ -63,8 +56,7 @@ def measured(
     """One row, and the engine whose weights the next row takes over."""
     engine = Engine.from_config(config) if loaded is None else Engine(config, loaded.mesh, loaded.model)
     requests = [Request(index, index % 1000) for index in range(batch)]
-    for _ in range(WARM_UP_GRAPHS if config.model.cuda_graphs else WARM_UP_RUNS):
-        engine.generate(requests)
+    engine.generate(requests)
     on_gpu = engine.mesh.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -81,7 +73,6 @@ def measured(
         "flop": report.flops.computed,
         "flop_ratio": report.flops.speedup,
         "of_limit": report.flops.computed / seconds / roofline.gemm_flop_per_s,
-        "deferred": report.branches.deferred,
         "cache_bytes": report.cache.bytes_peak,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }, engine
@@ -153,10 +144,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one small network and few steps, to see that all run")
-    parser.add_argument("--out", type=Path, required=True, help="path of the results without its suffix")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/gpu_e2e")
     arguments = parser.parse_args()
     results = measure(arguments)
-    write(results, table(results), arguments.out)
+    save(arguments.out or default_folder("gpu_e2e", arguments.device), results, table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Bytes are those that must move once, FLOP those of the router's product; both are counted from the shapes. The limits
 are measured in the same run. With guidance, so a batch of B images has 2B.
 
-Shape suffixes: T tokens, K routed experts per token, J entries per token, D hidden size, E experts, N fresh branches.
+Shape suffixes: T tokens, K routed experts and entries per token, D hidden size, E experts, N fresh branches.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import torch
 from benchmarks.common.device_timing import measure_roofline, median_seconds
 from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
-from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.kernels.reference import ReferenceKernels
+from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import (
     BranchesToServe,
@@ -70,7 +70,7 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
 
     def serve() -> Any:
         stored, slopes = (Packed(normal(all_tokens, k, width), None, dtype) for _ in range(2))
-        steps_TJ = torch.zeros(all_tokens, k, dtype=torch.int32, device=device)
+        steps_TK = torch.zeros(all_tokens, k, dtype=torch.int32, device=device)
         branch_N = torch.randperm(all_tokens * k, device=device)[:fresh].sort().values
         refresh_TK = torch.zeros(all_tokens * k, dtype=torch.bool, device=device).index_fill_(0, branch_N, True)
         entry_TK = torch.arange(k, device=device).expand(all_tokens, k).contiguous()
@@ -78,8 +78,8 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
             torch.rand(all_tokens, k, device=device), entry_TK, torch.ones_like(entry_TK, dtype=torch.bool),
             refresh_TK.view(all_tokens, k),
         )  # fmt: skip
-        rows = FreshRows(normal(fresh, width), branch_N, torch.arange(fresh, device=device), padded=False)
-        return StoredBranches(stored, slopes, steps_TJ), branches, rows
+        rows = FreshRows(normal(fresh, width), branch_N, torch.arange(fresh, device=device))
+        return StoredBranches(stored, slopes, steps_TK), branches, rows
 
     def residual() -> Any:
         x_BTD, value_BTD, slope_BTD, after_BTD, out_BTD = (normal(images, tokens, width) for _ in range(5))
@@ -90,8 +90,8 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
 
     def route() -> Any:
         router = RouterWeights(normal(experts, width).float(), None, k, "sigmoid", True, 2.0)
-        ids_TJ = torch.rand(all_tokens, experts, device=device).argsort(-1)[:, :k].contiguous()
-        return normal(all_tokens, width), router, ids_TJ, torch.zeros_like(ids_TJ, dtype=torch.int32), 3
+        stored_ids_TK = torch.rand(all_tokens, experts, device=device).argsort(-1)[:, :k].contiguous()
+        return normal(all_tokens, width), router, stored_ids_TK
 
     def change() -> Any:
         held_SD = normal(all_tokens, width)

@@ -1,6 +1,6 @@
 """One expert-parallel MoE layer against DeepSpeed's two and a naive loop: dispatch, experts, combine; router given.
 
-    python -m benchmarks.layer.layer --ranks 1 2 --out benchmarks/results/layer_cpu
+    python -m benchmarks.layer.layer --ranks 1 2
 
 Every round runs each contender once, in an order drawn anew, on the same weights, tokens and routing. A round's time is
 that of the slowest rank. All outputs are compared before anything is timed.
@@ -20,7 +20,8 @@ import torch
 from torch.multiprocessing import spawn
 
 from benchmarks.common.local_ranks import become_rank, free_port
-from benchmarks.hardware import REPOSITORY, busy_core_seconds, conditions
+from benchmarks.common.results import default_folder
+from benchmarks.hardware import busy_core_seconds, conditions
 from benchmarks.layer.layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
 from benchmarks.layer.layer_contenders import CONTENDERS, Layer, Setup, classic_gate
 from benchmarks.layer.layer_report import summarise, write_results
@@ -70,11 +71,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="run the shapes whose name contains this")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and 3 rounds: does it run and agree?")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md (default: benchmarks/results/layer_DEVICE)")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/layer")
     args = parser.parse_args(argv)
     args.images = args.images or (32 if args.device == "cuda" else 4)
     args.repeats = 3 if args.quick else args.repeats
-    args.out = args.out or REPOSITORY / f"benchmarks/results/layer_{args.device}"
+    args.out = args.out or default_folder("layer", args.device)
     return args
 
 

@@ -1,10 +1,10 @@
 """From the rounds of ``layer.py`` to its JSON file and Markdown table."""
 
 import argparse
-import json
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.common.results import save
 from benchmarks.layer.layer_cases import SPARSE_SHARE, TOKENS_PER_IMAGE, Case
 
 OTHERS = ("classic", "autoep", "naive")
@@ -37,11 +37,9 @@ def summarise(case: Case, num_ranks: int, times: dict[str, list[float]], errors:
 
 
 def write_results(results: list[dict[str, Any]], setting: dict[str, Any], args: argparse.Namespace) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     cases = [{key: value for key, value in result.items() if key != "line"} for result in results]
-    args.out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "cases": cases}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(results, setting, args))
-    print(f"wrote {args.out.with_suffix('.json')} and {args.out.with_suffix('.md')}")
+    save(args.out, {"conditions": setting, "cases": cases}, markdown(results, setting, args))
+    print(f"wrote {args.out}")
 
 
 def markdown(results: list[dict[str, Any]], setting: dict[str, Any], args: argparse.Namespace) -> str:

@@ -3,13 +3,11 @@
     python -m benchmarks.layer.wall_clock --threads 2
 
 One process, DSMoE-S-E16's shape, random weights: nothing is learnt about quality. The exact run and every policy sample
-the same noise one after the other; full steps are 0, 1 and every fifth (11 of 50). Writes OUT.json and OUT.md.
+the same noise one after the other; full steps are 0, 1 and every fifth (11 of 50). Writes OUT/data.json and table.md.
 """
 
 import argparse
-import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
-from benchmarks.hardware import REPOSITORY, commit, conditions
+from benchmarks.common.results import OUT_HELP, TABLE, default_folder, save
+from benchmarks.hardware import conditions
 from moeca_dist import Engine, Report, Request
 from moeca_dist.config import Config
 
@@ -32,7 +31,7 @@ def main() -> int:
     parser.add_argument("--num-steps", type=int, default=50, help="the sampler's steps (default: %(default)s)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/wall_clock_cpu")
+    parser.add_argument("--out", type=Path, default=default_folder("wall_clock"), help=OUT_HELP)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     exact = run(args, "none")
@@ -40,7 +39,7 @@ def main() -> int:
     for policy in args.policies:
         rows.append(row(policy, run(args, policy), exact))
         write(args, rows)
-    print(args.out.with_suffix(".md").read_text())
+    print((args.out / TABLE).read_text())
     return 0
 
 
@@ -84,13 +83,7 @@ def row(policy: str, report: Report, exact: Report) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    facts = conditions("cpu") | {
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "threads": args.threads,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"conditions": facts, "rows": rows}, indent=1) + "\n")
+    facts = conditions("cpu") | {"threads": args.threads}
     lines = [
         f"# Wall clock against FLOPs: {args.name}, random weights, batch {args.batch_size}, {args.num_steps} steps",
         "",
@@ -108,7 +101,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             f"| {each['seconds'].get('bookkeeping', 0.0) / total:.1%} | {part:.1%} | {sections} |"
         )
     lines += ["", *(f"- {name}: {value}" for name, value in facts.items())]
-    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    save(args.out, {"conditions": facts, "rows": rows}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

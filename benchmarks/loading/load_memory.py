@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import REPOSITORY, command, commit, cpu_model
+from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.hardware import command, commit, cpu_model
 from moeca_dist import __version__
 from moeca_dist.checkpoints.convert import convert
 from moeca_dist.checkpoints.load import load_model
@@ -238,16 +239,14 @@ def main() -> None:
     parser.add_argument("--model", default="DSMoE-B-E16", help="published size")
     parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--folder", type=Path, help="where the temporary files go (3.5 GiB for DSMoE-B-E16)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=default_folder("load_memory"), help=OUT_HELP)
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
         worker(arguments.step[0], arguments.step[1:])
         return
     result = run(arguments.model, arguments.ep_sizes, arguments.folder)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "load_memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    (arguments.out / "load_memory.md").write_text(markdown(result))
+    save(arguments.out, result, markdown(result))
     print(markdown(result))
     wrong = [row for row in result["ranks"] if abs(row["expert_share_error"]) > TOLERANCE]
     if wrong:

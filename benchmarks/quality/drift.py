@@ -1,10 +1,10 @@
 """How much each module's output changes from step to step, and how much each expert matters to the images.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.quality.drift --config configs/demo.yaml --out docs/images/drift
+    OMP_NUM_THREADS=1 python -m benchmarks.quality.drift --config configs/demo.yaml
 
 Drift: the relative L2 distance of a module's output from that of the step before, on exact runs. Sensitivity: the
-relative change of the final samples where the output of one expert is 1% larger in every step, over 1%. Writes OUT.png
-and OUT.json.
+relative change of the final samples where the output of one expert is 1% larger in every step, over 1%. Writes
+OUT/data.json and plot.png.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.common.results import DATA, OUT_HELP, PLOT, default_folder
 from moeca_dist import Engine
 from moeca_dist.config import HalvesConfig
 from moeca_dist.types import Request
@@ -79,7 +80,7 @@ def sensitivity(engine: Engine, requests: list[Request]) -> tuple[list[int], NDA
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=default_folder("drift"), help=OUT_HELP)
     parser.add_argument("--num-images", type=int, default=10, help="for the drift")
     parser.add_argument("--sensitivity-images", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
@@ -94,8 +95,9 @@ def main() -> None:
     names, drift_MN = drift(engine, requests(args.num_images))
     blocks, sensitivity_LE = sensitivity(engine, requests(args.sensitivity_images))
     found = {"modules": names, "drift": drift_MN.tolist(), "blocks": blocks, "sensitivity": sensitivity_LE.tolist()}
-    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(args.out.with_suffix(".png"), names, drift_MN, blocks, sensitivity_LE, configured.config.cache.full_steps)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / DATA).write_text(json.dumps(found, indent=1) + "\n")
+    draw(args.out / PLOT, names, drift_MN, blocks, sensitivity_LE, configured.config.cache.full_steps)
 
 
 def draw(

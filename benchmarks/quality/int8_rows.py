@@ -1,12 +1,11 @@
-"""What coded rows cost and save: bytes, and the distance of the samples to those of rows as computed.
+"""What rows in int8 cost and save: bytes, and the distance of the samples to those of rows as computed.
 
     python -m benchmarks.quality.int8_rows --ranks 2 --num-images 16
 
-Every policy runs with rows as computed and with each format, on the same noise and ranks. "whole" are the same codes
-without references: each row by itself, never as a change (a switch of this benchmark, not of the package). "noise" are
-rows as computed with a little noise on the outputs of the routed experts: how far samples move by themselves, which is
-far with random weights. Nothing is timed: what bytes are worth depends on the link
-(``benchmarks/scaling/network.py``). Writes OUT.json and OUT.md.
+Every policy runs with rows as computed and with int8 rows, on the same noise and ranks. "noise" are rows as computed
+with a little noise on the outputs of the routed experts: how far samples move by themselves, which is far with random
+weights. Nothing is timed: what bytes are worth depends on the link (``benchmarks/scaling/network.py``). Writes
+OUT/data.json and table.md.
 """
 
 import argparse
@@ -17,23 +16,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
 from benchmarks.common.local_ranks import become_rank, free_port
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import config_path
 from benchmarks.scaling.rank_job import Cell, Unrounded
 from moeca_dist import Engine, Report, Request
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import load_config
-from moeca_dist.kernels.int8_rows import FORMATS
-from moeca_dist.parallel.references import References
-from moeca_dist.report.schema import scaled
 from moeca_dist.runtime.engine import join
+from moeca_dist.checkpoints.from_config import load_weights
+from moeca_dist.report.schema import scaled
 from moeca_dist.tuning.trials import closeness_db
 
 CELLS = (
@@ -43,7 +41,6 @@ CELLS = (
     Cell("moeca_forecast", {"policy": "moeca_forecast"}),
     Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "placement": "owner"}),
 )
-WHOLE = ", whole"
 NOISE, NOISE_LEVEL = "noise", 1e-3
 
 
@@ -73,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=501, help="nothing shipped was fitted on the default")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/rows")
+    parser.add_argument("--out", type=Path, default=default_folder("int8_rows"), help=OUT_HELP)
     return parser.parse_args()
 
 
@@ -91,7 +88,7 @@ def run_rank(rank: int, num_ranks: int, port: int, name: str, args: argparse.Nam
         if cell.name not in args.policies and cell.name != "uncached":
             continue
         exact: Tensor | None = None
-        for form in ("exact", *FORMATS, *(f"{form}{WHOLE}" for form in FORMATS), NOISE):
+        for form in ("exact", "int8", NOISE):
             samples, report = run(engine, cell, form, requests)
             if rank:
                 continue
@@ -106,20 +103,12 @@ def run_rank(rank: int, num_ranks: int, port: int, name: str, args: argparse.Nam
 
 
 def run(engine: Engine, cell: Cell, form: str, requests: list[Request]) -> tuple[Tensor, Report]:
-    rows = "exact" if form == NOISE else form.removesuffix(WHOLE)
+    rows = "exact" if form == NOISE else form
     parallel = engine.config.parallel.model_copy(update={"rows": rows})
     config = engine.config.model_copy(update={"cache": cell.section(engine.config.cache), "parallel": parallel})
-    manner = without_references() if form.endswith(WHOLE) else noise(engine) if form == NOISE else nullcontext()
-    with manner:
+    with noise(engine) if form == NOISE else nullcontext():
         samples, report = Engine(config, engine.mesh, engine.model, Unrounded()).generate(requests)
     return torch.as_tensor(samples), report
-
-
-@contextmanager
-def without_references() -> Iterator[None]:
-    """Within it no row has a reference."""
-    with mock.patch.object(References, "_held", lambda *args: None):
-        yield
 
 
 @contextmanager
@@ -144,7 +133,6 @@ def figures(samples: Tensor, exact: Tensor, uncached: Tensor, report: Report, *,
     return {
         "bytes_sent": report.exchange.bytes_sent,
         "bytes_full": report.exchange.bytes_full,
-        "reference_bytes": report.exchange.reference_bytes,
         "db_to_exact": to_exact.mean().item(),
         "worst_db_to_exact": to_exact.min().item(),
         "rel_l2_to_exact": ((samples - exact).norm() / exact.norm()).item(),
@@ -156,21 +144,18 @@ def figures(samples: Tensor, exact: Tensor, uncached: Tensor, report: Report, *,
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 METHOD = f"""\
-**bytes**: what left its rank, all ranks together, with headers, scales and keys. **of exact**: as a share of the same
+**bytes**: what left its rank, all ranks together, with headers and scales. **of exact**: as a share of the same
 policy with rows as computed. **to exact rows**: PSNR of the samples to those of the same policy with rows as computed,
 mean over the images (worst image), and relative L2; of latents the energy over that of the difference. **to uncached**:
-to the samples without a cache and with rows as computed. **references**: memory of both ends, all ranks together.
-"{WHOLE.removeprefix(", ")}": no references, each row coded by itself; what the changes are worth. "{NOISE}": a control,
-rows as computed and noise of {NOISE_LEVEL:g} on the outputs of the routed experts."""
+to the samples without a cache and with rows as computed. "{NOISE}": a control, rows as computed and noise of
+{NOISE_LEVEL:g} on the outputs of the routed experts."""
 
-HEADER = ("policy", "rows", "bytes", "of exact", "to exact rows", "relative L2", "to uncached", "references")
+HEADER = ("policy", "rows", "bytes", "of exact", "to exact rows", "relative L2", "to uncached")
 
 
 def write_results(rows: list[dict[str, Any]], setting: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "rows": rows}, indent=1) + "\n")
     lines = [
-        "# Coded rows in the exchange",
+        "# Rows in int8 in the exchange",
         "",
         *(f"- {name}: {value}" for name, value in setting.items() if value != ""),
     ]
@@ -179,7 +164,7 @@ def write_results(rows: list[dict[str, Any]], setting: dict[str, Any], out: Path
         mine = [row for row in rows if (row["config"], row["ranks"]) == (config, ranks)]
         lines += ["", f"## {config}, {ranks} ranks", "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
         lines += ["| " + " | ".join(cells(row, mine)) + " |" for row in mine]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    save(out, {"conditions": setting, "rows": rows}, "\n".join(lines) + "\n")
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -193,7 +178,6 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "-" if same else f"{row['db_to_exact']:.1f} dB ({row['worst_db_to_exact']:.1f})",
         "-" if same else f"{row['rel_l2_to_exact']:.1e}",
         "-" if first else f"{row['db_to_uncached']:.2f} dB ({row['worst_db_to_uncached']:.1f})",
-        f"{scaled(row['reference_bytes'], 1024)}iB" if row["rows"] in FORMATS else "-",
     ]
 
 

@@ -4,7 +4,7 @@
 
 Every configuration samples the same noise as the exact network, in batches; each batch also has fresh exact runs in
 between, and wall-clock ratios are taken against the nearest of them in the same process. An interrupted run goes on
-where it stopped. Writes OUT.json, OUT.md and OUT.png.
+where it stopped. Writes OUT/data.json, table.md and plot.png.
 """
 
 import argparse
@@ -27,7 +27,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from tqdm import tqdm
 
-from benchmarks.hardware import REPOSITORY, commit, conditions
+from benchmarks.common.results import OUT_HELP, default_folder
+from benchmarks.hardware import commit, conditions
 from benchmarks.quality.pareto_bytes import bytes_sent
 from benchmarks.quality.pareto_calibration import check_seeds, with_calibrations
 from benchmarks.quality.pareto_cases import CASES, EXACT, QUICK, STORAGE, checked
@@ -66,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="4 images, 1 seed, 3 configurations: does it run?")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/pareto")
+    parser.add_argument("--out", type=Path, default=default_folder("pareto"), help=OUT_HELP)
     args = parser.parse_args(argv)
     if args.quick:
         args.num_images, args.seeds, args.bytes_images = 4, args.seeds[:1], 0
@@ -84,13 +85,13 @@ def benchmark(args: argparse.Namespace) -> None:
     configs = checked(cases, args.num_steps, guided=args.cfg_scale != 1)
     check_seeds(args.seeds)
     settings = settings_of(args)
-    calibrations = args.out.with_name(args.out.name + ".calibrations.partial")
+    calibrations = args.out.parent / "pareto.calibrations.partial"
     calibrated = [case.name for case in cases if case.calibrated]
     configs = with_calibrations(configs, calibrated, settings.checkpoint, args.num_steps, args.cfg_scale, calibrations)
     exact_job = Job(EXACT.name, CacheConfig(policy="none"), args.num_steps)
     jobs = [Job(case.name, configs[case.name], case.num_steps or args.num_steps) for case in cases]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_name(args.out.name + ".jsonl.partial")
+    partial = args.out.parent / "pareto.jsonl.partial"
     found = read_partial(partial, settings, [exact_job, *jobs])
     shares = plan(settings, exact_job, jobs, found, args)
     collect(partial, found, settings, exact_job, shares)

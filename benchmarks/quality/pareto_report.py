@@ -4,7 +4,6 @@ Shape suffixes: N images.
 """
 
 import base64
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from benchmarks.common.results import PLOT, save
 from moeca_dist.demo.data import real_digits
 from moeca_dist.demo.judge import Judge, features
 from moeca_dist.evaluation.distribution import Gaussian, frechet_distance
@@ -97,10 +97,9 @@ def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_results(rows: list[dict[str, Any]], setting: Mapping[str, Any], out: Path) -> None:
-    out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "rows": rows}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows, setting, out.name))
-    plot(rows, setting, out.with_suffix(".png"))
-    print(f"wrote {out.with_suffix('.json')}, .md and .png")
+    save(out, {"conditions": setting, "rows": rows}, markdown(rows, setting))
+    plot(rows, setting, out / PLOT)
+    print(f"wrote {out}")
 
 
 METHOD = """\
@@ -123,7 +122,7 @@ deviation over seeds.
 - **●** no other row has at least the same PSNR and FLOPs ratio, and more of one of them."""
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any], name: str) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> str:
     method = METHOD.format(
         images=setting["num_images"],
         seeds=" ".join(map(str, setting["seeds"])),
@@ -135,7 +134,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], setting: Mapping[str, Any], name
     best = [f"{row['name']} ({cells(row)[1]}, {cells(row)[6]} dB)" for row in rows if row.get("non_dominated")]
     sections = [
         "# Caching policies: compute, time and bytes against quality",
-        f"![PSNR against FLOPs ratio and wall-clock ratio]({name}.png)",
+        f"![PSNR against FLOPs ratio and wall-clock ratio]({PLOT})",
         "Not dominated in FLOPs ratio and PSNR: " + "; ".join(best) + ".",
         table(rows),
         "## Method\n\n" + method,

@@ -1,6 +1,6 @@
 """Tuned against hand-set and uniform full steps on the shipped model, with plain guidance and calibrated.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.quality.schedules --tuned configs/tuned/demo_balanced.yaml --out OUT.md
+    OMP_NUM_THREADS=1 python -m benchmarks.quality.schedules --tuned configs/tuned/demo_balanced.yaml
 
 Every schedule runs under the tuned file's policy and gets a calibration of its own, fitted on images of one seed;
 figures are of other seeds, which the tuning did not see either.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.results import OUT_HELP, TABLE, default_folder
 from moeca_dist import Engine
 from moeca_dist.calibration.correction import OutputWeights
 from moeca_dist.config import CacheConfig, HalvesConfig
@@ -47,7 +48,7 @@ def measured(lab: Laboratory, cache: CacheConfig, weights: OutputWeights | None,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tuned", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=default_folder("schedules"), help=OUT_HELP)
     parser.add_argument("--num-images", type=int, default=40, help="to fit on, and of each held-out seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[201, 301])
     args = parser.parse_args()
@@ -73,7 +74,8 @@ def main() -> None:
     seeds = ", ".join(str(seed) for seed in args.seeds)
     head = ["schedule", "full steps", "FLOPs", "plain guidance", "calibrated", "95% exceed, calibrated"]
     text = f"{args.num_images} images of each of the seeds {seeds}; policy `{tuned.policy}` of order {tuned.order}.\n\n"
-    args.out.write_text(text + table(head, iter(rows)) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / TABLE).write_text(text + table(head, iter(rows)) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ class Objective:
             guided=True,
             num_blocks=spec.depth,
             num_experts=spec.num_experts,
-            num_experts_per_tok=spec.num_experts_per_tok,
             statistics=CacheStatistics(),
         )
         images = unit_images(self._sample(cached(self.model, session)))

@@ -1,6 +1,6 @@
 """What Ray costs: images/s of one gang of one rank against the plain engine, and a supervisor with a million requests.
 
-    python -m benchmarks.ray.overhead [--num-images 3000] [--repeats 2] [--requests 1000000] [--out .../ray_overhead]
+    python -m benchmarks.ray.overhead [--num-images 3000] [--repeats 2] [--requests 1000000]
 
 Both sides generate the same images with the shipped model, in alternating order, each in fresh processes. Starting Ray
 and loading the model count on neither side: the plain engine is timed from the first request to the last image written,
@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.common.results import OUT_HELP, default_folder, save
 from benchmarks.hardware import REPOSITORY, conditions
 from moeca_dist.ray_batch.jobs import LabelCycle
 from moeca_dist.ray_batch.ledger import Plan
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--requests", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/ray_overhead")
+    parser.add_argument("--out", type=Path, default=default_folder("ray_overhead"), help=OUT_HELP)
     args = parser.parse_args()
     facts = conditions("cpu")
     rates: dict[str, list[float]] = {"plain": [], "batch": []}
@@ -55,9 +56,7 @@ def main() -> None:
         "ratio": statistics.median(rates["batch"]) / statistics.median(rates["plain"]),
         "supervisor": memory,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(render(result))
+    save(args.out, result, render(result))
     print(render(result))
 
 

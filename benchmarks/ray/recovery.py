@@ -1,13 +1,12 @@
 """From a killed rank to its gang generating again: one long batch on two raylets, hit once it works, again and again.
 
-    python -m benchmarks.ray.recovery [--kills 20] [--seed 0] [--out benchmarks/results/ray_recovery]
+    python -m benchmarks.ray.recovery [--kills 20] [--seed 0]
 
 Rank 0, rank 1 and the whole gang in turn, while a second gang goes on generating on the same cores. The next kill waits
-until the gang has recovered. Writes OUT.json and OUT.md. About twenty seconds a kill.
+until the gang has recovered. Writes OUT/data.json and table.md. About twenty seconds a kill.
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -16,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.ray.chaos import BatchRun, Blow, Target, TwoRaylets, strike, wait_for
 
 # More than can be generated while this runs.
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/ray_recovery")
+    parser.add_argument("--out", type=Path, default=default_folder("ray_recovery"), help=OUT_HELP)
     args = parser.parse_args()
     facts = conditions("cpu")
     with tempfile.TemporaryDirectory(prefix="moeca-recovery-") as folder, TwoRaylets() as cluster:
@@ -41,9 +41,7 @@ def main() -> None:
             kills = measure(cluster, run, args.kills, random.Random(args.seed))
         finally:
             run.end()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"conditions": facts, "kills": kills}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(render(facts, kills))
+    save(args.out, {"conditions": facts, "kills": kills}, render(facts, kills))
     print(render(facts, kills))
 
 

@@ -1,15 +1,14 @@
 """Batches on a two-raylet cluster while their processes are killed at random: does every image come out right, once?
 
-    python -m benchmarks.ray.soak [--kills 200] [--seed 0] [--out benchmarks/results/ray_soak]
+    python -m benchmarks.ray.soak [--kills 200] [--seed 0]
 
 Every batch gets up to eight kills of its ranks, gangs, a raylet, its supervisor and at most one of its driver, at
 start, in mid-chunk and during commit, all drawn at random; it must then end with exit code 0 after at most one
---resume, and its images, checksums and manifest are compared with a plain two-rank run. Writes OUT.json and OUT.md.
-About ten seconds a kill on two idle cores.
+--resume, and its images, checksums and manifest are compared with a plain two-rank run. Writes OUT/data.json and
+table.md. About ten seconds a kill on two idle cores.
 """
 
 import argparse
-import json
 import random
 import shutil
 import statistics
@@ -21,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.ray.chaos import (
     PHASES,
     TARGETS,
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/ray_soak")
+    parser.add_argument("--out", type=Path, default=default_folder("ray_soak"), help=OUT_HELP)
     args = parser.parse_args()
     facts = conditions("cpu")
     folder = Path(tempfile.mkdtemp(prefix="moeca-soak-"))
@@ -156,9 +156,7 @@ def write(out: Path, facts: dict[str, Any], outcomes: list[Outcome]) -> None:
         "recovery_worst_s": max(recoveries, default=None),
     }
     content = {"conditions": facts, "summary": summary, "batches": [asdict(outcome) for outcome in outcomes]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    out.with_suffix(".md").write_text(render(facts, summary, blows, outcomes))
+    save(out, content, render(facts, summary, blows, outcomes))
 
 
 def render(facts: dict[str, Any], summary: dict[str, Any], blows: list[Blow], outcomes: list[Outcome]) -> str:

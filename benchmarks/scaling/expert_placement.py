@@ -8,7 +8,6 @@ stay what they were. Seconds are left to scaling.py: on a machine of few cores t
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from benchmarks.common.repeats import relative_l2
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import BRANCHES, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import run_with_torchrun
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--balance", type=float, default=DEFAULT_BALANCE, help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/placement")
+    parser.add_argument("--out", type=Path, default=default_folder("expert_placement"), help=OUT_HELP)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     setting = conditions("cpu") | {"balance": args.balance, "overrides": " ".join(args.overrides)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "rows": rows}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(rows, setting))
+    save(args.out, {"conditions": setting, "rows": rows}, markdown(rows, setting))
     differing = [row for row in rows if row["rel_l2_median"] > MOST_DIFFERENCE]
     for row in differing:
         print(f"error: {row['config']}, {row['policy']}, {row['num_ranks']} ranks: other samples", file=sys.stderr)

@@ -7,8 +7,9 @@ Every node has one interface, ``eth0``; a token bucket (``tc`` tbf) limits what 
 what it receives, as a cable to a switch does. The bridge has a namespace of its own, so the host's network is not
 touched. Needs root and iproute2.
 
-Names carry the maker's process id and start time. Leaving the ``with`` block removes them, also after an exception and
-(under ``sigterm_as_exit``) a SIGTERM; what a killed process left is removed when the next network is made.
+Names carry the maker's process id and start time. Leaving the ``with`` block removes them, also after an exception and,
+under ``moeca_dist.cli.exit_codes.sigterm_as_exit``, after a SIGTERM. What a killed process left is removed when the next
+network is made.
 """
 
 import os
@@ -16,12 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import IO, NoReturn
+from types import TracebackType
+from typing import IO
 
 from moeca_dist.errors import UserError
 
@@ -189,20 +190,6 @@ def remove_stale() -> list[str]:
     for name in stale:
         _remove(name)
     return stale
-
-
-@contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that networks are removed."""
-
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 # ---- the system ------------------------------------------------------------------------------------------------------

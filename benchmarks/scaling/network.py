@@ -4,8 +4,8 @@
 
 Every configuration generates the same images on one rank, and on 2, 4, ... expert-parallel ranks over loopback and over
 links of each rate (Mbit/s, both ways), without a cache and with caching policies. Needs root and iproute2. The
-machine's own network is not touched, and the namespaces are removed at the end, whatever the end is. Writes OUT.json,
-OUT.md and OUT.png, anew after every launch.
+machine's own network is not touched, and the namespaces are removed at the end, whatever the end is. Writes
+OUT/data.json, table.md and plot.png, anew after every launch.
 """
 
 import argparse
@@ -19,12 +19,14 @@ from typing import Any
 # Before torch and deepspeed are imported: this process computes nothing, its ranks are CPU processes.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.hardware import REPOSITORY, conditions
-from benchmarks.scaling.netns import JUMBO_MTU, Link, Network, require, sigterm_as_exit
+from benchmarks.common.results import OUT_HELP, default_folder
+from benchmarks.hardware import conditions
+from benchmarks.scaling.netns import JUMBO_MTU, Link, Network, require
 from benchmarks.scaling.network_report import summarise, write_results
 from benchmarks.scaling.rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import Outcome, run_in_network, run_with_torchrun
+from moeca_dist.cli.exit_codes import sigterm_as_exit
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 
@@ -76,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/network")
+    parser.add_argument("--out", type=Path, default=default_folder("network"), help=OUT_HELP)
     args = parser.parse_args(argv)
     if UNCACHED not in args.policies:
         raise UserError(f"--policies needs {UNCACHED}: everything is compared with it")
@@ -111,7 +113,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rows += report(path, ep_size, link, probe, outcome, alone)
                 write_results(rows, setting, args)
         write_results(rows, setting, args)
-    print(f"wrote {args.out.with_suffix('.json')}, .md and .png")
+    print(f"wrote {args.out}")
     return rows
 
 

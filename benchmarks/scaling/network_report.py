@@ -1,7 +1,6 @@
 """From the launches of ``network.py`` to its JSON file, Markdown tables and plot."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from benchmarks.common.repeats import (
     shown,
     spread,
 )
+from benchmarks.common.results import PLOT, save
 from benchmarks.scaling.netns import JUMBO_MTU
 from benchmarks.scaling.rank_cases import AT_OWNERS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED
 from benchmarks.scaling.rank_launch import Outcome
@@ -30,7 +30,7 @@ from moeca_dist.report.schema import scaled
 # route near a tie may fall the other way and be carried on by forecasts.
 EXACT_REL_L2 = 1e-5
 CACHED_PSNR_DB = 60.0
-# Coded rows are an approximation that one rank does not make. Where the two ends drift apart, 30 dB are not reached.
+# Coded rows are an approximation that one rank does not make.
 CODED_PSNR_DB = 50.0
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#7F7F7F")
 MARKERS = "osD^v*PXh"
@@ -110,12 +110,9 @@ def link_name(row: Mapping[str, Any]) -> str:
 
 
 def write_results(rows: Sequence[dict[str, Any]], setting: Mapping[str, Any], args: argparse.Namespace) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     kept = [{name: value for name, value in row.items() if name != "line"} for row in rows]
-    text = json.dumps({"conditions": setting, "rows": kept}, indent=1) + "\n"
-    args.out.with_suffix(".json").write_text(text)
-    args.out.with_suffix(".md").write_text(markdown(rows, setting))
-    plot(rows, args.out.with_suffix(".png"))
+    save(args.out, {"conditions": setting, "rows": kept}, markdown(rows, setting))
+    plot(rows, args.out / PLOT)
 
 
 METHOD = f"""\
@@ -137,7 +134,7 @@ launch, round by round in an order drawn anew.
 - **to one rank**: relative L2 distance of the samples to those of one rank with the same policy. Required are at most
   {EXACT_REL_L2:g} without a cache and {CACHED_PSNR_DB:g} dB PSNR (of the range of the samples) with one, where a route
   near a tie may fall the other way; not in placement owner, which forecasts sums where one rank forecasts branches.
-  Coded rows ("int8 rows", "fp8 rows"), compared with one rank where nothing travels: {CODED_PSNR_DB:g} dB. No claim
+  Coded rows ("int8 rows"), compared with one rank where nothing travels: {CODED_PSNR_DB:g} dB. No claim
   on coded rows with random weights, where tiny differences change routes.
   **to uncached**: to the uncached samples of the same launch; on random weights it says nothing about quality.
 - **others' cores**: how many cores worked for somebody else, the kernel's network work for these ranks among it."""

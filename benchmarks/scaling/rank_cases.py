@@ -21,14 +21,12 @@ CELLS: tuple[Cell, ...] = (
     Cell("moeca", {"policy": "moeca"}),
     Cell("uncached, int8 rows", {"policy": "none"}, {"rows": "int8"}),
     Cell("network_forecast, int8 rows", {"policy": "network_forecast"}, {"rows": "int8"}),
-    Cell("network_forecast, fp8 rows", {"policy": "network_forecast"}, {"rows": "fp8"}),
 )
 # On one rank there is nothing to place and nothing travels: what stands for these cells there.
 ON_ONE_RANK = {
     "moeca_forecast, owner": BRANCHES,
     "uncached, int8 rows": UNCACHED,
     "network_forecast, int8 rows": DEFAULT,
-    "network_forecast, fp8 rows": DEFAULT,
 }
 CODED = frozenset(cell.name for cell in CELLS if "rows" in cell.parallel)
 AT_OWNERS = frozenset(cell.name for cell in CELLS if cell.cache.get("placement") == "owner")

@@ -4,7 +4,8 @@
 
 For every number of ranks it launches an expert-parallel job (all ranks share one set of experts) that generates without
 a cache and with every caching policy, and a data-parallel one (every rank holds all experts). ``strong``: the same
-images on more ranks; ``weak``: as many images per rank. Writes OUT.json, OUT.md and OUT.png, anew after every launch.
+images on more ranks; ``weak``: as many images per rank. Writes OUT/data.json, table.md and plot.png, anew
+after every launch.
 """
 
 import argparse
@@ -21,12 +22,13 @@ if not __package__:  # run by its path: the packages are imported from the check
 # Before deepspeed is imported: this process computes nothing, and its ranks are told on their own.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from benchmarks.hardware import REPOSITORY, conditions
-from benchmarks.scaling.netns import sigterm_as_exit
+from benchmarks.common.results import default_folder
+from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import CELLS, DEFAULT, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import run_with_torchrun
 from benchmarks.scaling.scaling_report import ALONE, summarise, write_results
+from moeca_dist.cli.exit_codes import sigterm_as_exit
 from moeca_dist.config import load_config
 from moeca_dist.errors import UserError
 
@@ -66,14 +68,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=3, help="before the repeats; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one launch; default: %(default)s")
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/scaling_MODE_DEVICE")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/scaling")
     args = parser.parse_args(argv)
     if UNCACHED not in args.policies:
         raise UserError(f"--policies needs {UNCACHED}: everything is compared with it")
     args.ranks = sorted(set(args.ranks or default_ranks(args.device)))
     if min([*args.ranks, args.repeats, args.warmup_steps, args.num_images or 1, args.batch_size or 1]) < 1:
         raise UserError("--ranks, --repeats, --warmup-steps, --num-images and --batch-size must be positive")
-    args.out = args.out or REPOSITORY / f"benchmarks/results/scaling_{args.mode}_{args.device}"
+    if args.out is None:
+        folder = default_folder("scaling", args.device)
+        args.out = folder.with_name(f"{folder.name}_{args.mode}")
     return args
 
 
@@ -105,7 +109,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                     print(row["line"], flush=True)
                     rows.append(row)
                 write_results(rows, setting, args.out)
-    print(f"wrote {args.out.with_suffix('.json')}, .md and .png")
+    print(f"wrote {args.out}")
     return rows
 
 

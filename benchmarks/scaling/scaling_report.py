@@ -1,6 +1,5 @@
 """From the launches of ``scaling.py`` to its JSON file, Markdown tables and plots."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks.common.log_axes import plain_log
 from benchmarks.common.repeats import denoise_seconds, mean_seconds, of_cell, paired_ratio, shown, spread
+from benchmarks.common.results import PLOT, save
 from benchmarks.scaling.rank_cases import DEFAULT, ON_ONE_RANK, UNCACHED
 from benchmarks.scaling.rank_launch import Outcome
 from moeca_dist.report.schema import scaled
@@ -74,11 +74,9 @@ def base_of(rows: Sequence[Mapping[str, Any]], config: str, layout: str, policy:
 
 
 def write_results(rows: Sequence[dict[str, Any]], setting: Mapping[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     kept = [{name: value for name, value in row.items() if name != "line"} for row in rows]
-    out.with_suffix(".json").write_text(json.dumps({"conditions": setting, "rows": kept}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows, setting))
-    plot(rows, setting["mode"], out.with_suffix(".png"))
+    save(out, {"conditions": setting, "rows": kept}, markdown(rows, setting))
+    plot(rows, setting["mode"], out / PLOT)
 
 
 METHOD = """\

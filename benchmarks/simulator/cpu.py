@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from benchmarks.scaling.netns import FRAME_HEADER_BYTES, Link
 from benchmarks.scaling.rank_cases import CODED, ON_ONE_RANK
+from benchmarks.simulator.links import LimitedLinks
 from benchmarks.simulator.step import traffic_of_steps
 from moeca_dist.errors import UserError
-from moeca_dist.parallel.cost import LimitedLinks
 from moeca_dist.parallel.expert_placement import ExpertPlacement, PlacementTable
 from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.tuning.experts.traffic import LayerTraffic

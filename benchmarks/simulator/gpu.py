@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeca_dist.parallel.cost import Level, Topology
+from benchmarks.simulator.links import Level, Topology
 from moeca_dist.tuning.experts.traffic import LayerTraffic
 
 BYTES = 2  # of a value: bfloat16
-KERNELS_CODING = 16  # of a leg whose rows are coded and decoded: two that code, and what brings rows into order
+KERNELS_CODING = 16  # of a leg whose rows are coded and decoded: 14, and two that set own rows apart and join them
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ PCIE = Topology((Level("PCIe 4.0 through the host", 1 << 30, 32e9 * 0.4, 30e-6, 
 class GpuMachine:
     """An expert-parallel group of ``num_ranks`` GPUs. Step 0 computes everything, all others are cache steps.
 
-    ``keeps``: whether step 0 stores what it computes. ``coded``: rows travel as 8-bit codes. ``scale``: real tokens for
+    ``keeps``: whether step 0 stores what it computes. ``coded``: rows travel as int8 codes. ``scale``: real tokens for
     each sampled one.
     """
 
@@ -143,9 +143,9 @@ class GpuMachine:
         return self._topology.gather_counts_s(self._num_ranks, numbers)
 
     def send(self, sent_PO: NDArray[np.int64], owners_O: NDArray[np.int64], back: bool, meanwhile_s: float) -> float:
-        # Rows are gathered on both sides: four reads and writes of each. With codes, half as long: three and a half at
-        # either end for rows, references and codes, four where own rows are set apart and joined, one for the keys.
-        passes = 2 * (4 + 7 + 4 + 1) if self._coded else 4
+        # Rows are gathered on both sides: four reads and writes of each. Codes are half as long: 25 passes of their
+        # size make them, 11 decode them, and 8 set own rows apart and join them.
+        passes = 2 * 4 + 25 + 11 + 8 if self._coded else 4
         handled = passes * float(sent_PO.sum(1).max(initial=0)) / (self._gpu.bytes_per_s * self._gpu.memory_share)
         coding_s = KERNELS_CODING * self._gpu.launch_s if self._coded else 0.0
         under_way = self._topology.all_to_all_s(sent_PO * self._scale, owners_O)

@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
 from moeca_dist.checkpoints.from_config import check_weights
 from moeca_dist.config import load_config
-from moeca_dist.kernels.int8_rows import FORMATS, RowFormat
+from moeca_dist.checkpoints.from_config import check_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
@@ -39,6 +39,8 @@ from moeca_dist.parallel.collectives import Collectives
 from moeca_dist.parallel.dispatcher import LocalDispatcher
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.expert_placement import ExpertPlacement
+from moeca_dist.parallel.row_packing import RowDtype
 from moeca_dist.types import Routing
 
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -107,31 +109,31 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
     return layer
 
 
-def exchange(spec: ModelSpec, group: Collectives) -> dict[str, Any]:
-    """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in 8 bits, see ``cells``."""
-    counts, on_all_ranks, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), work_between(spec)
+def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
+    """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in int8, see ``cells``."""
+    counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), work_between(spec)
     for _ in range(EXCHANGES):
         between()
         with on_all_ranks.call():
             group.gather_counts(counts)
     agree_s = on_all_ranks.median()
     return {"agree_s": agree_s} | {
-        name: cells(spec, group, form, agree_s, between) for name, form in (("exact", None), ("coded", FORMATS["int8"]))
+        "exact": cells(spec, group, "exact", agree_s, between),
+        "coded": cells(spec, group, "int8", agree_s, between),
     }
 
 
 def cells(
-    spec: ModelSpec, group: Collectives, form: RowFormat | None, agree_s: float, between: Callable[[], float]
+    spec: ModelSpec, group: Exchange, row_dtype: RowDtype, agree_s: float, between: Callable[[], float]
 ) -> list[dict[str, float]]:
     """Bytes that the busiest rank sends in both legs, their seconds, and the ``stretch`` of work between them.
 
     The seconds are beyond what one rank does in the place of an exchange, and beyond gathering counts.
     """
     placement, found = ExpertPlacement.contiguous(spec.num_experts, group.size), []
-    plain, local = AllToAllDispatcher(group, placement), LocalDispatcher(spec.num_experts)
+    away, local = AllToAllDispatcher(group, placement, row_dtype), LocalDispatcher(spec.num_experts)
     layer = made_experts(spec, len(placement.experts_of(group.rank)))
     for tokens in TOKENS:
-        away = plain.coded(None if form is None else coding(form, group, tokens))
         x_TD = torch.randn(tokens, spec.hidden_size)
         ids_TK = torch.rand(tokens, spec.num_experts).topk(spec.num_experts_per_tok).indices
         routing = Routing(ids_TK, torch.rand(ids_TK.shape))
@@ -156,11 +158,6 @@ def cells(
         stretch = median(group.gather_objects(median(beside_s[WARM_UP:]) / median(apart_s[WARM_UP:])))
         found.append({"bytes": moved, "seconds": seconds, "stretch": stretch})
     return found
-
-
-def coding(form: RowFormat, group: Collectives, tokens: int) -> BlockCoding:
-    """For one image of so many tokens on each rank."""
-    return RowCoding(Places.of(form, group.rank, [1] * group.size, tokens, group.device)).block(0)
 
 
 class Ranks:

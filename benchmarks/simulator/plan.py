@@ -1,13 +1,12 @@
 """What clusters of H100 GPUs should do with the published networks: a plan, not a measurement.
 
-    python -m benchmarks.simulator.plan                # writes results/plan.json, .md and .png
+    python -m benchmarks.simulator.plan                # writes OUT/data.json, table.md and plot.png
 
 Every layout of 8, 64, 512 and 4096 GPUs (the size of the expert-parallel group, the rest data-parallel), uncached and
-with several policies, from the roofline of ``gpu.py`` and the link model of ``moeca_dist.parallel.cost``.
+with several policies, from the roofline of ``gpu.py`` and the link model of ``links.py``.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.hardware import REPOSITORY, conditions
+from benchmarks.common.results import OUT_HELP, PLOT, default_folder, save
+from benchmarks.hardware import conditions
 from benchmarks.simulator.gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
+from benchmarks.simulator.links import Topology
 from benchmarks.simulator.plan_report import plan_markdown, plot
-from benchmarks.simulator.step import Mode, StepTime, simulate_step
+from benchmarks.simulator.step import StepTime, simulate_step
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
-from moeca_dist.parallel.cost import Topology
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.tuning.experts.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
@@ -36,11 +36,9 @@ SHAPES = (
         "1024 x 1024 and 256 text tokens; keys and values of a quarter of the heads; writing text is not counted", 0.25,
     ),
 )  # fmt: skip
-MODES: tuple[Mode, ...] = ("exact", "budget")
 GPUS = (8, 64, 512, 4096)
 ZIPF = 0.3
 REFRESH_SHARE = 0.022  # of the branches in a cache step: measured on the shipped model
-BUDGET_ROOM = 1.25  # rows of a budget over the mean that is needed
 SAMPLED_TOKENS = 16384  # of a group
 SAMPLED_LAYERS = 4
 # DICE (arXiv 2411.16786) reports 61.7-73.3% of a step in the all-to-all for DiT-MoE-XL on 8 RTX 4090 over PCIe.
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="default: %(default)s")
     parser.add_argument("--zipf", type=float, default=ZIPF, help="skew of the routing; default: %(default)s")
     parser.add_argument("--refresh-share", type=float, default=REFRESH_SHARE, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/plan")
+    parser.add_argument("--out", type=Path, default=default_folder("plan"), help=OUT_HELP)
     args = parser.parse_args(argv)
     rows = [
         plan(shape, gpus, ep_size, args)
@@ -63,12 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     setting = conditions("cpu") | {"zipf": args.zipf, "refresh_share": args.refresh_share}
     check = share_of_exchange(CHECK, RTX_4090, PCIE, 8, args.zipf)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    out = args.out.with_suffix(".json")
-    out.write_text(json.dumps({"conditions": setting, "check": check, "rows": rows}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(plan_markdown(rows, setting, SHAPES, check))
-    plot(rows, args.out.with_suffix(".png"))
-    print(f"wrote {out}, .md and .png")
+    save(args.out, {"conditions": setting, "check": check, "rows": rows}, plan_markdown(rows, setting, SHAPES, check))
+    plot(rows, args.out / PLOT)
+    print(f"wrote {args.out}")
     return 0
 
 
@@ -82,23 +77,21 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
     share = full_steps / shape.num_steps
     groups = min(gpus // ep_size, 4)
 
-    def mean_step(mode: Mode, returns: Returns, coded: bool = False) -> StepTime:
+    def mean_step(returns: Returns, coded: bool = False) -> StepTime:
         """Of the slowest of some groups, which draw their own routing."""
         found = [
-            _step(shape, H100, NVLINK_AND_400G, ep_size, args, mode, returns, share, seed, coded)
-            for seed in range(groups)
+            _step(shape, H100, NVLINK_AND_400G, ep_size, args, returns, share, seed, coded) for seed in range(groups)
         ]
         return max(found, key=lambda time: time.total)
 
-    exact = mean_step("exact", "sums")
+    uncached = mean_step("sums")
     machine = GpuMachine(shape, H100, NVLINK_AND_400G, ep_size, 1.0, keeps=False)
     between = StepTime(home=machine.network_forecast_s())
 
     def network(full: StepTime) -> float:
         return (full * share + between * (1 - share)).total
 
-    found = {str(mode): mean_step(mode, "branches") for mode in MODES}
-    found["owner"] = mean_step("exact", "owner")
+    at_home, at_owners = mean_step("branches"), mean_step("owner")
     return {
         "model": shape.name,
         "gpus": gpus,
@@ -106,16 +99,17 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
         "dp_size": gpus // ep_size,
         "images_per_gpu": shape.images_per_gpu,
         "num_steps": shape.num_steps,
-        "uncached_ms": 1000 * exact.total,
-        "uncached_exchange_share": (exact.exchange + exact.agree) / exact.total,
-        "uncached_wait_share": exact.wait / exact.total,
-        "network_ms": 1000 * network(exact),
-        "network_gain": exact.total / network(exact),
-        "network_coded_ms": 1000 * network(mean_step("exact", "sums", coded=True)),
-        **{f"branches_{mode}_ms": 1000 * time.total for mode, time in found.items()},
-        "branches_gain": exact.total / found["exact"].total,
-        "uncached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * exact.total),
-        "network_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * network(exact)),
+        "uncached_ms": 1000 * uncached.total,
+        "uncached_exchange_share": (uncached.exchange + uncached.agree) / uncached.total,
+        "uncached_wait_share": uncached.wait / uncached.total,
+        "network_ms": 1000 * network(uncached),
+        "network_gain": uncached.total / network(uncached),
+        "network_coded_ms": 1000 * network(mean_step("sums", coded=True)),
+        "branches_home_ms": 1000 * at_home.total,
+        "branches_owner_ms": 1000 * at_owners.total,
+        "branches_gain": uncached.total / at_home.total,
+        "uncached_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * uncached.total),
+        "network_images_per_s": gpus * shape.images_per_gpu / (shape.num_steps * network(uncached)),
         "weight_gib": shape.weight_bytes(ep_size) / 2**30,
         "branches_cache_gib": shape.stored_bytes() / 2**30,
     }  # fmt: skip
@@ -124,7 +118,7 @@ def plan(shape: Shape, gpus: int, ep_size: int, args: argparse.Namespace) -> dic
 def share_of_exchange(shape: Shape, gpu: Gpu, topology: Topology, ranks: int, zipf: float) -> dict[str, Any]:
     """The exchange's share of an uncached step, and at which rates of the links it would be what DICE reports."""
     args = argparse.Namespace(zipf=zipf, refresh_share=REFRESH_SHARE)
-    time = _step(shape, gpu, topology, ranks, args, "exact", "sums", 1.0, 0)
+    time = _step(shape, gpu, topology, ranks, args, "sums", 1.0, 0)
     sent, (level,) = time.exchange + time.agree, topology.levels
     rest = time.total - sent
     return {
@@ -135,8 +129,8 @@ def share_of_exchange(shape: Shape, gpu: Gpu, topology: Topology, ranks: int, zi
 
 
 def _step(
-    shape: Shape, gpu: Gpu, topology: Topology, ep_size: int, args: argparse.Namespace, mode: Mode,
-    returns: Returns, full_share: float, seed: int, coded: bool = False,
+    shape: Shape, gpu: Gpu, topology: Topology, ep_size: int, args: argparse.Namespace, returns: Returns,
+    full_share: float, seed: int, coded: bool = False,
 ) -> StepTime:  # fmt: skip
     """The mean step of a run: full and cache steps in their proportion, or where nothing is kept a full step."""
     tokens = max(8, SAMPLED_TOKENS // ep_size)
@@ -144,38 +138,24 @@ def _step(
     machine = GpuMachine(shape, gpu, topology, ep_size, scale, keeps=returns != "sums", coded=coded)
     placement = ExpertPlacement.contiguous(shape.num_experts, ep_size)
     # Some layers are drawn and stand for all.
-    drawn = [_layers(shape, placement, tokens, args, returns, mode, seed * 100 + layer, coded)
+    drawn = [_layers(shape, placement, tokens, args, returns, seed * 100 + layer, coded)
              for layer in range(min(SAMPLED_LAYERS, shape.moe_blocks))]  # fmt: skip
     full, cache = ([drawn[layer % len(drawn)][kind] for layer in range(shape.moe_blocks)] for kind in ("full", "cache"))
-    # A budget replaces the exchange of cache steps only: full steps send what they send.
-    computed = simulate_step(0, full, machine, "exact" if mode == "budget" else mode)
+    computed = simulate_step(0, full, machine)
     if returns == "sums":
         return computed
-    return computed * full_share + simulate_step(1, cache, machine, mode, full=False) * (1 - full_share)
+    return computed * full_share + simulate_step(1, cache, machine, full=False) * (1 - full_share)
 
 
 def _layers(
     shape: Shape, placement: ExpertPlacement, tokens: int, args: argparse.Namespace, returns: Returns,
-    mode: Mode, seed: int, coded: bool,
+    seed: int, coded: bool,
 ) -> dict[str, LayerTraffic]:  # fmt: skip
     ids_TK, home_T = zipf_routing(shape, placement.num_ranks, tokens, args.zipf, seed)
-    row = RowBytes.coded(shape.hidden) if coded else RowBytes.exact(BYTES * shape.hidden)
+    row = RowBytes.int8(shape.hidden) if coded else RowBytes.exact(BYTES * shape.hidden)
     computed = {"full": np.ones(ids_TK.shape, bool)}
     computed["cache"] = np.random.default_rng(seed).random(ids_TK.shape) < args.refresh_share
-    found = {kind: layer_traffic(ids_TK, fresh, home_T, placement, row, returns) for kind, fresh in computed.items()}
-    if mode == "budget":
-        found["cache"] = _budget(found["cache"])
-    return found
-
-
-def _budget(traffic: LayerTraffic) -> LayerTraffic:
-    """The same rows in equal splits: every pair of ranks moves the mean and some room."""
-
-    def equal(sent_PO: np.ndarray) -> np.ndarray:
-        return np.full(sent_PO.shape, BUDGET_ROOM * sent_PO.mean())
-
-    there_PO, back_PO = equal(traffic.there_PO), equal(traffic.back_PO)
-    return LayerTraffic(there_PO, back_PO, traffic.owners_O, traffic.rows_PE)
+    return {kind: layer_traffic(ids_TK, fresh, home_T, placement, row, returns) for kind, fresh in computed.items()}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ _ISLAND, _NIC = NVLINK_AND_400G.levels
 
 VERDICT = (
     "**These are predictions.** No GPU was measured. The simulator is checked against measured CPU ranks only, see "
-    "`simulate_validation.md`; what the figures rest on stands in the table."
+    "`benchmarks/results/simulate`; what the figures rest on stands in the table."
 )
 
 # (assumption, value, source)
@@ -59,11 +59,6 @@ ASSUMPTIONS = (
         "the shipped schedule; the share is that of the shipped digits model, assumed for these networks",
     ),
     (
-        "budget",
-        "equal splits with a quarter more room than the mean needs, in cache steps; no agreement",
-        "a formula, without who waits for whom",
-    ),
-    (
         "left out",
         "text encoders, VAE, host work beyond launches, congestion between groups",
         "the shared expert hides part of the hidden rows' way, as in the runtime; nothing else does",
@@ -72,7 +67,6 @@ ASSUMPTIONS = (
 
 HEADER = ("GPUs", "EP x DP", "uncached, ms/step", "exchange share", "slowest-rank wait", "network_forecast, ms/step",
           "gain", "8-bit rows", "gain", "moeca_forecast", "gain", "its owner",
-          "budget",
           "images/s uncached", "images/s network_forecast", "weights + moeca_forecast's cache, GiB/GPU")  # fmt: skip
 
 
@@ -112,10 +106,9 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['network_gain']:.2f}x",
         f"{row['network_coded_ms']:.1f}",
         f"{row['uncached_ms'] / row['network_coded_ms']:.2f}x",
-        f"{row['branches_exact_ms']:.1f}",
+        f"{row['branches_home_ms']:.1f}",
         f"{row['branches_gain']:.2f}x",
         f"{row['branches_owner_ms']:.1f}",
-        f"{row['branches_budget_ms']:.1f}",
         f"{row['uncached_images_per_s']:.1f}",
         f"{row['network_images_per_s']:.1f}",
         f"{row['weight_gib']:.0f} + {row['branches_cache_gib']:.0f}",

@@ -1,7 +1,7 @@
 """Predicts the time of a denoising step on ranks that nobody has to own, and checks the prediction where it can.
 
     python -m benchmarks.simulator.simulate --measure --configs bench-dsmoe-s-e48       # a table of this machine
-    python -m benchmarks.simulator.simulate --validate benchmarks/results/network.json  # against scaling/network.py
+    python -m benchmarks.simulator.simulate --validate NETWORK/data.json          # against scaling/network.py
     python -m benchmarks.simulator.simulate --predict --configs bench-dsmoe-s-e48 --ranks 2 4 --rates 1000 200 50
 
 ``--measure`` times single ranks, the routed experts and the exchange on this machine and records the routing of the
@@ -22,6 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from benchmarks.common.machine_speed import times
+from benchmarks.common.results import OUT_HELP, default_folder, save
 from benchmarks.hardware import REPOSITORY, conditions
 from benchmarks.scaling.netns import Link
 from benchmarks.scaling.rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
@@ -34,8 +35,7 @@ from moeca_dist.parallel.expert_placement import PlacementTable
 from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.tuning.experts.traffic import RowBytes
 
-RESULTS = REPOSITORY / "benchmarks/results"
-TABLES = RESULTS / "sim_tables"
+TABLES = REPOSITORY / "benchmarks/simulator/tables"
 DEFAULT_POLICIES = (UNCACHED, DEFAULT, BRANCHES)
 DEFAULT_NUM_IMAGES = {"demo": 40}
 TARGET = 0.15
@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--measure", action="store_true", help="make the tables of this machine")
-    what.add_argument("--validate", type=Path, nargs="+", metavar="JSON", help="results of network.py")
+    what.add_argument("--validate", type=Path, nargs="+", metavar="JSON", help="data.json of network.py")
     what.add_argument("--predict", action="store_true", help="print the time of a step for each cell")
     parser.add_argument("--configs", nargs="+", default=["bench-dsmoe-s-e48"], help="default: %(default)s")
     parser.add_argument("--policies", nargs="+", choices=[cell.name for cell in CELLS], default=DEFAULT_POLICIES)
@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--busy", action="store_true", help="take off the cores that worked for others in each validated cell"
     )
     parser.add_argument("--note", default="", help="a remark on the conditions, kept with the results")
-    parser.add_argument("--out", type=Path, default=RESULTS / "simulate_validation")
+    parser.add_argument("--out", type=Path, default=default_folder("simulate"), help=OUT_HELP)
     return parser.parse_args(argv)
 
 
@@ -129,7 +129,7 @@ def predict_run(
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
     placement: Placement = "owner" if policy in AT_OWNERS else "home"
     # The configurations that are simulated on CPU compute in fp32.
-    row = RowBytes.coded(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
+    row = RowBytes.int8(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
     steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, machine, full=bool(full_S[step])) for step, layers in enumerate(steps)]
@@ -164,17 +164,15 @@ def validate(args: argparse.Namespace) -> int:
         if not path.is_file():
             raise UserError(f"{path} does not exist: measure it with benchmarks/scaling/network.py")
         results = json.loads(path.read_text())
-        sources.append({"file": path.name, **results["conditions"]})
+        sources.append({"file": os.path.relpath(path, REPOSITORY), **results["conditions"]})
         rows += [compare(row, args) for row in results["rows"] if row["num_ranks"] > 1]
     if not rows:
         raise UserError("the results hold no cell of more than one rank")
     setting = conditions("cpu") | {"note": args.note, "busy": args.busy}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    out = args.out.with_suffix(".json")
-    out.write_text(json.dumps({"conditions": setting, "measured": sources, "rows": rows}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(validation_markdown(rows, setting, sources, TARGET))
+    table = validation_markdown(rows, setting, sources, TARGET)
+    save(args.out, {"conditions": setting, "measured": sources, "rows": rows}, table)
     off = [row for row in rows if abs(row["error"]) > TARGET]
-    print(f"wrote {out} and .md: {len(rows) - len(off)} of {len(rows)} cells within {TARGET:.0%}")
+    print(f"wrote {args.out}: {len(rows) - len(off)} of {len(rows)} cells within {TARGET:.0%}")
     return 1 if off else 0
 
 

@@ -20,7 +20,6 @@ from moeca_dist.tuning.experts.assign import homes
 from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.tuning.experts.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
 
-Mode = Literal["exact", "budget"]
 Placement = Literal["home", "owner"]
 
 
@@ -112,13 +111,9 @@ def simulate_step(
     step: int,
     layers: Sequence[LayerTraffic | None],
     machine: Machine,
-    mode: Mode = "exact",
     full: bool = True,
 ) -> StepTime:
-    """One step; ``full``: everything is computed.
-
-    Mode ``budget`` agrees on nothing: its rows are those of the traffic, its shapes are fixed.
-    """
+    """One step; ``full``: everything is computed."""
     home_P = machine.home_P(step)
     num_ranks, time = len(home_P), StepTime()
     for traffic in layers:
@@ -126,7 +121,7 @@ def simulate_step(
         _phase(time, "home", home_P / len(layers) * stretch, machine)
         if traffic is None:
             continue
-        if num_ranks > 1 and mode == "exact":
+        if num_ranks > 1:
             time.agree += machine.agree(2 * num_ranks)
         if not traffic.rows_PE.any():
             continue

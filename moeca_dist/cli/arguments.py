@@ -4,7 +4,8 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from moeca_dist.errors import UserError
@@ -102,3 +103,38 @@ def _number(text: str, above: float, wanted: str) -> float:
     if not above < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return number
+
+
+def add_run_arguments(
+    parser: Parser,
+    *,
+    out: str,
+    out_help: str,
+    num_images: int | None,
+    first_seed: int | None,
+    images_help: str = "default: %(default)s",
+    seed_help: str = "default: %(default)s",
+    images_type: Callable[[str], int] = at_least_one,
+    replaced: str | None = None,
+) -> None:
+    """Add the options of every command that generates images.
+
+    Args:
+        out: what ``--out`` names, e.g. FOLDER.
+        num_images: the default of ``--num-images``; None if the command has to know whether it was given.
+        first_seed: the default of ``--seed``, likewise.
+        images_type: reads ``--num-images``.
+        replaced: what ``--overwrite`` replaces. None for a command that no launcher of ranks starts, and that goes on
+            with earlier results.
+    """
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
+    parser.add_argument("--out", type=Path, required=True, metavar=out, help=out_help)
+    parser.add_argument("--num-images", type=images_type, default=num_images, metavar="N", help=images_help)
+    parser.add_argument("--seed", type=seed, default=first_seed, help=seed_help)
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
+    )
+    if replaced is not None:
+        parser.add_argument("--overwrite", action="store_true", help=f"replace {replaced}")
+        # The deepspeed launcher adds it to every command line; the environment it sets too says the same.
+        parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

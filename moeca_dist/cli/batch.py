@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from moeca_dist.cli.arguments import Parser, at_least_one, parse_labels, positive_seconds, seed
+from moeca_dist.cli.arguments import Parser, add_run_arguments, at_least_one, parse_labels, positive_seconds
 from moeca_dist.cli.generate import DEFAULT_NUM_IMAGES, tell_deepspeed_the_device
 from moeca_dist.config import load_config, validate_world
 from moeca_dist.errors import UserError
@@ -20,13 +20,18 @@ START_TIMEOUT_S = 600.0
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    add_run_arguments(
+        parser,
+        out="FOLDER",
+        out_help="where the results go",
+        num_images=None,
+        images_help=f"default: {DEFAULT_NUM_IMAGES}",
+        first_seed=None,
+        seed_help="default: 0",
+    )
     parser.add_argument("--gangs", type=at_least_one, default=1, metavar="G", help="default: %(default)s")
     parser.add_argument("--gang-size", type=at_least_one, metavar="P", help="ranks of each gang; default: 1")
-    parser.add_argument("--num-images", type=at_least_one, metavar="N", help=f"default: {DEFAULT_NUM_IMAGES}")
     parser.add_argument("--labels", type=parse_labels, metavar="LIST", help="e.g. 0-9, used in turn; default: all")
-    parser.add_argument("--seed", type=seed, help="default: 0")
     parser.add_argument("--jobs", type=Path, metavar="FILE", help=".jsonl or .csv of {label, seed, count}, one a line")
     parser.add_argument("--resume", action="store_true", help="go on with the batch in FOLDER")
     parser.add_argument(
@@ -38,9 +43,6 @@ def add_arguments(parser: Parser) -> None:
         help="how the ranks of a gang lie on nodes; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--bundles", type=_bundles, metavar="LIST", help="ranks per bundle, each on one node, e.g. 8,8")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
-    )
     parser.add_argument(
         "--progress-timeout", type=positive_seconds, metavar="S",
         help="a rank without a step for this long hangs; default: parallel.timeout_s",

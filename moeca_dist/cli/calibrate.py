@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeca_dist.cli.arguments import Parser, at_least_one, seed
+from moeca_dist.cli.arguments import Parser, add_run_arguments
 from moeca_dist.cli.generate import launcher_number, tell_deepspeed_the_device
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
@@ -22,18 +22,16 @@ DEFAULT_NUM_IMAGES = 40
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the calibration goes")
-    parser.add_argument(
-        "--num-images", type=at_least_one, default=DEFAULT_NUM_IMAGES, metavar="N",
-        help="to fit on, in one batch; as many others are measured; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=seed, default=7, help="of the images to fit on; default: %(default)s")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
+    add_run_arguments(
+        parser,
+        out="JSON",
+        out_help="where the calibration goes",
+        num_images=DEFAULT_NUM_IMAGES,
+        images_help="to fit on, in one batch; as many others are measured; default: %(default)s",
+        first_seed=7,
+        seed_help="of the images to fit on; default: %(default)s",
+        replaced="an earlier calibration",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier calibration")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_calibrate, parser=parser)
 
 

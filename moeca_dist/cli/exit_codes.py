@@ -22,7 +22,7 @@ FIRST_RANK_LEAD_S = 5.0
 
 def exit_code(run: Callable[[], None]) -> int:
     try:
-        with _sigterm_as_exit(), _quiet():
+        with sigterm_as_exit(), _quiet():
             run()
     except UserError as error:
         # Every rank found the same mistake; one of them says so.
@@ -48,7 +48,7 @@ def exit_code(run: Callable[[], None]) -> int:
 
 def _wait_for_first() -> None:
     """Launchers end all ranks as soon as one has exited: rank 0 goes first, or its line might be lost."""
-    with suppress(SystemExit), _sigterm_as_exit():
+    with suppress(SystemExit), sigterm_as_exit():
         time.sleep(FIRST_RANK_LEAD_S)
 
 
@@ -76,8 +76,11 @@ def _complain(error: Exception) -> None:
 
 
 @contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that partial outputs are removed; launchers send it to all ranks at once."""
+def sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that whatever is half done is removed.
+
+    Launchers send it to all ranks at once.
+    """
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)

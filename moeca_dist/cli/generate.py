@@ -3,10 +3,9 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeca_dist.cli.arguments import Parser, at_least_one, parse_labels, seed
+from moeca_dist.cli.arguments import Parser, add_run_arguments, parse_labels
 from moeca_dist.cli.quality_preset import Wish, add_quality_arguments, with_wish
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
@@ -25,25 +24,21 @@ DEFAULT_NUM_IMAGES = 100
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
-    parser.add_argument(
-        "--num-images", type=at_least_one, default=DEFAULT_NUM_IMAGES, metavar="N", help="default: %(default)s"
+    add_run_arguments(
+        parser,
+        out="FOLDER",
+        out_help="where the results go",
+        num_images=DEFAULT_NUM_IMAGES,
+        first_seed=0,
+        replaced="the results of an earlier run",
     )
     parser.add_argument(
         "--labels", type=parse_labels, metavar="LIST", help="e.g. 0-9 or 1,3,7-9, used in turn; default: all classes"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
     parser.add_argument(
         "--compare-uncached", action="store_true", help="generate the same images without the cache too, and compare"
     )
     add_quality_arguments(parser)
-    # The deepspeed launcher adds it to every command line; the environment it sets too says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_generate, parser=parser)
 
 

@@ -1,9 +1,8 @@
 """``moeca trace``: record the routing of a run."""
 
 import argparse
-from pathlib import Path
 
-from moeca_dist.cli.arguments import Parser, at_least_one, seed
+from moeca_dist.cli.arguments import Parser, add_run_arguments
 from moeca_dist.cli.generate import launcher_number, tell_deepspeed_the_device
 from moeca_dist.config import load_config, validate_world
 from moeca_dist.errors import UserError
@@ -16,17 +15,14 @@ DEFAULT_NUM_IMAGES = 16
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--out", type=Path, required=True, metavar="NPZ", help="where the trace goes")
-    parser.add_argument(
-        "--num-images", type=at_least_one, default=DEFAULT_NUM_IMAGES, metavar="N", help="default: %(default)s"
+    add_run_arguments(
+        parser,
+        out="NPZ",
+        out_help="where the trace goes",
+        num_images=DEFAULT_NUM_IMAGES,
+        first_seed=7,
+        replaced="an earlier trace",
     )
-    parser.add_argument("--seed", type=seed, default=7, help="default: %(default)s")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier trace")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_trace, parser=parser)
 
 

@@ -1,10 +1,9 @@
 """``moeca tune``: choose a cache for a target."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeca_dist.cli.arguments import Parser, at_least_two, at_least_zero, decibels, ratio, seed
+from moeca_dist.cli.arguments import Parser, add_run_arguments, at_least_two, at_least_zero, decibels, ratio
 from moeca_dist.cli.generate import launcher_number, tell_deepspeed_the_device
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
@@ -22,8 +21,17 @@ DEFAULT_NUM_IMAGES, DEFAULT_SEED, DEFAULT_REFINEMENTS = 40, 7, 40
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--out", type=Path, required=True, metavar="YAML", help="the tuned configuration")
+    add_run_arguments(
+        parser,
+        out="YAML",
+        out_help="the tuned configuration",
+        num_images=DEFAULT_NUM_IMAGES,
+        images_help="to fit on, to check the choice and to report it on, each; default: %(default)s",
+        images_type=at_least_two,
+        first_seed=DEFAULT_SEED,
+        seed_help="of the images to fit on; the next two are used too; default: %(default)s",
+        replaced="earlier files",
+    )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--target-psnr", type=decibels, metavar="DB", help="the fewest FLOPs with which 95%% of the images have it"
@@ -32,22 +40,9 @@ def add_arguments(parser: Parser) -> None:
         "--target-speedup", type=ratio, metavar="X", help="the closest images with at least so many times fewer FLOPs"
     )
     parser.add_argument(
-        "--num-images", type=at_least_two, default=DEFAULT_NUM_IMAGES, metavar="N",
-        help="to fit on, to check the choice and to report it on, each; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=seed, default=DEFAULT_SEED, help="of the images to fit on; the next two are used too; "
-        "default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
         "--refinements", type=at_least_zero, default=DEFAULT_REFINEMENTS, metavar="N",
         help="real runs that move single full steps of the best schedule; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a config key"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier files")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_tune, parser=parser)
 
 

@@ -6,7 +6,6 @@ mistyped or out of range is a `UserError` that names the key, where it was writt
 
 from moeca_dist.config.loading import load_config as load_config
 from moeca_dist.config.schema import QUALITY_NAMES as QUALITY_NAMES
-from moeca_dist.config.schema import BudgetRows as BudgetRows
 from moeca_dist.config.schema import CacheConfig as CacheConfig
 from moeca_dist.config.schema import Config as Config
 from moeca_dist.config.schema import HalvesConfig as HalvesConfig

@@ -13,10 +13,6 @@ from moeca_dist.errors import UserError
 PathField = Annotated[Path, Strict(False)]
 
 
-# A number is a number of rows, and one with a point a share: 1 is one row, 1.0 all of them.
-BudgetRows = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -43,7 +39,7 @@ class ModelConfig(_Section):
     kernels: Literal["torch", "triton"] = "torch"
     """What small operators run as: PyTorch, or Triton on a CUDA device."""
     cuda_graphs: bool = False
-    """Whether evaluations of the network are captured as CUDA graphs and replayed, on ranks that hold all experts."""
+    """Whether runs without a cache replay evaluations of the network as CUDA graphs, on ranks that hold all experts."""
 
 
 class ParallelConfig(_Section):
@@ -51,17 +47,6 @@ class ParallelConfig(_Section):
 
     ep_size: int | None = Field(None, ge=1)
     """None: the whole world."""
-    exchange: Literal["exact", "budget"] = "exact"
-    """When the ranks agree on what travels: in every layer, or never, because a cache step computes a fixed number of
-    rows."""
-    budget: BudgetRows | list[BudgetRows] | None = None
-    """Rows that each image and guidance half may have computed by each rank in a layer of a cache step, for all MoE
-    blocks or one by one: a number (1, 2, ...) or a share of the image's branches (above 0, up to 1.0, which is all)."""
-    budget_groups: int | None = Field(None, ge=1)
-    """Groups of consecutive experts that have rows of their own, a multiple of ``ep_size``; None: one per rank. With
-    the same number of groups a run is the same on any number of ranks, whatever waits."""
-    budget_fill: bool = False
-    """Whether rows that nobody needs recompute the stored branches that are expected to be off most."""
     row_dtype: Literal["exact", "int8"] = "exact"
     """How rows travel between ranks: as computed, or as int8 codes with one scale per row. On one rank nothing does."""
     expert_placement: PathField | None = None
@@ -102,10 +87,6 @@ class CacheConfig(_Section):
     """Order of the forecast; 0 reuses the stored value."""
     ratio: float | None = Field(None, ge=0, le=1)
     """Share that a cache step computes: of the branches with policy ``random``, of the tokens with ``toca``."""
-    extra_entries: int | None = Field(None, ge=0)
-    """Stored branches per token beyond its routed experts: those of experts that just left."""
-    late_refresh: float | None = Field(None, gt=0, le=1)
-    """Share of the stored branches that a cache step refreshes, those of low gate, which land one step late."""
     attention_sync: bool | None = None
     """Whether a token with a refreshed branch refreshes its attention row, shared expert and dense blocks with it."""
     refresh_ratio: float | None = Field(None, ge=0, le=1)
@@ -198,7 +179,6 @@ class Config(_Section):
             raise ValueError("model.cuda_graphs needs a CUDA device, not model.device cpu: remove one of them")
         if self.cache.dtype == model.dtype:
             raise ValueError(f"cache.dtype {model.dtype} has no effect, model.dtype is the same: remove it")
-        _check_budget(self.parallel)
         if self.parallel.backend == "nccl" and model.device == "cpu":
             raise ValueError("parallel.backend nccl needs model.device cuda; use gloo (or auto) on cpu")
         return self
@@ -229,21 +209,3 @@ def validate_world(config: Config, world_size: int) -> None:
             f"parallel.ep_size {ep_size} does not divide the world size {world_size}; choose one of {divisors}, "
             "or start another number of ranks"
         )
-
-
-def _check_budget(parallel: ParallelConfig) -> None:
-    if parallel.exchange == "budget":
-        if parallel.budget is None:
-            raise ValueError(
-                "parallel.exchange budget needs parallel.budget, the rows of each image and rank in a layer: "
-                "`moeca budget` reads them off a run with parallel.budget 1.0"
-            )
-        if parallel.expert_placement is not None:
-            raise ValueError(
-                "parallel.exchange budget gives every rank rows for an equal run of consecutive experts: remove "
-                "parallel.expert_placement, or use exact"
-            )
-        return
-    for name in ("budget", "budget_groups", "budget_fill"):
-        if getattr(parallel, name):
-            raise ValueError(f"parallel.{name} has no effect with parallel.exchange {parallel.exchange}: remove it")

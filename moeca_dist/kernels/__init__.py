@@ -1,4 +1,4 @@
-"""What a cached step and coded rows spend their time on, as few passes over memory: in Triton, and in plain PyTorch.
+"""What a cached step spends its time on, as few passes over memory: in Triton, and in plain PyTorch.
 
 ``select.kernels_for`` is the one place that chooses between them, by device.
 """

@@ -25,7 +25,7 @@ def _count(expert_R, rank_R, counts_PL, num_rows, num_experts, ROWS: tl.constexp
     is_mine = (expert[:, None] == column[None, :]).to(tl.int32)
     rank = tl.sum(tl.cumsum(is_mine, axis=0) * is_mine, axis=1) - 1
     tl.store(rank_R + row, rank, mask=inside)
-    tl.store(counts_PL + program * (num_experts + 1) + column, tl.sum(is_mine, axis=0), mask=column <= num_experts)
+    tl.store(counts_PL + program * num_experts + column, tl.sum(is_mine, axis=0), mask=column < num_experts)
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _move(
 ):  # fmt: skip
     row = tl.program_id(0)
     expert = tl.load(expert_R + row)
-    position = tl.load(first_PL + (row // ROWS) * (num_experts + 1) + expert) + tl.load(rank_R + row)
+    position = tl.load(first_PL + (row // ROWS) * num_experts + expert) + tl.load(rank_R + row)
     tl.store(position_R + row, position)
     source = tl.load(source_R + row)
     for start in range(0, width, WIDTH):
@@ -55,9 +55,9 @@ def gather_by_expert(x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_exper
     source_R, expert_R = source_R.contiguous(), expert_R.contiguous()
     programs = triton.cdiv(num_rows, _ROWS)
     rank_R = torch.empty(num_rows, dtype=torch.int32, device=x_SD.device)
-    counts_PL = torch.empty(programs, num_experts + 1, dtype=torch.int32, device=x_SD.device)
+    counts_PL = torch.empty(programs, num_experts, dtype=torch.int32, device=x_SD.device)
     _count[(programs,)](
-        expert_R, rank_R, counts_PL, num_rows, num_experts, ROWS=_ROWS, EXPERTS=triton.next_power_of_2(num_experts + 1)
+        expert_R, rank_R, counts_PL, num_rows, num_experts, ROWS=_ROWS, EXPERTS=triton.next_power_of_2(num_experts)
     )
     totals_L = counts_PL.sum(0)
     first_PL = (totals_L.cumsum(0) - totals_L) + counts_PL.cumsum(0) - counts_PL
@@ -65,4 +65,4 @@ def gather_by_expert(x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_exper
         x_SD, source_R, expert_R, rank_R, first_PL, rows_RD, position_R, num_experts, width, x_SD.stride(0),
         ROWS=_ROWS, WIDTH=min(1024, triton.next_power_of_2(width)),
     )  # fmt: skip
-    return GatheredRows(rows_RD, totals_L[:-1], position_R)
+    return GatheredRows(rows_RD, totals_L, position_R)

@@ -59,8 +59,11 @@ class RoutedExperts(GroupedExperts, Experts):
     cached step, and costs up to 4% where narrow experts get a hundred or more.
     """
 
+    w1: Tensor
+    w2: Tensor
+    w3: Tensor
+
     def forward(self, rows_RD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
-        """[R, D] -> [R, D]; rows of expert l follow those of l - 1. R may be 0, and so may any count."""
         if rows_RD.shape[0] == 0:
             return rows_RD
         # It wants strides of whole 16-byte units; the odd widths of toy networks take the loop.

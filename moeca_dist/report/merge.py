@@ -15,8 +15,6 @@ _BRANCHES = (
     "full_step",
     "score",
     "forced",
-    "late",
-    "deferred",
 )
 _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_skipped", "count_exchanges")
 
@@ -29,16 +27,13 @@ class ReportTotal:
         self._num_images = 0
         self._denoise_s = 0.0
         self._bytes_peak = 0
-        self._reference_bytes = 0
         self._flops = [0, 0]
         self._branches = dict.fromkeys(_BRANCHES, 0)
         self._exchange: dict[str, Any] = dict.fromkeys(_EXCHANGE, 0)
         self._bytes_per_step: list[int] = []
-        self._budget: list[dict[str, Any]] = []
         self._per_layer: list[dict[str, Any]] = []
         self._modules: dict[str, dict[str, int]] = {}
         self._seconds: dict[str, Any] = {}
-        self._graphs: dict[str, int] | None = None
         self._remarks: set[str | None] = set()
 
     def add(self, report: Mapping[str, Any]) -> None:
@@ -47,7 +42,6 @@ class ReportTotal:
         self._num_images += report["num_images"]
         self._denoise_s += report["denoise_s"]
         self._bytes_peak = max(self._bytes_peak, report["cache"]["bytes_peak"])
-        self._reference_bytes = max(self._reference_bytes, report["exchange"].get("reference_bytes", 0))
         self._flops[0] += report["flops"]["computed"]
         self._flops[1] += report["flops"]["full"]
         for name in _BRANCHES:
@@ -58,12 +52,8 @@ class ReportTotal:
         layers = [dict(layer) for layer in report["cache"]["per_layer"]]
         pairs = zip(self._per_layer, layers, strict=True) if self._per_layer else ()
         self._per_layer = [_sum(mine, theirs) | {"block": mine["block"]} for mine, theirs in pairs] or layers
-        budget = [dict(layer) for layer in report["exchange"].get("budget", ())]
-        self._budget = [_joined(*pair) for pair in zip(self._budget, budget, strict=True)] if self._budget else budget
         self._modules = _sum(self._modules, report["cache"]["modules"])
         self._seconds = _sum(self._seconds, report["seconds"])
-        if (graphs := report.get("graphs")) is not None:
-            self._graphs = _sum(self._graphs or {}, graphs)
         self._remarks.add(report["cache"]["remark"])
 
     def result(self, wall_s: float, batch: dict[str, Any], requests: dict[str, Any]) -> Report | None:
@@ -86,10 +76,10 @@ class ReportTotal:
             branches=BranchReport(**self._branches, reuse_ratio=served / routed if routed else 0.0),
             exchange=ExchangeReport(
                 first["exchange"]["mode"],
-                first["exchange"]["placement"],
+                first["exchange"]["location"],
                 **self._exchange,
                 bytes_per_step=tuple(self._bytes_per_step),
-                rows=first["exchange"].get("rows", "exact"),
+                row_dtype=first["exchange"].get("row_dtype", "exact"),
             ),
             cache=CacheReport(
                 first["cache"]["policy"],
@@ -103,13 +93,6 @@ class ReportTotal:
             requests=requests,
             batch=batch,
         )
-
-
-def _joined(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """One block's budget: who was deferred adds up, of each demand the larger, which was enough for both parts."""
-    names = {**mine["demand"], **theirs["demand"]}
-    demand = {name: max(part["demand"].get(name, 0) for part in (mine, theirs)) for name in names}
-    return {**mine, "deferred": mine["deferred"] + theirs["deferred"], "demand": demand}
 
 
 def _sum(mine: Any, theirs: Any) -> Any:

@@ -51,7 +51,7 @@ def refreshed_heatmap(report: Mapping[str, Any]) -> Figure:
     per_layer = report["cache"]["per_layer"]
     computed_LS = np.array([entry["refreshed_per_step"] for entry in per_layer], dtype=float)
     routed_L = np.array(
-        [sum(entry[kind] for kind in ("full", "unmatched", "score", "forced", "late", "served")) for entry in per_layer]
+        [sum(entry[kind] for kind in ("full", "unmatched", "score", "forced", "served")) for entry in per_layer]
     )
     # Every step routes the same number of branches.
     share_LS = 100 * computed_LS * computed_LS.shape[1] / routed_L[:, None]

@@ -23,9 +23,7 @@ class FlopsReport:
 class BranchReport:
     """Branches (token x routed expert) of all ranks and steps.
 
-    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score``, ``forced`` and ``late``: see
-    ``cache.statistics.Reason``. Late ones are computed and served from what was stored before.
-    ``deferred``: branches, among those that were served, for which budgeted rows left no room.
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
     """
 
     routed: int
@@ -37,16 +35,13 @@ class BranchReport:
     full_step: int = 0
     score: int = 0
     forced: int = 0
-    late: int = 0
-    deferred: int = 0
 
 
 @dataclass(frozen=True)
 class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together.
 
-    ``mode`` is ``local`` where every rank holds all experts and the mode changes nothing. ``budget``: see
-    ``figures.RunFigures.budget``.
+    ``mode`` is ``local`` where every rank holds all experts and nothing travels, else ``exact``.
     ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
     rank holds all experts. Collectives are counted per rank.
 
@@ -54,9 +49,7 @@ class ExchangeReport:
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
     divides ``bytes_sent``. ``count_exchanges``: how often each rank's row counts were gathered, which tells all ranks what
-    travels; their few bytes are not counted. ``rows``: their format, see ``kernels.row_codes``; ``exact`` also where
-    nothing travels. ``reference_bytes``: what all ranks keep of coded rows, at its peak; part of the cache's
-    ``bytes_peak`` where there is a cache.
+    travels; their few bytes are not counted. ``row_dtype``: how they travelled, ``exact`` also where nothing did.
     """
 
     mode: str
@@ -91,8 +84,7 @@ class Report:
 
     ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
     (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
-    they are, see ``describe_requests``. ``graphs``: with ``model.cuda_graphs``, how many evaluations of the network ran
-    eagerly, were captured and were replayed, see ``graphs.GraphCounts``.
+    they are, see ``describe_requests``.
     """
 
     num_images: int

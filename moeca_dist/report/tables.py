@@ -116,8 +116,7 @@ def _exchange(report: Mapping[str, Any]) -> _Rows:
     if exchange["placement"] is not None:
         rows.insert(1, ("branch values are kept", f"at the {exchange['placement']} rank"))
     if exchange.get("rows", "exact") != "exact":
-        held = f"{scaled(exchange['reference_bytes'], 1024)}iB of references"
-        rows.insert(1, ("rows travel as", f"{exchange['rows']} codes, {held}"))
+        rows.insert(1, ("rows travel as", exchange["rows"]))
     return rows
 
 
@@ -174,9 +173,8 @@ _REASONS = {
     "unmatched": "unmatched",
     "score": "by score",
     "forced": "forced",
-    "late": "late",
 }
-_KINDS = ("full", "unmatched", "score", "forced", "late", "served")
+_KINDS = ("full", "unmatched", "score", "forced", "served")
 _BLOCK_HEADER = ("block", "full steps", *_KINDS[1:], "computed", "busiest expert", "quietest")
 
 
@@ -192,8 +190,7 @@ def _blocks(per_layer: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(_BLOCK_HEADER))]
     aligned = ("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
     legend = (
-        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, forced by a rule of it,",
-        "    or late: for either reason, and served from the next step on",
+        "  computed: in full steps, unmatched (nowhere in the cache), by the policy's score, or forced by a rule of it",
         "  served: from the cache",
         "  experts: share of the block's computed branches",
     )
@@ -216,17 +213,3 @@ def _share(count: int, of: int) -> str:
 def _table(title: str, rows: _Rows) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
-
-
-def needed_rows(report: Mapping[str, Any], quantile: str) -> list[int]:
-    """Rows of each image, guidance half and group of experts that would have been enough, one for each MoE block.
-
-    ``quantile``: for which share of the steps, images and groups, as ``work.QUANTILES`` writes it. Raises UserError for
-    a run without a budget, or with one that left branches waiting: they ask again, so needs would count twice.
-    """
-    blocks = report["exchange"].get("budget") or []
-    if not blocks or not all(block["demand"] for block in blocks):
-        raise UserError("this run counted no rows: generate with parallel.exchange budget and parallel.budget 1.0")
-    if any(block["deferred"] for block in blocks):
-        raise UserError("branches waited in this run, which hides what they need: generate with parallel.budget 1.0")
-    return [max(1, block["demand"][quantile]) for block in blocks]

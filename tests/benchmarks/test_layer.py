@@ -22,7 +22,7 @@ def test_quick_run_reports_every_contender(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.layer.layer", *options]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
-    results = json.loads((tmp_path / "layer.json").read_text())
+    results = json.loads((tmp_path / "layer" / "data.json").read_text())
     assert "benchmarks.layer.layer --quick" in results["conditions"]["command"]
     assert [case["num_ranks"] for case in results["cases"]] == [1] * 8 + [2] * 8
     for case in results["cases"]:
@@ -33,7 +33,8 @@ def test_quick_run_reports_every_contender(tmp_path: Path) -> None:
         assert case["best_other_ratio"] == min(
             case["contenders"][name]["ratio_to_ours"] for name in CONTENDERS - {"ours"}
         )
-    table_rows = [line for line in (tmp_path / "layer.md").read_text().splitlines() if line.startswith("| tiny-")]
+    table = (tmp_path / "layer" / "table.md").read_text().splitlines()
+    table_rows = [line for line in table if line.startswith("| tiny-")]
     assert len(table_rows) == len(results["cases"])
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeca_dist.parallel.cost import Level, LimitedLinks, Topology
+from benchmarks.simulator.links import Level, LimitedLinks, Topology
 
 ISLANDS = Topology((Level("island", 4, 100.0, 0.5, 0.01), Level("network", 1 << 30, 10.0, 2.0, 0.1)))
 
@@ -29,12 +29,6 @@ def test_groups_inside_an_island_do_not_touch_the_network() -> None:
     sent = np.full((4, 4), 50)
     assert ISLANDS.all_to_all_s(sent, np.arange(4)) == pytest.approx(0.5 + 3 * 0.01 + 150 / 100)
     assert ISLANDS.all_to_all_s(np.array([[7]]), np.arange(1)) == 0 and ISLANDS.gather_counts_s(1, 8) == 0
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 8, 12])
-def test_equal_splits_are_the_formula_of_the_same_bytes(num_ranks: int) -> None:
-    sent = np.full((num_ranks, num_ranks), 40)
-    assert ISLANDS.equal_all_to_all_s(num_ranks, 40) == pytest.approx(ISLANDS.all_to_all_s(sent, np.arange(num_ranks)))
 
 
 def test_agreements_grow_with_the_square_of_the_ranks() -> None:

@@ -18,7 +18,8 @@ from moeca_dist import UserError
 REPOSITORY = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
-from benchmarks.scaling.netns import Link, Network, sigterm_as_exit
+from benchmarks.scaling.netns import Link, Network
+from moeca_dist.cli.exit_codes import sigterm_as_exit
 with sigterm_as_exit(), Network(2, Link(100)) as network:
     print(network.start(1, ["sleep", "600"]).pid, flush=True)
     time.sleep(600)

@@ -78,7 +78,7 @@ def test_samples_that_differ_from_one_rank_are_told() -> None:
 
 
 def test_coded_rows_have_a_bound_of_their_own() -> None:
-    names = ("uncached", "uncached, int8 rows", "network_forecast, fp8 rows")
+    names = ("uncached", "uncached, int8 rows", "network_forecast, int8 rows")
     alone = outcome({"uncached": [1.0], "network_forecast": [1.0]}, 0.0)
     for shift, agrees in ((5e-3, True), (1e-2, False)):  # 52 and 46 dB
         found = outcome({name: [1.0] for name in names}, shift)
@@ -87,7 +87,7 @@ def test_coded_rows_have_a_bound_of_their_own() -> None:
     rows = network_report.summarise("bench-dsmoe-s-e48", 2, None, None, found, alone, trained=False)
     assert [row["agrees_with_one_rank"] for row in rows] == [False, None, None]
     assert {cell.name for cell in rank_cases.chosen([*names], 1)} == {"uncached", "network_forecast"}
-    assert [cell.parallel for cell in rank_cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "fp8"}]
+    assert [cell.parallel for cell in rank_cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "int8"}]
     assert not rank_cases.CODED & {*rank_cases.COMMON}
 
 
@@ -125,7 +125,7 @@ def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None
     command += ["--policies", *policies, "--out", str(tmp_path / "net")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    results = json.loads((tmp_path / "net.json").read_text())
+    results = json.loads((tmp_path / "net" / "data.json").read_text())
     alone = {row["policy"]: row for row in results["rows"] if row["num_ranks"] == 1}
     apart = {row["policy"]: row for row in results["rows"] if row["num_ranks"] == 2}
     assert set(alone) == {"uncached", "network_forecast", "moeca_forecast", "taylorseer"} and set(apart) == {*policies}
@@ -142,6 +142,6 @@ def test_ranks_in_namespaces_generate_what_one_rank_does(tmp_path: Path) -> None
     assert apart["moeca_forecast"]["over_uncached"]["median"] > 1
     assert apart["network_forecast"]["over_uncached"]["median"] > 1
     assert results["conditions"]["torch"] and results["conditions"]["commit"]
-    assert (tmp_path / "net.png").stat().st_size > 1000
-    table = [line for line in (tmp_path / "net.md").read_text().splitlines() if line.startswith("| ")]
+    assert (tmp_path / "net" / "plot.png").stat().st_size > 1000
+    table = [line for line in (tmp_path / "net" / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(results["rows"])

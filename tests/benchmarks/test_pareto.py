@@ -63,8 +63,9 @@ def test_a_quick_run_goes_on_where_it_was_interrupted(pareto, tmp_path: Path, mo
 
     monkeypatch.setattr(pareto, "records", complete)
     assert pareto.main(argv) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pareto.json", "pareto.md", "pareto.png"]
-    results = json.loads((tmp_path / "pareto.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["pareto"]
+    assert sorted(path.name for path in (tmp_path / "pareto").iterdir()) == ["data.json", "plot.png", "table.md"]
+    results = json.loads((tmp_path / "pareto" / "data.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert set(rows) == {"exact", *QUICK}
     for record in kept:
@@ -72,7 +73,7 @@ def test_a_quick_run_goes_on_where_it_was_interrupted(pareto, tmp_path: Path, mo
         assert rows[record["name"]]["per_seed"][0]["wall_ratio"] == pytest.approx(ratio)
     check_quick_rows(rows)
     assert results["conditions"]["checkpoint_sha256"] and results["conditions"]["torch"]
-    table = [line for line in (tmp_path / "pareto.md").read_text().splitlines() if line.startswith("| ")]
+    table = [line for line in (tmp_path / "pareto" / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(rows)
 
 
@@ -97,7 +98,7 @@ def test_two_workers_and_counted_bytes(tmp_path: Path) -> None:
     command += ["--out", str(tmp_path / "pareto")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
-    rows = json.loads((tmp_path / "pareto.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "pareto" / "data.json").read_text())["rows"]
     assert len(rows) > 2 and all(len(row["per_seed"]) == 2 for row in rows)
     assert all(row["bytes_share"] == pytest.approx(row["branches_sent_share"], abs=0.05) for row in rows)
 

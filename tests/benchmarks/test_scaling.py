@@ -77,7 +77,7 @@ def test_torchrun_jobs_of_one_and_two_ranks(tmp_path: Path) -> None:
     command += ["--repeats", "2", "--layouts", "ep", "--device", "cpu", "--out", str(tmp_path / "scaling")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    results = json.loads((tmp_path / "scaling.json").read_text())
+    results = json.loads((tmp_path / "scaling" / "data.json").read_text())
     assert results["conditions"]["commit"] and results["conditions"]["torch"] and results["conditions"]["cores"]
     rows = {(row["layout"], row["num_ranks"], row["policy"]): row for row in results["rows"]}
     assert set(rows) == {(lay, n, p) for lay, n in (("-", 1), ("ep", 2)) for p in ("uncached", "fora")}
@@ -88,8 +88,8 @@ def test_torchrun_jobs_of_one_and_two_ranks(tmp_path: Path) -> None:
         assert (row["bytes_sent"] > 0) == (row["seconds"].get("exchange", 0) > 0) == (num_ranks > 1)
         assert 10 * 2**20 < row["peak_bytes_per_rank"] < 4 * 2**30
     assert rows["ep", 2, "fora"]["bytes_sent"] == pytest.approx(rows["ep", 2, "uncached"]["bytes_sent"] / 3, rel=0.1)
-    assert (tmp_path / "scaling.png").stat().st_size > 1000
-    table = [line for line in (tmp_path / "scaling.md").read_text().splitlines() if line.startswith("| ")]
+    assert (tmp_path / "scaling" / "plot.png").stat().st_size > 1000
+    table = [line for line in (tmp_path / "scaling" / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(rows)
 
 

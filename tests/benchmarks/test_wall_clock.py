@@ -18,8 +18,8 @@ def test_it_reports_every_policy(tmp_path: Path) -> None:
     ]  # fmt: skip
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
-    rows = json.loads((tmp_path / "clock.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "clock" / "data.json").read_text())["rows"]
     assert [row["policy"] for row in rows] == ["none", "fora", "moeca_forecast"]
     for row in rows[1:]:
         assert row["flops_ratio"] > 1.2 and 0 < row["cache_steps"]["bookkeeping"] < row["seconds"]["bookkeeping"]
-    assert (tmp_path / "clock.md").read_text().count("| ") > 20
+    assert (tmp_path / "clock" / "table.md").read_text().count("| ") > 20

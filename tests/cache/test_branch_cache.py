@@ -18,25 +18,17 @@ EXPERTS, K, HIDDEN = 5, 2, 3
 
 
 class DictCache:
-    """(token, expert) -> the (step, value) pairs computed so far; evicts as documented, entry by entry."""
+    """(token, expert) -> the (step, value) pairs computed so far, of the experts that the token is routed to now."""
 
-    def __init__(self, tokens: int, entries: int) -> None:
-        self.entries = entries
+    def __init__(self, tokens: int) -> None:
         self.history: list[dict[int, list[tuple[int, Tensor]]]] = [{} for _ in range(tokens)]
-        self.used: list[dict[int, int]] = [{} for _ in range(tokens)]
 
     def step(self, step: int, ids_TK: Tensor, refresh_TK: Tensor, fresh_TKD: Tensor) -> None:
         for token, ids in enumerate(ids_TK.tolist()):
-            history, used = self.history[token], self.used[token]
+            self.history[token] = {expert: self.history[token].get(expert, []) for expert in ids}
             for slot, expert in enumerate(ids):
                 if refresh_TK[token, slot]:
-                    if expert not in history and len(history) == self.entries:
-                        # Never one that is in use now; which of several equally old ones goes is not promised.
-                        oldest = min((e for e in history if e not in ids), key=lambda e: used[e])
-                        assert sum(used[e] == used[oldest] for e in history if e not in ids) == 1 or self.entries == K
-                        del history[oldest]
-                    history.setdefault(expert, []).append((step, fresh_TKD[token, slot]))
-                used[expert] = step
+                    self.history[token][expert].append((step, fresh_TKD[token, slot]))
 
     def value(self, token: int, expert: int, step: int, forecast: bool) -> Tensor:
         seen = self.history[token][expert]
@@ -51,7 +43,7 @@ def serve(
     cache: BranchCache, ids_TK: Tensor, gates_TK: Tensor, match: Match, refresh_TK: Tensor, fresh_TKD: Tensor, step: int
 ) -> Tensor:
     branch_N = refresh_TK.flatten().nonzero().squeeze(1)
-    fresh = FreshRows(fresh_TKD.flatten(0, 1), branch_N, branch_N, padded=False)
+    fresh = FreshRows(fresh_TKD.flatten(0, 1), branch_N, branch_N)
     return cache.serve(Routing(ids_TK, gates_TK), match, refresh_TK, fresh, step)
 
 
@@ -63,8 +55,8 @@ def serve(
 )
 @settings(max_examples=150, deadline=None)
 def test_matches_the_dictionary(data: st.DataObject, tokens: int, forecast: bool, gaps: list[int]) -> None:
-    """K entries: any routing, any choice of refreshed branches that covers the unmatched ones."""
-    cache, naive = BranchCache(K, forecast=forecast), DictCache(tokens, K)
+    """Any routing, any choice of refreshed branches that covers the unmatched ones."""
+    cache, naive = BranchCache(forecast=forecast), DictCache(tokens)
     draw = torch.Generator().manual_seed(len(gaps))
     step = 0
     for gap in [0, *gaps]:
@@ -96,19 +88,18 @@ def test_matches_the_dictionary(data: st.DataObject, tokens: int, forecast: bool
         naive.step(step, ids_TK, refresh_TK, fresh_TKD)
 
 
-def test_an_expert_that_left_is_found_again_with_an_extra_entry() -> None:
+def test_an_expert_that_left_and_came_back_is_unmatched() -> None:
     routes = [torch.tensor([[0, 1]]), torch.tensor([[0, 2]]), torch.tensor([[1, 0]])]
-    for entries, found_again in ((2, False), (3, True)):
-        cache = BranchCache(entries, forecast=False)
-        for step, ids_TK in enumerate(routes):
-            match = cache.match(ids_TK)
-            if step == 2:
-                assert match.found_TK.tolist() == [[found_again, True]]
-            cache.store_all(ids_TK, torch.full((1, 2, HIDDEN), float(step)), match, step)
+    cache = BranchCache(forecast=False)
+    for step, ids_TK in enumerate(routes):
+        match = cache.match(ids_TK)
+        if step == 2:
+            assert match.found_TK.tolist() == [[False, True]]
+        cache.store_all(ids_TK, torch.full((1, 2, HIDDEN), float(step)), match, step)
 
 
 def test_slot_order_means_nothing() -> None:
-    cache = BranchCache(2, forecast=False)
+    cache = BranchCache(forecast=False)
     values = torch.tensor([[[1.0] * HIDDEN, [10.0] * HIDDEN]])
     ids_TK = torch.tensor([[3, 1]])
     cache.store_all(ids_TK, values, cache.match(ids_TK), 0)
@@ -119,12 +110,12 @@ def test_slot_order_means_nothing() -> None:
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    cache = BranchCache(3, forecast=True)
+    cache = BranchCache(forecast=True)
     assert cache.num_bytes == 0
     ids_TK = torch.tensor([[0, 1]] * 7)
     cache.store_all(ids_TK, torch.zeros(7, 2, HIDDEN), cache.match(ids_TK), 0)
-    entries = 7 * 3
-    assert cache.num_bytes == entries * (8 + 4 + 4) + 2 * entries * HIDDEN * 4
+    entries = 7 * 2
+    assert cache.num_bytes == entries * (8 + 4) + 2 * entries * HIDDEN * 4
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])

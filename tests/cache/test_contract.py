@@ -58,7 +58,6 @@ def open_session(
         guided=cfg != 1,
         num_blocks=model.spec.depth,
         num_experts=model.spec.num_experts,
-        num_experts_per_tok=model.spec.num_experts_per_tok,
         statistics=CacheStatistics(),
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from moeca_dist.runtime.checks import check_cache_fits
 
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.policies import POLICIES
@@ -12,7 +13,6 @@ from moeca_dist.cli import main
 from moeca_dist.config import Config, parse_size
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.runtime.cache_memory import cache_size
-from moeca_dist.runtime.checks import check_cache_fits
 from moeca_dist.tuning.calibrate import calibrate
 from tests.helpers.golden_files import load_golden
 
@@ -22,7 +22,7 @@ KNOBS: list[dict[str, Any]] = [
     *({"policy": policy} for policy in POLICIES if policy != "teacache"),
     *({"policy": policy, "full_steps": [0]} for policy in ("taylorseer", "moeca_forecast", "moeca")),
     *({"policy": policy, "full_steps": APART} for policy in ("fora", "moeca", "toca", "moeca_forecast")),
-    *({"policy": "moeca_forecast", "order": order, "extra_entries": order} for order in (0, 1)),
+    *({"policy": "moeca_forecast", "order": order} for order in (0, 1)),
     {"policy": "moeca_forecast", "attention_sync": True},
     {"policy": "moeca", "attention_sync": False},
     *({"policy": "taylorseer", "order": order} for order in (0, 2, 3)),
@@ -105,7 +105,7 @@ def test_ranks_keep_what_one_is_predicted_to(two_ranks: Any, policy: str, tmp_pa
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
-    "knobs", [{"policy": "moeca_forecast"}, {"policy": "random", "extra_entries": 1}, {"policy": "dice_skip"}], ids=str
+    "knobs", [{"policy": "moeca_forecast"}, {"policy": "random"}, {"policy": "dice_skip"}], ids=str
 )
 def test_owners_keep_no_more_than_predicted(request: Any, knobs: dict[str, Any], ranks: int, tmp_path: Path) -> None:
     pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])

@@ -89,7 +89,7 @@ def moeca_case(drift: str, seed: int, **options: Any) -> tuple[Slow, Routing, La
     """Full steps, then a routing to decide on."""
     policy = make_policy(policy="moeca", drift=drift, **options)
     draw = torch.Generator().manual_seed(seed)
-    slow, cache, usage = Slow(drift), BranchCache(K, forecast=False), UsageHistory(policy.usage_decay, EXPERTS)
+    slow, cache, usage = Slow(drift), BranchCache(forecast=False), UsageHistory(policy.usage_decay, EXPERTS)
     for step in range(3):
         routing = draw_routing(draw)
         values_TKD = torch.randn(IMAGES * TOKENS, K, HIDDEN, generator=draw)
@@ -151,7 +151,7 @@ def test_local_experts_get_lower_thresholds() -> None:
     assert usage_BTE is not None
     policy = make_policy(policy="moeca")
     ids_TK = torch.tensor([[0, 1, 2]])
-    routing, match = Routing(ids_TK, torch.ones(1, 3)), BranchCache(3, forecast=False).match(ids_TK)
+    routing, match = Routing(ids_TK, torch.ones(1, 3)), BranchCache(forecast=False).match(ids_TK)
     view = LayerView(0, "conditional", routing, match, ids_TK[0], ids_TK[0], 1, None, usage_BTE)
     assert policy.leniency(view).flatten().tolist() == pytest.approx([0.4, 1.6, 1.0])
 

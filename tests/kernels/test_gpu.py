@@ -10,10 +10,6 @@ import torch
 
 from moeca_dist import Engine, Request, load_model
 from moeca_dist.config import Config
-from moeca_dist.kernels.int8_rows import FORMATS
-from moeca_dist.kernels.reference import ReferenceKernels
-from moeca_dist.kernels.select import kernels_for
-from moeca_dist.kernels.types import HeldRows
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from tests.helpers.golden_files import EULER_TOLERANCE, GOLDEN_NAMES, load_golden
 from tests.helpers.ranks import RankPool
@@ -66,67 +62,30 @@ def test_two_ranks_share_one_gpu(two_cuda_ranks: RankPool, ep_size: int) -> None
     assert (report.exchange.bytes_sent > 0) == (ep_size == 2)
 
 
-@pytest.mark.parametrize("rows", FORMATS)
-def test_coded_rows_without_a_cache(two_cuda_ranks: RankPool, rows: str) -> None:
+def test_int8_rows_without_a_cache(two_cuda_ranks: RankPool) -> None:
     """Random weights: routes lie near ties, so codes move some of them."""
     config = random_config("DSMoE-S-E48", "float32")
-    coded = config.model_copy(update={"parallel": config.parallel.model_copy(update={"rows": rows})})
+    coded = config.model_copy(update={"parallel": config.parallel.model_copy(update={"rows": "int8"})})
     expected, _ = two_cuda_ranks.run(generate, config, requests(3), 2)[0]
     images, _ = two_cuda_ranks.run(generate, coded, requests(3), 2)[0]
     assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= 0.2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FORMATS)
-def test_both_ends_of_coded_rows_hold_the_same_bits(name: str, dtype: torch.dtype) -> None:
-    """And nearly what the reference has: its products and sums round apart."""
-    torch.manual_seed(0)
-    form, num_rows, width = FORMATS[name], 1000, 1152
-    kernels = kernels_for(torch.device("cuda"))
-
-    def end() -> HeldRows:
-        held_SD = torch.zeros(2 * num_rows, width, dtype=dtype, device="cuda")
-        return HeldRows(held_SD, torch.randperm(2 * num_rows, device="cuda")[:num_rows])
-
-    sender, receiver, reference = end(), end(), end()
-    rows_ND = torch.randn(num_rows, width, device="cuda")
-    for _ in range(5):
-        rows_ND += 0.1 * torch.randn_like(rows_ND)
-        coded_NW = kernels.encode_rows(rows_ND.to(dtype), sender, form)
-        decoded_ND = kernels.decode_rows(coded_NW, receiver, form, width, dtype)
-        assert torch.equal(decoded_ND, sender.rows_SD[sender.key_N])
-        assert torch.equal(decoded_ND, receiver.rows_SD[receiver.key_N])
-        ReferenceKernels().encode_rows(rows_ND.to(dtype), reference, form)
-    apart_ND = decoded_ND.float() - reference.rows_SD[reference.key_N].float()
-    assert apart_ND.norm() / rows_ND.norm() < 0.02
-
-
-GRAPHED = [
-    ({}, {}),
-    ({"policy": "taylorseer", "interval": 2}, {}),
-    ({"policy": "network_forecast", "full_steps": {"conditional": [0, 1, 3], "unconditional": [0, 2]}}, {}),
-    ({"policy": "moeca_forecast", "full_steps": [0, 1, 4]}, {"exchange": "budget", "budget": 0.05}),
-    ({"policy": "random", "full_steps": [0, 3]}, {"exchange": "budget", "budget": 8, "budget_fill": True}),
-]
-
-
-@pytest.mark.parametrize(("cache", "parallel"), GRAPHED)
 @pytest.mark.parametrize("name", ["DSMoE-S-E16", "DSMoE-S-E48"])
-def test_replayed_graphs_are_the_eager_run(name: str, cache: dict[str, Any], parallel: dict[str, Any]) -> None:
-    """Rounds of four images and one of two, three times with other seeds: eager, captured, replayed; the same bits."""
+def test_replayed_graphs_are_the_eager_run(name: str) -> None:
+    """Rounds of four images and one of two, twice with other seeds: the same bits."""
     base = random_config(name, "bfloat16").model_dump()
-    values = base | {"cache": cache, "parallel": parallel, "sampling": {"num_steps": 6, "batch_size": 4}}
+    values = base | {"sampling": {"num_steps": 6, "batch_size": 4}}
     eager = Engine.from_config(Config.model_validate(values))
     values["model"] = base["model"] | {"cuda_graphs": True}
     graphed = Engine(Config.model_validate(values), eager.mesh, eager.model)
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         wanted = [Request(index, index, seed) for index in range(6)]
         expected, alone = eager.generate(wanted)
         images, report = graphed.generate(wanted)
         assert np.array_equal(images, expected)
         assert (report.branches, report.flops) == (alone.branches, alone.flops)
-        assert report.graphs is not None
-    assert report.graphs == {"eager": 0, "captured": 0, "replayed": 12}
+        assert "graph" in report.seconds.slowest
 
 
 def requests(count: int) -> list[Request]:

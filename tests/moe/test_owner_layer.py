@@ -68,8 +68,8 @@ def inputs(rank: int, step: int, ids: Sequence[Sequence[int]]) -> tuple[Tensor, 
 class Loop:
     """One rank's tokens, one by one, with all weights at hand; also counts what must travel."""
 
-    def __init__(self, rank: int, owners: Sequence[int], order: int, keep_all: bool) -> None:
-        self.rank, self.owners, self.order, self.keep_all = rank, owners, order, keep_all
+    def __init__(self, rank: int, owners: Sequence[int], order: int) -> None:
+        self.rank, self.owners, self.order = rank, owners, order
         self.branches: dict[int, dict[int, list[tuple[int, Tensor]]]] = {}
         self.sums: dict[int, tuple[int, Tensor, Tensor]] = {}  # token -> (step, sum, slope)
         self.bytes = 0
@@ -94,8 +94,7 @@ class Loop:
         changed = any(e not in held for e in ids)
         for expert in refresh:
             held.setdefault(expert, []).append((index, expert_output(expert, x)))
-        if not self.keep_all:
-            self.branches[token] = held = {e: held[e] for e in ids}
+        self.branches[token] = held = {e: held[e] for e in ids}
         total = sum((g * self._value(held[e], index) for g, e in zip(gates, ids, strict=True)), torch.zeros(HIDDEN))
         slope = torch.zeros(HIDDEN)
         if self.order and token in self.sums:
@@ -124,7 +123,7 @@ def expert_output(expert: int, x: Tensor) -> Tensor:
     return w["w2"] @ (torch.nn.functional.silu(w["w1"] @ x) * (w["w3"] @ x))
 
 
-def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: int, keep_all: bool) -> dict[str, Any]:
+def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: int) -> dict[str, Any]:
     """On every rank: its own script through the exchange, beside the loop over its tokens."""
     env = LauncherEnv.read()
     mesh = Mesh.create(env, device_type="cpu", timeout_s=60)
@@ -134,7 +133,7 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
     placement = ExpertPlacement(owners, env.world_size)
     pairs, experts = OwnerExchange(group, placement), make_experts(placement.experts_of(env.rank))
     script = scripts[env.rank]
-    policy = Scripted(steps=script, order=order, extra_entries=EXPERTS - K if keep_all else 0)
+    policy = Scripted(steps=script, order=order)
     images = [Request(index, 0) for index in range(len(script[0].ids) // 2)]  # an image is one token here
     session = CacheSession(
         policy,
@@ -142,11 +141,10 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
         guided=True,
         num_blocks=1,
         num_experts=len(owners),
-        num_experts_per_tok=K,
         statistics=CacheStatistics(),
         owner_ranks=env.world_size,
     )
-    loop, error, moved = Loop(env.rank, owners, order, keep_all), 0.0, []
+    loop, error, moved = Loop(env.rank, owners, order), 0.0, []
     for index, step in enumerate(script):
         x_TD, routing = inputs(env.rank, index, step.ids)
         cache = session.at(StepContext(index, len(script), 0.0)).block(0)
@@ -173,8 +171,8 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
     }
 
 
-def check(pool: Any, owners: Sequence[int], scripts: list[tuple[Step, ...]], order: int, keep_all: bool) -> None:
-    results = pool.run(run_script, tuple(owners), scripts, order, keep_all)
+def check(pool: Any, owners: Sequence[int], scripts: list[tuple[Step, ...]], order: int) -> None:
+    results = pool.run(run_script, tuple(owners), scripts, order)
     assert sum(result["bytes"] for result in results) == sum(result["expected"] for result in results)
     for step, per_rank in enumerate(zip(*(result["moved"] for result in results), strict=True)):
         anything = any(touched for *_, touched in per_rank)
@@ -182,7 +180,7 @@ def check(pool: Any, owners: Sequence[int], scripts: list[tuple[Step, ...]], ord
     for script, result in zip(scripts, results, strict=True):
         assert result["error"] < 1e-4
         # Every branch has a row of its own: none is shared by tokens or by the halves, none is forgotten.
-        assert keep_all or sum(result["used"]) == len(script[0].ids) * K
+        assert sum(result["used"]) == len(script[0].ids) * K
 
 
 def scripts_of(num_ranks: int) -> st.SearchStrategy[list[tuple[Step, ...]]]:
@@ -214,17 +212,17 @@ def drawn_script(
 ranks_settings = partial(settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@given(scripts_of(2), st.lists(st.integers(0, 1), min_size=6, max_size=6), st.integers(0, 1), st.booleans())
+@given(scripts_of(2), st.lists(st.integers(0, 1), min_size=6, max_size=6), st.integers(0, 1))
 @ranks_settings(max_examples=40)
-def test_two_ranks_match_the_loop(two_ranks, scripts, owners, order, keep_all) -> None:
-    check(two_ranks, owners, scripts, order, keep_all)
+def test_two_ranks_match_the_loop(two_ranks, scripts, owners, order) -> None:
+    check(two_ranks, owners, scripts, order)
 
 
-@given(scripts_of(4), st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(0, 1), st.booleans())
+@given(scripts_of(4), st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(0, 1))
 @ranks_settings(max_examples=30)
-def test_four_ranks_match_the_loop(four_ranks, scripts, owners, order, keep_all) -> None:
+def test_four_ranks_match_the_loop(four_ranks, scripts, owners, order) -> None:
     """Any placement: ranks without experts, ranks without tokens, one owner of everything."""
-    check(four_ranks, owners, scripts, order, keep_all)
+    check(four_ranks, owners, scripts, order)
 
 
 def quiet(ids: Sequence[Sequence[int]], full: bool = False, wanted: bool = False) -> Step:
@@ -245,7 +243,7 @@ def test_extremes(four_ranks, owners, routings) -> None:
     """Full, nothing, everything one by one, nothing, full: silent exactly where nobody refreshes."""
     pattern = [(True, False), (False, False), (False, True), (False, False), (True, False)]
     scripts = [tuple(quiet(ids, *flags) for flags in pattern) for ids in routings]
-    check(four_ranks, owners, scripts, 1, False)
+    check(four_ranks, owners, scripts, 1)
 
 
 def test_one_rank_alone_makes_all_take_part(four_ranks) -> None:
@@ -255,9 +253,9 @@ def test_one_rank_alone_makes_all_take_part(four_ranks) -> None:
     lone = Step((False, False), tuple(still), ((True, False), (False, False)))
     scripts[2] = (scripts[2][0], lone)
     owners = (0, 0, 1, 1, 2, 3)
-    check(four_ranks, owners, scripts, 0, False)
-    results = four_ranks.run(run_script, owners, scripts, 0, False)
-    start = four_ranks.run(run_script, owners, [script[:1] for script in scripts], 0, False)
+    check(four_ranks, owners, scripts, 0)
+    results = four_ranks.run(run_script, owners, scripts, 0)
+    start = four_ranks.run(run_script, owners, [script[:1] for script in scripts], 0)
     # Token (0, 5): headers to owners 0 and 3, its hidden row to owner 0 alone, a row back from each.
     extra = sum(r["bytes"] for r in results) - sum(r["bytes"] for r in start)
     assert extra == 2 * HEADER_BYTES + ROW_BYTES + 2 * ROW_BYTES
@@ -277,5 +275,5 @@ def test_rows_are_used_again(two_ranks) -> None:
     """Experts that come and go do not make the owners' caches grow without end."""
     there, back = [(0, 1)] * 6, [(4, 5)] * 6
     scripts = [tuple(quiet(there if step % 2 else back, full=step == 0) for step in range(12)) for _ in range(2)]
-    for result in two_ranks.run(run_script, (0, 0, 0, 1, 1, 1), scripts, 1, False):
+    for result in two_ranks.run(run_script, (0, 0, 0, 1, 1, 1), scripts, 1):
         assert result["capacities"] == [12, 12] and sorted(result["used"]) == [0, 12]

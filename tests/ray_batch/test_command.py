@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from moeca_dist.runtime.checks import check_config, resolve
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -12,7 +13,6 @@ from moeca_dist.demo.model_card import SHIPPED_CHECKPOINT
 from moeca_dist.ray_batch.identity import batch_identity
 from moeca_dist.ray_batch.jobs import LabelCycle
 from moeca_dist.ray_batch.manifest import VERSION, Manifest
-from moeca_dist.runtime.checks import check_config, resolve
 
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
 

@@ -15,7 +15,7 @@ from tests.helpers.golden_files import load_golden
 REQUESTS = [Request(index, index % 10) for index in range(5)]
 
 
-def make_config(folder: Path, exchange: str, **cache: Any) -> Config:
+def make_config(folder: Path, **cache: Any) -> Config:
     golden = load_golden("dsmoe_e12")
     return Config.model_validate(
         {
@@ -25,7 +25,6 @@ def make_config(folder: Path, exchange: str, **cache: Any) -> Config:
                 **golden.options,
             },
             "cache": cache,
-            "parallel": {"exchange": exchange} | ({"budget": 0.1} if exchange == "budget" else {}),
             "sampling": {"num_steps": 6, "batch_size": 2, "cfg_scale": 1.5},
         }
     )
@@ -38,20 +37,19 @@ def in_parts(config: Config) -> tuple[Report, list[Report]]:
 
 
 @pytest.mark.parametrize(
-    ("exchange", "cache"),
+    "cache",
     [
-        ("exact", {}),
-        ("exact", {"policy": "moeca_forecast", "full_steps": [0, 1, 4]}),
-        ("exact", {"policy": "moeca", "full_steps": [0, 3]}),
-        ("budget", {"policy": "moeca", "full_steps": [0, 3]}),
-        ("exact", {"policy": "dice_skip"}),
-        ("exact", {"policy": "toca"}),
-        ("exact", {"policy": "network_forecast", "full_steps": [0, 1, 4]}),
+        {},
+        {"policy": "moeca_forecast", "full_steps": [0, 1, 4]},
+        {"policy": "moeca", "full_steps": [0, 3]},
+        {"policy": "dice_skip"},
+        {"policy": "toca"},
+        {"policy": "network_forecast", "full_steps": [0, 1, 4]},
     ],
-    ids=lambda value: value if isinstance(value, str) else value.get("policy", "none"),
+    ids=lambda cache: cache.get("policy", "none"),
 )
-def test_counts_of_the_parts_are_those_of_the_whole(exchange: str, cache: dict[str, Any], tmp_path: Path) -> None:
-    whole, parts = in_parts(make_config(tmp_path, exchange, **cache))
+def test_counts_of_the_parts_are_those_of_the_whole(cache: dict[str, Any], tmp_path: Path) -> None:
+    whole, parts = in_parts(make_config(tmp_path, **cache))
     total = ReportTotal()
     for part in parts:
         total.add(asdict(part))
@@ -59,12 +57,7 @@ def test_counts_of_the_parts_are_those_of_the_whole(exchange: str, cache: dict[s
     assert found is not None
     for name in ("num_images", "num_steps", "world_size", "flops", "branches", "requests"):
         assert getattr(found, name) == getattr(whole, name), name
-    mine, theirs = asdict(found.exchange), asdict(whole.exchange)
-    for joined, alone in zip(mine.pop("budget"), theirs.pop("budget"), strict=True):
-        # Quantiles do not add up: the parts' largest one is at least that of the whole.
-        assert all(joined["demand"][share] >= rows for share, rows in alone.pop("demand").items())
-        assert alone == {name: value for name, value in joined.items() if name != "demand"}
-    assert mine == theirs
+    assert asdict(found.exchange) == asdict(whole.exchange)
     assert asdict(found.cache) == asdict(whole.cache)
     assert found.images_per_s == 2.5 and found.batch == {"chunks": 3}
     assert found.denoise_s == pytest.approx(sum(part.denoise_s for part in parts))
@@ -75,7 +68,7 @@ def test_counts_of_the_parts_are_those_of_the_whole(exchange: str, cache: dict[s
 
 
 def test_ranks_add_up_too(two_ranks: Any, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "exact", policy="moeca_forecast", full_steps=[0, 2])
+    config = make_config(tmp_path, policy="moeca_forecast", full_steps=[0, 2])
     whole, parts = two_ranks.run(in_parts_of_two, config)[0]
     total = ReportTotal()
     for part in parts:
@@ -94,7 +87,7 @@ def in_parts_of_two(config: Config) -> tuple[Report, list[Report]]:
 
 
 def test_a_remark_stands_where_every_part_makes_it(tmp_path: Path) -> None:
-    part = asdict(Engine.from_config(make_config(tmp_path, "exact", policy="fora")).generate(REQUESTS[:1])[1])
+    part = asdict(Engine.from_config(make_config(tmp_path, policy="fora")).generate(REQUESTS[:1])[1])
     for remarks, expected in ((["a", "a"], "a"), (["a", "b"], None), ([None, "a"], None)):
         total = ReportTotal()
         for remark in remarks:

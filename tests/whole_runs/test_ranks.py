@@ -159,7 +159,7 @@ def test_masked_compute_is_full_compute_on_those_branches(name: str, ratio: floa
     )
     session = CacheSession(
         policy, requests(2), guided=False, num_blocks=spec.depth, num_experts=spec.num_experts,
-        num_experts_per_tok=spec.num_experts_per_tok, statistics=CacheStatistics(),
+        statistics=CacheStatistics(),
     )  # fmt: skip
     x0 = torch.randn(2, spec.num_tokens, spec.hidden_size, generator=draw)
     x1 = x0 + 0.3 * torch.randn(x0.shape, generator=draw)

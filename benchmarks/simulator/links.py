@@ -60,15 +60,6 @@ class Topology:
             busiest, inner = max(busiest, float(most) / level.bytes_per_s), level.ranks
         return self._start_s(num_ranks) + busiest
 
-    def equal_all_to_all_s(self, num_ranks: int, bytes_per_peer: float) -> float:
-        """Exchange mode ``budget``: the same number of bytes to every peer, no counts to agree on."""
-        busiest, inner = 0.0, 1
-        for level in self._used(num_ranks):
-            peers = min(level.ranks, num_ranks) if level is not self._used(num_ranks)[-1] else num_ranks
-            busiest = max(busiest, (peers - inner) * bytes_per_peer / level.bytes_per_s)
-            inner = peers
-        return self._start_s(num_ranks) + busiest
-
     def gather_counts_s(self, num_ranks: int, numbers: int) -> float:
         """Every rank learns ``numbers`` counts of every rank: what the outermost level carries decides."""
         if num_ranks == 1:

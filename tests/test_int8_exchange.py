@@ -1,0 +1,186 @@
+"""Rows in int8 between ranks: nearly the exact outputs, bytes are what travels, own rows stay exact.
+
+Shape suffixes: T tokens, K routed experts per token, D hidden size, N rows.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeca_dist.kernels.int8_rows import SCALE_BYTES
+from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
+from moeca_dist.parallel.mesh import LauncherEnv, Mesh
+from moeca_dist.parallel.expert_placement import ExpertPlacement
+from moeca_dist.types import Branches, Routing
+from tests.test_budget_exchange import READS, Walk, _noting
+from tests.parallel.test_dispatch import EXPERTS, HIDDEN, make_experts
+
+CODED_BYTES = SCALE_BYTES + HIDDEN
+STEPS = 36
+
+
+def random_routing(draw: torch.Generator, num_tokens: int, skew: float) -> Routing:
+    """``skew``: how much the first experts are preferred."""
+    scores_TE = torch.rand(num_tokens, EXPERTS, generator=draw) + skew * torch.linspace(1, 0, EXPERTS)
+    return Routing(scores_TE.topk(3, dim=1).indices, torch.rand(num_tokens, 3, generator=draw))
+
+
+def dispatchers(owners: tuple[int, ...], replicated: tuple[int, ...] = ()) -> tuple[Any, Any, Any]:
+    """On every rank: one with exact rows, one with int8 rows, and the placement."""
+    env = LauncherEnv.read()
+    group = Mesh.create(env, device_type="cpu", timeout_s=60).expert_group
+    assert group is not None
+    placement = ExpertPlacement(owners, env.world_size, replicated)
+    return AllToAllDispatcher(group, placement), AllToAllDispatcher(group, placement, "int8"), placement
+
+
+def many_steps(
+    owners: tuple[int, ...],
+    tokens: Sequence[int],
+    skew: float,
+    dtype: torch.dtype,
+    replicated: tuple[int, ...] = (),
+) -> Any:
+    """On every rank: random tokens and routings, summed, or some branches one by one."""
+    exact, int8, placement = dispatchers(owners, replicated)
+    traffic = exact.exchange
+    rank, num_ranks = traffic.rank, traffic.size
+    experts = make_experts(placement.experts_of(rank)).to(dtype)
+    draw = torch.Generator().manual_seed(rank)
+    errors, sent_bytes, away = [], {"sums": 0, "branches": 0}, {"sums": [0, 0], "branches": [0, 0]}
+    for step in range(STEPS):
+        x_TD = torch.randn(tokens[rank], HIDDEN, generator=draw).to(dtype)
+        routing = random_routing(draw, len(x_TD), skew)
+        owner_TK = torch.tensor(placement.owners_for(rank))[routing.expert_ids_TK]
+        kind, chosen_TK, use = "sums", torch.ones_like(owner_TK, dtype=torch.bool), summed
+        if step % 3 == 2:
+            kind, chosen_TK, use = "branches", torch.rand(owner_TK.shape, generator=draw) < 0.5, one_by_one
+        expected = use(exact, x_TD, routing, chosen_TK, experts)
+        traffic.reset_traffic()
+        found = use(int8, x_TD, routing, chosen_TK, experts)
+        sent_bytes[kind] += traffic.traffic.bytes_sent
+        branches, pairs = travelling(owner_TK, chosen_TK, rank, num_ranks)
+        away[kind] = [away[kind][0] + branches, away[kind][1] + pairs]
+        errors.append((found - expected).float().abs().max().item() if found.numel() else 0.0)
+        if kind == "sums":
+            here_T = (owner_TK == rank).all(1)
+            assert torch.equal(found[here_T], expected[here_T])
+    return errors, sent_bytes, away
+
+
+def summed(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, _: Tensor, experts: Any) -> Tensor:
+    sent = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
+    return dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, routing).wait()
+
+
+def one_by_one(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, of_TK: Tensor, experts: Any) -> Tensor:
+    every, chosen_N = routing.all_branches(), of_TK.flatten()
+    sent = dispatcher.dispatch(x_TD, Branches(every.token_N[chosen_N], every.expert_ids_N[chosen_N])).wait()
+    rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent).wait()
+    return rows_ND.index_select(0, sent.slot_of_branch_N)
+
+
+def travelling(owner_TK: Tensor, chosen_TK: Tensor, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Branches and pairs of this rank's tokens that other ranks own."""
+    others = [(chosen_TK & (owner_TK == owner)) for owner in range(num_ranks) if owner != rank]
+    return sum(int(of_TK.sum()) for of_TK in others), sum(int(of_TK.any(1).sum()) for of_TK in others)
+
+
+CASES = [
+    ((0, 0, 0, 1, 1, 1), (9, 4), 0.0),
+    ((1, 0, 1, 0, 0, 1), (7, 0), 0.0),
+    ((0, 0, 0, 0, 0, 1), (3, 12), 2.0),
+    ((0, 0, 1, 1, 2, 3), (5, 5, 5, 5), 0.0),
+    ((3, 3, 0, 1, 1, 3), (0, 11, 1, 6), 3.0),
+    ((2, 2, 2, 2, 2, 2), (4, 0, 2, 3), 0.0),
+]
+IDS = ["even", "a rank without tokens", "skewed", "four", "skewed and empty", "one rank holds all"]
+
+
+@pytest.mark.parametrize(("owners", "tokens", "skew"), CASES, ids=IDS)
+def test_outputs_and_bytes(
+    request: pytest.FixtureRequest, owners: tuple[int, ...], tokens: tuple[int, ...], skew: float
+) -> None:
+    pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[len(tokens)])
+    outcomes = pool.run(many_steps, owners, tokens, skew, torch.float32)
+    # Outputs are about 1, and codes of 8 values a hundredth apart.
+    assert 0 < max(max(errors) for errors, _, _ in outcomes) < 0.05
+    # What all ranks sent: headers and hidden rows there, a sum for each pair or every branch back.
+    sent = {kind: sum(outcome[1][kind] for outcome in outcomes) for kind in ("sums", "branches")}
+    branches, pairs = (sum(outcome[2]["sums"][index] for outcome in outcomes) for index in (0, 1))
+    assert sent["sums"] == branches * SUM_HEADER_BYTES + pairs * 2 * CODED_BYTES
+    branches, pairs = (sum(outcome[2]["branches"][index] for outcome in outcomes) for index in (0, 1))
+    assert sent["branches"] == branches * (BRANCH_HEADER_BYTES + CODED_BYTES) + pairs * CODED_BYTES
+    assert branches and pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(two_ranks: Any, dtype: torch.dtype) -> None:
+    outcomes = two_ranks.run(many_steps, (0, 0, 1, 1, 1, 0), (6, 3), 0.0, dtype)
+    assert all(max(errors) < 0.3 for errors, _, _ in outcomes)
+
+
+def test_replicated_experts_send_nothing(two_ranks: Any) -> None:
+    outcomes = two_ranks.run(many_steps, (0, 0, 0, 1, 1, 1), (6, 3), 1.0, torch.float32, (1, 4))
+    assert all(max(errors) < 0.05 for errors, _, _ in outcomes)
+
+
+def broken_rows(broken: float, leg: str) -> list[tuple[Tensor, Tensor]]:
+    """On every rank, summed and one by one: outputs with int8 and with exact rows.
+
+    On the way there token 1 of each rank is broken; on the way back the first row that rank 1 computes.
+    """
+    exact, int8, placement = dispatchers((0, 0, 0, 1, 1, 1))
+    experts = make_experts(placement.experts_of(exact.exchange.rank))
+    if leg == "back" and exact.exchange.rank == 1:
+        experts.register_forward_hook(lambda _, __, out_RD: out_RD.index_fill(0, torch.tensor([0]), broken))
+    x_TD = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(exact.exchange.rank))
+    if leg == "there":
+        x_TD[1, 3] = broken
+    routing = Routing(torch.tensor([[0, 4], [1, 5], [2, 4], [0, 3]]), torch.full((4, 2), 0.5))
+    every_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
+    return [
+        (use(int8, x_TD, routing, every_TK, experts), use(exact, x_TD, routing, every_TK, experts))
+        for use in (summed, one_by_one)
+    ]
+
+
+@pytest.mark.parametrize("leg", ["there", "back"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_arrive_as_such(two_ranks: Any, broken: float, leg: str) -> None:
+    """And the others as if nothing was: what is not finite is where exact rows have it."""
+    found = 0
+    for outputs in two_ranks.run(broken_rows, broken, leg):
+        for int8, exact in outputs:
+            whole_N = exact.isfinite().all(1)
+            found += int((~whole_N).sum())
+            assert not int8[~whole_N].isfinite().any()
+            assert (int8[whole_N] - exact[whole_N]).abs().max() < 0.05
+    assert found
+
+
+def waits_of_coding() -> list[list[str]]:
+    """On every rank: what coding the rows of both legs would have the host wait for, and what the test would find."""
+    exact, int8, placement = dispatchers((0, 0, 0, 1, 1, 1))
+    draw = torch.Generator().manual_seed(exact.exchange.rank)
+    x_TD, routing = torch.randn(4, HIDDEN, generator=draw), random_routing(draw, 4, 0.0)
+    experts = make_experts(placement.experts_of(exact.exchange.rank))
+    return [walked(partial(summed, each, x_TD, routing, routing.gates_TK, experts)) for each in (int8, exact)]
+
+
+def walked(work: Callable[[], Tensor]) -> list[str]:
+    waits: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, Walk() as walk:
+        for name in READS:
+            patch.setattr(Tensor, name, _noting(name, getattr(Tensor, name), waits))
+        work()
+    return waits + walk.waits
+
+
+def test_the_host_waits_for_nothing_more(two_ranks: Any) -> None:
+    for int8, exact in two_ranks.run(waits_of_coding):
+        assert sorted(int8) == sorted(exact) and exact
