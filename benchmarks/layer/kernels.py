@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.device_timing import measure_roofline, median_seconds
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import default_folder, save
-from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
 from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.row_codes import FORMATS, SCALE_BYTES
