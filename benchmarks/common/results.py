@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.hardware import REPOSITORY, cpu_model
+from benchmarks.common.hardware import REPOSITORY, cpu_model
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DATA, TABLE, PLOT = "data.json", "table.md", "plot.png"

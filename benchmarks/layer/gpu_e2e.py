@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.device_timing import Roofline, measure_roofline
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import default_folder, save
-from benchmarks.hardware import conditions
 from benchmarks.layer.kernels import BATCHES, MODELS
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config

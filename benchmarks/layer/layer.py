@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch.multiprocessing import spawn
 
+from benchmarks.common.hardware import busy_core_seconds, conditions
 from benchmarks.common.local_ranks import become_rank, free_port
 from benchmarks.common.results import default_folder
-from benchmarks.hardware import busy_core_seconds, conditions
 from benchmarks.layer.layer_cases import PUBLISHED, TINY, TOKENS_PER_IMAGE, Case, make_cases, make_experts, make_input
 from benchmarks.layer.layer_contenders import CONTENDERS, Layer, Setup, classic_gate
 from benchmarks.layer.layer_report import summarise, write_results

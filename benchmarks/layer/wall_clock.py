@@ -16,8 +16,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import OUT_HELP, TABLE, default_folder, save
-from benchmarks.hardware import conditions
 from moeca_dist import Engine, Report, Request
 from moeca_dist.config import Config
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.hardware import command, commit, cpu_model
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.hardware import command, commit, cpu_model
 from moeca_dist import __version__
 from moeca_dist.checkpoints.convert import convert
 from moeca_dist.checkpoints.load import load_model

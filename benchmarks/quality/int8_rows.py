@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.local_ranks import become_rank, free_port
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import config_path
 from benchmarks.scaling.rank_job import Cell, Unrounded
 from moeca_dist import Engine, Report, Request

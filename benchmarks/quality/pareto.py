@@ -27,8 +27,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from tqdm import tqdm
 
+from benchmarks.common.hardware import commit, conditions
 from benchmarks.common.results import OUT_HELP, default_folder
-from benchmarks.hardware import commit, conditions
 from benchmarks.quality.pareto_bytes import bytes_sent
 from benchmarks.quality.pareto_calibration import check_seeds, with_calibrations
 from benchmarks.quality.pareto_cases import CASES, EXACT, QUICK, STORAGE, checked

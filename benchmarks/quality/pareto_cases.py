@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.hardware import REPOSITORY
+from benchmarks.common.hardware import REPOSITORY
 from moeca_dist.cache.policies.moeca_forecast import scaled_steps
 from moeca_dist.cache.policies.registry import POLICIES, build_policy
 from moeca_dist.config import QUALITY_NAMES, CacheConfig, load_config

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import psutil
 from ray.cluster_utils import Cluster
 
-from benchmarks.hardware import REPOSITORY
+from benchmarks.common.hardware import REPOSITORY
 
 OBJECT_STORE_BYTES = 100_000_000
 POLL_S = 0.002

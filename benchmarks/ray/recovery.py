@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.hardware import conditions
 from benchmarks.ray.chaos import BatchRun, Blow, Target, TwoRaylets, strike, wait_for
 
 # More than can be generated while this runs.

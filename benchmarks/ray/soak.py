@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.hardware import conditions
 from benchmarks.ray.chaos import (
     PHASES,
     TARGETS,

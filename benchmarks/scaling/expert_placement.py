@@ -20,9 +20,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.repeats import relative_l2
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import BRANCHES, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import run_with_torchrun

@@ -19,8 +19,8 @@ from typing import Any
 # Before torch and deepspeed are imported: this process computes nothing, its ranks are CPU processes.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import OUT_HELP, default_folder
-from benchmarks.hardware import conditions
 from benchmarks.scaling.netns import JUMBO_MTU, Link, Network, require
 from benchmarks.scaling.network_report import summarise, write_results
 from benchmarks.scaling.rank_cases import CELLS, COMMON, UNCACHED, chosen, config_path

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.hardware import REPOSITORY
+from benchmarks.common.hardware import REPOSITORY
 from benchmarks.scaling.rank_job import Cell
 
 CONFIGS = REPOSITORY / "configs"

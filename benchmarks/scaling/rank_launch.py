@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.hardware import REPOSITORY
+from benchmarks.common.hardware import REPOSITORY
 from benchmarks.scaling.netns import INTERFACE, Network
 from benchmarks.scaling.rank_job import RECORDS, Job
 from moeca_dist.errors import UserError

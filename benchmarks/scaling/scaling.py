@@ -22,8 +22,8 @@ if not __package__:  # run by its path: the packages are imported from the check
 # Before deepspeed is imported: this process computes nothing, and its ranks are told on their own.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import default_folder
-from benchmarks.hardware import conditions
 from benchmarks.scaling.rank_cases import CELLS, DEFAULT, UNCACHED, chosen, config_path
 from benchmarks.scaling.rank_job import Job
 from benchmarks.scaling.rank_launch import run_with_torchrun

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.hardware import conditions
 from benchmarks.common.results import OUT_HELP, PLOT, default_folder, save
-from benchmarks.hardware import conditions
 from benchmarks.simulator.gpu import BYTES, H100, NVLINK_AND_400G, PCIE, RTX_4090, Gpu, GpuMachine, Shape, zipf_routing
 from benchmarks.simulator.links import Topology
 from benchmarks.simulator.plan_report import plan_markdown, plot

@@ -21,9 +21,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
+from benchmarks.common.hardware import REPOSITORY, conditions
 from benchmarks.common.machine_speed import times
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.hardware import REPOSITORY, conditions
 from benchmarks.scaling.netns import Link
 from benchmarks.scaling.rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEFAULT, ON_ONE_RANK, UNCACHED, config_path
 from benchmarks.simulator.cpu import CpuMachine, available_cores
