@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.common.device_timing import measure_roofline, median_seconds
 from benchmarks.common.hardware import conditions
-from benchmarks.common.results import default_folder, save
 from moeca_dist.cache.storage import Packed
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
 from moeca_dist.kernels.reference import ReferenceKernels

@@ -24,7 +24,6 @@ import psutil
 
 from benchmarks.common.hardware import REPOSITORY, conditions
 from benchmarks.common.results import OUT_HELP, default_folder, save
-from benchmarks.common.hardware import REPOSITORY, conditions
 from moeca_dist.ray_batch.jobs import LabelCycle
 from moeca_dist.ray_batch.ledger import Plan
 from moeca_dist.ray_batch.manifest import MANIFEST, read_records

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from benchmarks.common.hardware import busy_core_seconds
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
-from benchmarks.common.hardware import busy_core_seconds
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import CacheConfig, load_config
 from moeca_dist.errors import PeerLostError, UserError
