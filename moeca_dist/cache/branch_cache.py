@@ -139,6 +139,13 @@ class BranchCache:
             self._gate_N = torch.zeros(like_ND.shape[0], device=like_ND.device)
             self._norm_N = torch.zeros(like_ND.shape[0], device=like_ND.device)
 
+    @staticmethod
+    def bytes_per_token(num_experts: int, per_token: int, row_bytes: int, *, forecast: bool, scored: bool) -> int:
+        """Return what ``_allocate`` takes for a token with ``per_token`` routed experts."""
+        row_in_table, step, gate, norm = 4, 4, 4, 4
+        branch = (1 + forecast) * row_bytes + step + (gate + norm if scored else 0)
+        return num_experts * row_in_table + per_token * branch
+
 
 def _dropped_rows(found_row_N: Tensor, found_N: Tensor) -> Tensor:
     """Return int64 [N]: for the n-th unmatched branch the n-th row that no branch was found in; arbitrary elsewhere.

@@ -31,6 +31,10 @@ class UsageHistory:
     def num_bytes(self) -> int:
         return 0 if self.usage_BTE is None else self.usage_BTE.numel() * self.usage_BTE.element_size()
 
+    @staticmethod
+    def bytes_per_token(num_experts: int) -> int:
+        return num_experts * torch.float32.itemsize
+
 
 def spread(usage_BTE: Tensor) -> Tensor:
     """Return [B, E] in [0, 1]: the entropy of each expert's positions, scaled within the layer.

@@ -93,6 +93,11 @@ class ModuleCache:
         steps = self._step.nbytes if isinstance(self._step, Tensor) else 0
         return steps + sum(difference.num_bytes for difference in self._differences)
 
+    @staticmethod
+    def bytes_per_token(row_bytes: int, order: int, times_stored: int, *, with_steps: bool = False) -> int:
+        """Return what is kept after so many times of storing; ``with_steps``: the last time single tokens were."""
+        return min(times_stored, 1 + order) * row_bytes + (torch.int32.itemsize if with_steps else 0)
+
     def _token_steps(self) -> Tensor:
         if isinstance(self._step, Tensor):
             return self._step
@@ -130,6 +135,11 @@ class KeyValueCache:
     @property
     def num_bytes(self) -> int:
         return sum(kept.num_bytes for kept in self._kept or ())
+
+    @staticmethod
+    def bytes_per_token(num_heads: int, head_bytes: int) -> int:
+        """Return what is kept of a token; ``head_bytes``: of the keys of one head."""
+        return 2 * num_heads * head_bytes
 
 
 def _head_rows(tokens: TokenIndex, shape_BHTC: torch.Size) -> Tensor:

@@ -24,6 +24,8 @@ from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage, stretched
 from moeca_dist.kernels.reference import slopes
 from moeca_dist.types import Routing
 
+_GROWTH = 16  # a store that is too small grows by one part of so many at least, because growing copies it
+
 
 class SlotAllocator:
     """Which slots of each owner's store this home rank uses, for one block."""
@@ -60,13 +62,17 @@ class SlotAllocator:
         taken = self._taken[owner].to(device)
         free = (~taken).nonzero().squeeze(1)[:count]
         if missing := count - free.shape[0]:
-            # Growing copies the owner's store: by a sixteenth at least, so that it is rare.
-            grown = taken.new_zeros(missing if not taken.shape[0] else max(missing, taken.shape[0] // 16))
+            grown = taken.new_zeros(missing if not taken.shape[0] else max(missing, taken.shape[0] // _GROWTH))
             taken = torch.cat([taken, grown])
             free = (~taken).nonzero().squeeze(1)[:count]
         taken[free] = True
         self._taken[owner] = taken
         return free
+
+    @staticmethod
+    def most_slots(num_branches: int) -> int:
+        """Return the most slots that owners make room for if so many branches need one at a time."""
+        return num_branches + num_branches // _GROWTH
 
 
 class OwnerSlotTable:
@@ -146,6 +152,11 @@ class OwnerSlotTable:
             return 0
         values = self._sums_TD.num_bytes + (self._slopes_TD.num_bytes if self.forecast else 0)
         return values + self._slot_TE.nbytes + self._step_T.nbytes
+
+    @staticmethod
+    def bytes_per_token(num_experts: int, row_bytes: int, *, forecast: bool) -> int:
+        slot_in_table, step = 4, 8
+        return num_experts * slot_in_table + (1 + forecast) * row_bytes + step
 
 
 class OwnerBranchStore:
@@ -229,6 +240,11 @@ class OwnerBranchStore:
             return 0
         values = self._values_RD.num_bytes + (self._slopes_RD.num_bytes if self.forecast else 0)
         return values + self._step_R.numel() * self._step_R.element_size()
+
+    @staticmethod
+    def bytes_per_slot(row_bytes: int, *, forecast: bool) -> int:
+        step = 4
+        return (1 + forecast) * row_bytes + step
 
 
 class OwnerCache:

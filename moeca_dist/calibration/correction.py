@@ -59,6 +59,11 @@ class OutputMemory:
         held = [*self._served.values(), *(output for outputs in self._full.values() for output in outputs)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
+    @staticmethod
+    def num_kept(history: int, num_full: int, *, is_full: bool) -> int:
+        """Return how many outputs of a half are kept after ``num_full`` full steps; ``is_full``: the last one was."""
+        return min(num_full, history) + (not is_full)
+
     def _remember(self, half: Half, now_BCHW: Tensor, full: bool) -> None:
         if full:
             self._full[half] = [now_BCHW, *self._full[half]][: self.history]

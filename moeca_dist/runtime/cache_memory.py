@@ -4,13 +4,18 @@ Counted is what is kept between steps. A step needs some more for one block at a
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moeca_dist.cache.branch_cache import BranchCache
+from moeca_dist.cache.expert_usage import UsageHistory
+from moeca_dist.cache.module_cache import KeyValueCache, ModuleCache
+from moeca_dist.cache.owner_cache import OwnerBranchStore, OwnerSlotTable, SlotAllocator
 from moeca_dist.cache.policy import BranchPolicy, Half, ModulePolicy, NetworkPolicy, Policy
 from moeca_dist.cache.storage import Storage, storage_of
+from moeca_dist.calibration.correction import OutputMemory
 from moeca_dist.checkpoints.options import parse_dtype
 from moeca_dist.config import CacheConfig, Config, parse_size
 from moeca_dist.errors import UserError
@@ -21,12 +26,10 @@ from moeca_dist.report.schema import scaled
 from moeca_dist.sampling.sampler import sampler_for
 from moeca_dist.types import StepContext
 
-_SLOT_GROWTH = 17 / 16  # an owner's slots grow by a sixteenth at least, see cache.owner_cache.SlotAllocator
-
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Predicts ``cache.bytes_peak`` of one rank's session, in bytes.
+    """A prediction of ``cache.bytes_peak`` of one rank's session: what its caches state, added up.
 
     Exact for values at home. For values at the owners it is an upper bound: what an owner keeps depends on the routing.
 
@@ -76,89 +79,68 @@ class CacheSize:
 
     def of(self, images: int) -> int:
         """Return the most that is kept after any step, for so many images on every rank."""
-        kept_per_image = max(sum(at_step) for at_step in zip(*self._timelines(), strict=True))
-        tokens = images * self.spec.num_tokens * len(self.halves)
-        kept = tokens * (len(self.spec.moe_blocks) * self._branches + self.spec.depth * self._keys_values)
+        at_steps = zip(*map(self._per_image, self.halves), strict=True)
+        return images * max(map(sum, at_steps)) + self._at_owner(images)
+
+    def _per_image(self, half: Half) -> list[int]:
+        """Return the bytes of one guidance half of an image after each step."""
+        num_full, held = 0, []
+        for index in range(self.num_steps):
+            is_full = self.policy.is_full(StepContext(index, self.num_steps, 0.0), half)
+            num_full += is_full
+            held.append(self.spec.num_tokens * self._per_token(index, num_full, is_full))
+            if self.output_history is not None:
+                held[-1] += self.output_bytes * OutputMemory.num_kept(self.output_history, num_full, is_full=is_full)
+        return held
+
+    def _per_token(self, index: int, num_full: int, is_full: bool) -> int:
+        """Return the bytes of one token after step ``index``."""
+        policy, row, order = self.policy, self._row_bytes, self.policy.order
+        whole = ModuleCache.bytes_per_token(row, order, num_full)
+        if isinstance(policy, NetworkPolicy):
+            return whole
+        by_token = ModuleCache.bytes_per_token(row, order, index + 1, with_steps=not is_full)
+        kept = sum(by_token if refreshed else whole for refreshed in self._modules())
+        return kept + (self._branches(policy) if isinstance(policy, BranchPolicy) else 0)
+
+    def _modules(self) -> list[bool]:
+        """Return for each module that is kept whether cached steps refresh single tokens of it."""
+        policy, depth = self.policy, self.spec.depth
+        if isinstance(policy, BranchPolicy):
+            if policy.computes_modules:
+                return []
+            # Tokens follow the branches of the last MoE block, and before the first there is none.
+            return [policy.attention_sync and block >= min(self.spec.moe_blocks) for block in range(depth)] * 2
+        return [False] * depth + [isinstance(policy, ModulePolicy) and policy.refreshes_tokens] * depth
+
+    def _branches(self, policy: BranchPolicy) -> int:
+        """Return the bytes of one token's branches in all MoE blocks, and of what is kept to refresh them."""
+        spec, row, forecast, scored = self.spec, self._row_bytes, policy.order > 0, policy.usage_decay is not None
         if self.location == "owner":
-            slots = tokens * self.ep_size * min(self.spec.num_experts_per_tok, self.experts_per_owner)
-            kept += len(self.spec.moe_blocks) * int(_SLOT_GROWTH * slots) * (self._values * self._row + 4)
-        return images * kept_per_image + kept
-
-    def _timelines(self) -> Iterator[list[int]]:
-        """Bytes per image after each step, of everything that does not keep its size from the first step on."""
-        for half in self.halves:
-            yield self._outputs(half)
-            for per_token in self._per_token(half):
-                yield [bytes_ * self.spec.num_tokens for bytes_ in per_token]
-
-    def _per_token(self, half: Half) -> Iterator[list[int]]:
-        if isinstance(self.policy, NetworkPolicy):
-            yield self._kept_values(half, by_token=False)
+            kept = OwnerSlotTable.bytes_per_token(spec.num_experts, row, forecast=forecast)
         else:
-            yield from (self._modules(half, block) for block in range(self.spec.depth))
+            k = spec.num_experts_per_tok
+            kept = BranchCache.bytes_per_token(spec.num_experts, k, row, forecast=forecast, scored=scored)
+        kept += UsageHistory.bytes_per_token(spec.num_experts) if scored else 0
+        kept *= len(spec.moe_blocks)
+        if policy.attention_sync:
+            head_bytes = self.storage.row_bytes(spec.head_dim, self.element_bytes)
+            kept += spec.depth * KeyValueCache.bytes_per_token(spec.num_heads, head_bytes)
+        return kept
+
+    def _at_owner(self, images: int) -> int:
+        """Return the most bytes that the branches of this rank's experts can take, for all ranks."""
+        if self.location != "owner":
+            return 0
+        spec = self.spec
+        per_token = self.ep_size * len(self.halves) * min(spec.num_experts_per_tok, self.experts_per_owner)
+        slots = SlotAllocator.most_slots(images * spec.num_tokens * per_token)
+        slot = OwnerBranchStore.bytes_per_slot(self._row_bytes, forecast=self.policy.order > 0)
+        return len(spec.moe_blocks) * slots * slot
 
     @property
-    def _row(self) -> int:
+    def _row_bytes(self) -> int:
         return self.storage.row_bytes(self.spec.hidden_size, self.element_bytes)
-
-    @property
-    def _values(self) -> int:
-        """Rows that one branch or routed sum takes: its value, and what a forecast needs."""
-        return 1 + self.policy.order
-
-    def _modules(self, half: Half, block: int) -> list[int]:
-        """Bytes per token of one block's modules after each step."""
-        policy = self.policy
-        if isinstance(policy, BranchPolicy) and policy.computes_modules:
-            return [0] * self.num_steps
-        # Tokens follow the branches of the last MoE block, and before the first there is none.
-        syncs = isinstance(policy, BranchPolicy) and policy.attention_sync and block >= min(self.spec.moe_blocks)
-        by_token = syncs or (isinstance(policy, ModulePolicy) and policy.refreshes_tokens)
-        pairs = zip(self._kept_values(half, syncs), self._kept_values(half, by_token), strict=True)
-        return [attention + feed_forward for attention, feed_forward in pairs]
-
-    def _kept_values(self, half: Half, by_token: bool) -> list[int]:
-        """Return bytes per token of one ``ModuleCache`` after each step; ``by_token``: cached steps store single tokens."""
-        kept, held = 0, []
-        for index in range(self.num_steps):
-            full = self._is_full(index, half)
-            if full or by_token:
-                kept = min(kept + 1, self._values)
-            held.append(kept * self._row + (4 if by_token and not full else 0))
-        return held
-
-    def _outputs(self, half: Half) -> list[int]:
-        """Bytes per image of the outputs that a calibrated run remembers, after each step."""
-        if self.output_history is None:
-            return [0] * self.num_steps
-        full_steps, held = 0, []
-        for index in range(self.num_steps):
-            full = self._is_full(index, half)
-            full_steps += full
-            held.append((min(full_steps, self.output_history) + (not full)) * self.output_bytes)
-        return held
-
-    def _is_full(self, index: int, half: Half) -> bool:
-        return self.policy.is_full(StepContext(index, self.num_steps, 0.0), half)
-
-    @property
-    def _keys_values(self) -> int:
-        """Bytes per token of one block's keys and values."""
-        if not (isinstance(self.policy, BranchPolicy) and self.policy.attention_sync):
-            return 0
-        return 2 * self.spec.num_heads * self.storage.row_bytes(self.spec.head_dim, self.element_bytes)
-
-    @property
-    def _branches(self) -> int:
-        """Return bytes per token of one MoE block's branches, or at owners of their table and the routed sums."""
-        if not isinstance(self.policy, BranchPolicy):
-            return 0
-        spec, scored = self.spec, self.policy.usage_decay is not None
-        row_in_table, step, gate, norm, usage = 4, 4, 4, 4, 4
-        table = spec.num_experts * (row_in_table + (usage if scored else 0))
-        if self.location == "owner":
-            return table + 8 + self._values * self._row
-        return table + spec.num_experts_per_tok * (step + (gate + norm if scored else 0) + self._values * self._row)
 
 
 def check_memory(
