@@ -2,12 +2,12 @@
 
 
 class UserError(ValueError):
-    """A mistake of the user: the message names the cause and the remedy; entry points exit with code 2."""
+    """A mistake of the user. The message names the cause and the remedy. Entry points exit with code 2."""
 
 
 class PeerLostError(RuntimeError):
-    """Another rank of the run died or stopped answering; entry points exit with code 1."""
+    """The loss of another rank of the run, which died or stopped answering. Entry points exit with code 1."""
 
 
 class IncompleteError(RuntimeError):
-    """Part of the work could not be done; what could be is there. Entry points exit with code 1."""
+    """A failure of part of the work. The finished part is kept. Entry points exit with code 1."""

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, section by section, without making the host wait for the device."""
+"""Seconds of a run by section, measured without making the host wait for the device."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ SECTIONS: Final[tuple[Section, ...]] = (
 
 
 class Timer(Protocol):
-    """What the network is measured with; a run passes it down as an argument."""
+    """The interface with which the network is measured. A run passes its timer down as an argument."""
 
     def section(self, name: Section) -> AbstractContextManager[Any]:
-        """A context whose time counts for ``name``, except where an inner section takes over."""
+        """Return a context whose time counts for ``name``, except for the time of inner sections."""
         ...
 
 
 class Untimed:
-    """Measures nothing."""
+    """A timer that measures nothing."""
 
     def section(self, name: Section) -> AbstractContextManager[Any]:
         return _NOTHING
@@ -48,8 +48,8 @@ class SectionTimer:
     """Exclusive seconds of each section and denoising step on this rank.
 
     Sections nest and never overlap, so their seconds add up to the time that the outermost ones were open. On CUDA
-    their bounds are events on the current stream, read after they have passed: the seconds are those of the device,
-    and measuring never makes the host wait.
+    their bounds are events on the current stream, which are read after they have passed. So the seconds are those of
+    the device, and measuring never makes the host wait.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -65,7 +65,7 @@ class SectionTimer:
         return _Opened(self, name)
 
     def end_step(self, index: int) -> None:
-        """Everything since the last call was for denoising step ``index``."""
+        """Charge denoising step ``index`` with everything since the last call."""
         self._mark()
         self._unread.append((index, self._marks))
         self._marks = self._marks[-1:]
@@ -73,7 +73,7 @@ class SectionTimer:
             self._read()
 
     def per_step(self) -> dict[tuple[int, Section], float]:
-        """Seconds by (step, section) until the last ended step; the device must have finished."""
+        """Return the seconds by (step, section) until the last ended step. The device must have finished."""
         while self._unread:
             self._read()
         return dict(self._seconds)
@@ -172,7 +172,7 @@ class _DeviceClock:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of denoising by section: ``slowest``: of the rank that took longest; ``mean``: of all ranks.
+    """Seconds of denoising by section: ``slowest`` of the rank that took longest, ``mean`` of all ranks.
 
     ``per_step`` divides ``slowest`` by denoising step. Sections that took no time on any rank are left out.
     """
@@ -183,7 +183,7 @@ class Seconds:
 
     @classmethod
     def of(cls, ranks: Sequence[Mapping[tuple[int, Section], float]], num_steps: int) -> "Seconds":
-        """From what ``SectionTimer.per_step`` gave on each rank."""
+        """Summarize the results of ``SectionTimer.per_step`` of all ranks."""
         totals = [{name: sum(s for (_, n), s in rank.items() if n == name) for name in SECTIONS} for rank in ranks]
         slowest = max(range(len(ranks)), key=lambda rank: sum(totals[rank].values()))
         shown = [name for name in SECTIONS if any(total[name] for total in totals)]

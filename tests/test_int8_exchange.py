@@ -13,11 +13,11 @@ from torch import Tensor
 
 from moeca_dist.kernels.int8_rows import SCALE_BYTES
 from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES, AllToAllDispatcher
-from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.parallel.expert_placement import ExpertPlacement
+from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.types import Branches, Routing
-from tests.test_budget_exchange import READS, Walk, _noting
 from tests.parallel.test_dispatch import EXPERTS, HIDDEN, make_experts
+from tests.test_budget_exchange import READS, Walk, _noting
 
 CODED_BYTES = SCALE_BYTES + HIDDEN
 STEPS = 36

@@ -16,8 +16,8 @@ from moeca_dist.errors import UserError
 from moeca_dist.kernels.int8_rows import SCALE_BYTES
 from moeca_dist.parallel.all_to_all import SUM_HEADER_BYTES
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.tuning.experts.record import record_routing
 from moeca_dist.report.tables import render
+from moeca_dist.tuning.experts.record import record_routing
 from tests.helpers.golden_files import load_golden
 from tests.whole_runs.test_locations import difference, make_config, ranks  # noqa: F401
 

@@ -21,8 +21,8 @@ import torch
 from benchmarks.common.device_timing import measure_roofline, median_seconds
 from benchmarks.hardware import conditions
 from moeca_dist.cache.storage import Packed
-from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES
+from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import (
     BranchesToServe,

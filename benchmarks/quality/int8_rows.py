@@ -29,9 +29,8 @@ from benchmarks.scaling.rank_job import Cell, Unrounded
 from moeca_dist import Engine, Report, Request
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import load_config
-from moeca_dist.runtime.engine import join
-from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.report.schema import scaled
+from moeca_dist.runtime.engine import join
 from moeca_dist.tuning.trials import closeness_db
 
 CELLS = (

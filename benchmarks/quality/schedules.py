@@ -18,7 +18,7 @@ from moeca_dist.config import CacheConfig, HalvesConfig
 from moeca_dist.tuning.candidate import Figures
 from moeca_dist.tuning.page import table
 from moeca_dist.tuning.schedules import Schedule, even, num_full
-from moeca_dist.tuning.trials import ImageSet, Laboratory, image_set
+from moeca_dist.tuning.trials import ImageSet, Trials, image_set
 from moeca_dist.types import Request
 
 FIT_SEED = 7
@@ -40,8 +40,8 @@ def schedules(tuned: CacheConfig, num_steps: int) -> dict[str, Schedule]:
     }
 
 
-def measured(lab: Laboratory, cache: CacheConfig, weights: OutputWeights | None, sets: list[ImageSet]) -> Figures:
-    parts = [lab.measured(cache, weights, images) for images in sets]
+def measured(trials: Trials, cache: CacheConfig, weights: OutputWeights | None, sets: list[ImageSet]) -> Figures:
+    parts = [trials.measured(cache, weights, images) for images in sets]
     return Figures(parts[0].speedup, tuple(db for part in parts for db in part.db))
 
 
@@ -59,14 +59,14 @@ def main() -> None:
         return [Request(index, index % 10, seed) for index in range(args.num_images)]
 
     tuned = engine.config.cache.model_copy(update={"calibration": None})
-    lab = Laboratory.open(engine.without_cache(), requests(FIT_SEED), FIT_SEED, None)
+    trials = Trials.open(engine.without_cache(), requests(FIT_SEED), FIT_SEED, None)
     sets = [image_set(engine, requests(seed)) for seed in args.seeds]
     rows = []
     for name, (conditional, unconditional) in schedules(tuned, engine.num_steps).items():
         halves = HalvesConfig(conditional=list(conditional), unconditional=list(unconditional))
         cache = tuned.model_copy(update={"full_steps": halves})
-        plain = measured(lab, cache, None, sets)
-        calibrated = measured(lab, cache, lab.fitted(cache).fitted.weights, sets)
+        plain = measured(trials, cache, None, sets)
+        calibrated = measured(trials, cache, trials.fitted(cache).fitted.weights, sets)
         count = f"{len(conditional)} + {len(unconditional)}"
         db = [f"{figures.mean_db:.2f} dB" for figures in (plain, calibrated)]
         rows.append([name, count, f"{plain.speedup:.2f}x", *db, f"{calibrated.bound_db:.2f} dB"])

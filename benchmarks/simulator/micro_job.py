@@ -25,13 +25,11 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from moeca_dist.parallel.references import BlockCoding, Places, RowCoding
 from torch import Tensor
 
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
 from moeca_dist.checkpoints.from_config import check_weights
 from moeca_dist.config import load_config
-from moeca_dist.checkpoints.from_config import check_weights
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
@@ -39,7 +37,6 @@ from moeca_dist.parallel.collectives import Collectives
 from moeca_dist.parallel.dispatcher import LocalDispatcher
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.row_packing import RowDtype
 from moeca_dist.types import Routing
 

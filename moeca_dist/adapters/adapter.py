@@ -1,10 +1,10 @@
-"""Puts the branch cache under the MoE layers of a model that another library built.
+"""The branch cache under the MoE layers of a model that another library built.
 
-A model is adapted by naming its MoE layers and, for each, the three things that the cache treats apart: how it routes,
-its routed experts, and what it adds besides. ``adapters/hidream.py`` is an example in fifty lines.
+A model is adapted by naming its MoE layers. For each layer the cache needs three things: its router, its routed
+experts, and the module that it adds besides. ``adapters/hidream.py`` is an example in fifty lines.
 
-Shape suffixes: B images, T tokens of all images (of one image with B), D hidden size, N
-branches, R rows grouped by expert, E experts.
+Shape suffixes: B images, T tokens of all images (of one image with B), D hidden size, N branches, R rows grouped by
+expert, E experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +30,13 @@ from moeca_dist.types import Request, Routing
 class MoEModules:
     """One MoE layer of the model: ``output(x) = sum over k of gate_k x expert_k(x) + shared(x)``.
 
-    ``router(x_TD)``, which is all that is asked of it, gives a ``Routing`` with distinct experts per token and final
-    gates. ``experts(rows_RD, rows_per_expert_E)`` gives each row's output, without its gate, [R, D]; rows of expert e
-    follow those of e - 1, and R or any count may be 0. ``shared(x)`` acts on each token by itself. They hold the
-    model's own parameters, not copies.
+    The three modules hold the model's own parameters, not copies.
+
+    - ``router(x_TD)`` returns a ``Routing`` with distinct experts per token and final gates. Nothing else is asked of
+      it.
+    - ``experts(rows_RD, rows_per_expert_E)`` returns each row's output [R, D], without its gate. Rows of expert e
+      follow those of e - 1. R or any count may be 0.
+    - ``shared(x)`` acts on each token by itself.
     """
 
     num_experts: int
@@ -93,9 +96,10 @@ class _CachedLayer(nn.Module):
 
 @dataclass
 class Adapter:
-    """A model with the branch cache under it. The model is called as ever; without ``at`` it is unchanged.
+    """A model with the branch cache under it. The model is called as before. Outside of ``at`` it is unchanged.
 
-    Only MoE layers are cached; attention and everything else are computed in every step. One cached run at a time.
+    Only MoE layers are cached. Attention and everything else are computed in every step. Only one cached run at a time
+    is possible.
     """
 
     model: nn.Module
@@ -103,7 +107,7 @@ class Adapter:
     _current: _Current = field(default_factory=_Current)
 
     def __post_init__(self) -> None:
-        """Replace the layers that ``parts`` names by their paths, in place; UserError if there are none."""
+        """Replace the layers that ``parts`` names by their paths, in place. Raises UserError if there are none."""
         if not self.parts:
             raise UserError(f"{type(self.model).__name__} has no MoE layer: nothing to cache")
         for block, (path, modules) in enumerate(self.parts.items()):
@@ -111,10 +115,11 @@ class Adapter:
             self._replace(path, _CachedLayer(original, modules, block, self._current))
 
     def session(self, policy: Policy, requests: Sequence[Request], *, guided: bool) -> CacheSession:
-        """The caches of one batch of images, with its statistics.
+        """Open the caches of one batch of images, with statistics.
 
-        With guidance the model's batch holds the images of ``requests`` twice, conditional ones first. Raises UserError
-        for policies that need more of a model than its MoE layers.
+        With guidance the model's batch holds the images of ``requests`` twice, conditional ones first.
+
+        Raises UserError for policies that need more of a model than its MoE layers.
         """
         if not _decides_on_layers(policy):
             raise UserError(
@@ -133,7 +138,10 @@ class Adapter:
 
     @contextmanager
     def at(self, cache: StepCache) -> Iterator[None]:
-        """Within it the model's next call is the denoising step of ``cache`` (``session.at(StepContext(...))``)."""
+        """Make the model's next call inside the context the denoising step of ``cache``.
+
+        ``cache`` comes from ``session.at(StepContext(...))``.
+        """
         self._current.cache = cache
         try:
             with torch.no_grad():
@@ -161,7 +169,7 @@ def _decides_on_layers(policy: Policy) -> bool:
 
 
 def branch_counts(statistics: CacheStatistics) -> dict[str, int]:
-    """Branches of a run: routed, refreshed (unmatched ones among them), and served from the cache."""
+    """Return the branches of a run: routed, refreshed (with the unmatched ones), and served from the cache."""
     unmatched, served = statistics.total(Reason.UNMATCHED), statistics.total(Reason.SERVED)
     refreshed = sum(statistics.total(reason) for reason in REFRESHED)
     return {"routed": refreshed + served, "refreshed": refreshed, "unmatched": unmatched, "served": served}

@@ -1,7 +1,7 @@
 """HiDream-I1 (diffusers' ``HiDreamImageTransformer2DModel``): a softmax router, SwiGLU experts, one shared expert.
 
-MoE layers act on the image's tokens in double-stream blocks, and on those of image and text together in single-stream
-blocks.
+In double-stream blocks MoE layers act on the image's tokens. In single-stream blocks they act on the tokens of image
+and text together.
 
 Shape suffixes: T tokens, D hidden size, K routed experts per token, R rows grouped by expert, E experts.
 """
@@ -17,7 +17,7 @@ from moeca_dist.types import Routing
 
 
 def adapt_hidream(model: nn.Module) -> Adapter:
-    """Put the branch cache under the MoE layers of ``model``, in place; UserError if it has none."""
+    """Put the branch cache under the MoE layers of ``model``, in place. Raises UserError if it has none."""
     # Told by its class's name, so that diffusers is not needed to import this.
     layers = {name: module for name, module in model.named_modules() if type(module).__name__ == "MOEFeedForwardSwiGLU"}
     return Adapter(model, {name: _parts(layer) for name, layer in layers.items()})

@@ -1,4 +1,4 @@
-"""How experts spread over the token positions, remembered over the steps (MoECa, arXiv 2606.15615).
+"""A history over the steps of which token positions each expert serves (MoECa, arXiv 2606.15615).
 
 Shape suffixes: B images, T tokens of one image, E experts, X tokens of all images.
 """
@@ -10,7 +10,7 @@ from moeca_dist.types import Routing
 
 
 class UsageHistory:
-    """C[e, i]: an exponential moving average of "expert e is among the routed experts of position i", image by image.
+    """An exponential moving average C[e, i] for each image of "position i is routed to expert e".
 
     ``C <- decay * C + (1 - decay) * 1[...]``, once per step, full steps included.
     """
@@ -21,7 +21,7 @@ class UsageHistory:
         self.usage_BTE: Tensor | None = None
 
     def observe(self, routing: Routing, num_images: int) -> None:
-        """Add the routing of a step; images have equal numbers of tokens."""
+        """Add the routing of a step. All images have the same number of tokens."""
         used_XE = torch.zeros(routing.num_tokens, self.num_experts, device=routing.token_N.device)
         used_XE.view(-1).index_fill_(0, routing.token_N * self.num_experts + routing.expert_N, 1 - self.decay)
         used_BTE = used_XE.view(num_images, routing.num_tokens // max(1, num_images), self.num_experts)
@@ -33,10 +33,11 @@ class UsageHistory:
 
 
 def spread(usage_BTE: Tensor) -> Tensor:
-    """[B, E] in [0, 1]: entropy of each expert's positions, 0 for the layer's most local expert and 1 for its broadest.
+    """Return [B, E] in [0, 1]: the entropy of each expert's positions, scaled within the layer.
 
-    P_e(i) = C[e, i] / sum_j C[e, j]. "Normalised within the layer" is read as min-max over the experts that were used
-    at all; where they do not differ, or where an expert was never used, 0.5, which changes no threshold.
+    The layer's most local expert has 0 and its broadest 1. P_e(i) = C[e, i] / sum_j C[e, j]. "Normalised within the
+    layer" is read as min-max over the experts that were used at all. An expert that was never used gets 0.5, which
+    changes no threshold. So do all experts if their entropies are equal.
     """
     total_BE = usage_BTE.sum(1)
     shares_BTE = usage_BTE / total_BE.clamp(min=torch.finfo(usage_BTE.dtype).tiny)[:, None]

@@ -1,4 +1,4 @@
-"""Where the full steps of a request sit, for each guidance half."""
+"""The positions of the full steps of a request, for each guidance half."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,22 +11,25 @@ from moeca_dist.types import StepContext
 
 @dataclass(frozen=True)
 class FullSteps:
-    """Indices of the full steps; the halves may differ, because guidance weights their errors differently."""
+    """The indices of the full steps of each half. Halves may differ, because guidance weights their errors
+    differently.
+    """
 
     conditional: frozenset[int]
     unconditional: frozenset[int]
 
     @classmethod
     def every(cls, interval: int, num_steps: int) -> "FullSteps":
-        """Steps 0, N, 2N, ... of both halves."""
+        """Return the steps 0, N, 2N, ... of both halves."""
         steps = frozenset(range(0, num_steps, interval))
         return cls(steps, steps)
 
     @classmethod
     def toca(cls, interval: int, num_steps: int) -> "FullSteps":
-        """ToCa's schedule (arXiv 2410.05317): ``round(N / (1.4 - 0.8 * s / T))`` apart, 2 for s in [0.2 T, 0.4 T).
+        """Return ToCa's schedule (arXiv 2410.05317).
 
-        s counts the steps that are left, so full steps grow denser towards the image; T is their number.
+        Two full steps are ``round(N / (1.4 - 0.8 * s / T))`` apart. The distance is 2 for s in [0.2 T, 0.4 T). Here s
+        is the number of steps that are left and T the number of all steps. So full steps grow denser towards the image.
         """
         steps, last = {0}, 0
         for index in range(1, num_steps):
@@ -39,10 +42,10 @@ class FullSteps:
 
     @classmethod
     def listed(cls, steps: Sequence[int] | HalvesConfig, num_steps: int, *, guided: bool) -> "FullSteps":
-        """One list for both halves, or one for each.
+        """Return the listed steps: one list for both halves, or one for each.
 
-        Raises UserError for steps outside 0..num_steps-1, a list without step 0, and two lists where there is no
-        guidance and so no unconditional half.
+        Raises UserError for steps outside 0..num_steps-1, and for a list without step 0. Raises it also for two lists
+        without guidance, because there is no unconditional half then.
         """
         if isinstance(steps, HalvesConfig):
             if not guided:

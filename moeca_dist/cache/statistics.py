@@ -1,4 +1,4 @@
-"""What the cache did in one run on this rank, and what was sent meanwhile, counted where it happens.
+"""Counters of what the cache did in one run on this rank, and of the bytes sent in each step.
 
 Shape suffixes: S steps, Y reasons, E experts, N branches.
 """
@@ -15,7 +15,7 @@ from moeca_dist.types import StepContext
 
 
 class Reason(IntEnum):
-    """Why a branch is computed, or that it is not: the first that holds, in this order."""
+    """The reason why a branch is computed, or ``SERVED``. The first reason that holds counts, in this order."""
 
     FULL = 0  # a full step computes everything
     UNMATCHED = 1  # the cache holds nothing of it
@@ -29,12 +29,14 @@ REFRESHED = tuple(reason for reason in Reason if reason < Reason.SERVED)
 
 @dataclass
 class CacheStatistics:
-    """RunCounters of a run; steps and blocks are indices of denoising steps and of MoE blocks.
+    """Counters of a run. Steps and blocks are indices of denoising steps and of MoE blocks.
 
-    ``modules[name]``: tokens for which a module (``attention``, ``dense``, ``shared``, ``router``, ``moe``) was
-    computed, summed over blocks and steps; ``rows[name]``: those of them that were computed one by one in a step that
-    serves the others. ``skipped`` counts evaluations of an image in which no block ran, ``signals`` how often the time
-    alone was embedded to decide that, ``reached`` how often the threshold was reached after the first step.
+    - ``modules[name]``: tokens for which a module (``attention``, ``dense``, ``shared``, ``router``, ``moe``) was
+      computed, summed over blocks and steps.
+    - ``rows[name]``: those of these tokens that were computed one by one in a step that serves the others.
+    - ``skipped``: evaluations of an image in which no block ran.
+    - ``signals``: times that the time alone was embedded to decide whether to skip.
+    - ``reached``: times that the threshold was reached after the first step.
     """
 
     modules: Counter[str] = field(default_factory=Counter)
@@ -49,13 +51,21 @@ class CacheStatistics:
     bytes_peak: int = 0
 
     def note_bytes(self, step: int, sent_so_far: int) -> None:
-        """Count for ``step`` what this rank has sent in the run and no step has been charged with."""
+        """Charge ``step`` with the bytes that this rank has sent and that no earlier step was charged with.
+
+        Args:
+            sent_so_far: bytes that this rank has sent in the whole run until now.
+        """
         self.bytes_per_step[step] += sent_so_far - self.bytes_per_step.total()
 
     def count_branches(
         self, step: StepContext, block: int, expert_N: Tensor, reason: Tensor | Reason, num_experts: int
     ) -> None:
-        """Count branches by expert; ``reason``: int64 [N], one for each, or one for all of them."""
+        """Count branches by expert.
+
+        Args:
+            reason: int64 [N] with one reason per branch, or one reason for all of them.
+        """
         if block not in self.branches:
             shape = (step.num_steps, len(Reason), num_experts)
             self.branches[block] = torch.zeros(shape, dtype=torch.int64, device=expert_N.device)
@@ -63,7 +73,7 @@ class CacheStatistics:
         self.branches[block][step.index].view(-1).index_add_(0, cell_N, torch.ones_like(cell_N))
 
     def per_step(self, reason: Reason) -> Counter[tuple[int, int]]:
-        """Branches by (step, block)."""
+        """Return the number of branches with ``reason`` by (step, block)."""
         return Counter(
             {
                 (step, block): count
@@ -77,7 +87,7 @@ class CacheStatistics:
         return self.per_step(reason).total()
 
     def merge(self, other: "CacheStatistics") -> None:
-        """Add what another rank counted; peaks add up too, because ranks hold their caches at the same time."""
+        """Add the counters of another rank. Peaks add up too, because ranks hold their caches at the same time."""
         for name in ("modules", "rows", "bytes_per_step"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped
@@ -89,5 +99,5 @@ class CacheStatistics:
         self.bytes_peak += other.bytes_peak
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels to other ranks, which may not have this rank's device."""
+        """Return the state with tensors on the CPU: other ranks may not have this rank's device."""
         return self.__dict__ | {"branches": {block: counts.cpu() for block, counts in self.branches.items()}}

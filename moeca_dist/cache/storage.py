@@ -1,7 +1,7 @@
-"""How cached values are kept: as they were computed, or smaller.
+"""The dtypes in which cached values are stored: the computation's own, or a smaller one.
 
-What is stored smaller is rounded when it is stored and brought back to the dtype of the computation when it is served;
-what a step computes is used as computed in that step.
+Values are rounded when they are stored. They return to the dtype of the computation when they are served. A step uses
+the values that it computes itself without rounding.
 
 Shape suffixes: D width of a row (hidden size, or channels of a head), N rows; ``X`` stands for any leading sizes.
 """
@@ -19,7 +19,10 @@ _SCALE_BYTES = 4
 
 
 class Packed:
-    """Rows [X, D] in the dtype of a ``Storage``; float8 has one fp32 scale [X, 1] per row, by its largest value."""
+    """Rows [X, D] in the dtype of a ``Storage``.
+
+    With float8 each row has one fp32 scale [X, 1], chosen by its largest value.
+    """
 
     def __init__(self, data_XD: Tensor, scale_X1: Tensor | None, dtype: torch.dtype) -> None:
         self.data_XD = data_XD
@@ -32,27 +35,29 @@ class Packed:
 
     @property
     def is_exact(self) -> bool:
-        """Whether rows come back as they were put."""
+        """Return whether stored rows come back unchanged."""
         return self.data_XD.dtype == self.dtype
 
     @property
     def exact(self) -> Tensor | None:
-        """The rows themselves where they are kept as they were put."""
+        """Return the stored rows if they are kept unchanged, else None."""
         return self.data_XD if self.is_exact else None
 
     def unpack(self) -> Tensor:
-        """All rows in the dtype of the computation; the stored tensor itself where that is its dtype."""
+        """Return all rows in the dtype of the computation. If the rows are stored in that dtype, this is the stored
+        tensor itself.
+        """
         rows_XD = self.data_XD.to(self.dtype)
         return rows_XD if self.scale_X1 is None else rows_XD.mul_(self.scale_X1)
 
     def rows(self, index_N: Tensor) -> Tensor:
-        """[N, D] in the dtype of the computation."""
+        """Return the rows ``index_N`` as [N, D] in the dtype of the computation."""
         data_ND = _flat(self.data_XD).index_select(0, index_N).view(self.data_XD.dtype)
         scale_N1 = None if self.scale_X1 is None else _flat(self.scale_X1).index_select(0, index_N)
         return Packed(data_ND, scale_N1, self.dtype).unpack()
 
     def put(self, index_N: Tensor, values_ND: Tensor) -> None:
-        """Keep ``values_ND`` as the rows ``index_N`` of all."""
+        """Store ``values_ND`` as the rows ``index_N``."""
         packed = _packed(values_ND, self.data_XD.dtype)
         _flat(self.data_XD).index_copy_(0, index_N, _flat(packed.data_XD))
         if self.scale_X1 is not None and packed.scale_X1 is not None:
@@ -71,19 +76,26 @@ class Packed:
 
 @dataclass(frozen=True)
 class Storage:
-    """``dtype`` None: as computed."""
+    """A dtype for stored values. ``dtype`` None stores them as computed."""
 
     dtype: torch.dtype | None = None
 
     def pack(self, values_XD: Tensor) -> Packed:
-        """Where nothing changes, the values themselves: the caller leaves them alone from now on."""
+        """Return ``values_XD`` packed. If packing changes nothing, the result shares their memory: do not write to
+        them again.
+        """
         return _packed(values_XD, self.dtype or values_XD.dtype)
 
     def zeros(self, shape: Sequence[int], like: Tensor) -> Packed:
         return self.pack(like.new_zeros(*shape))
 
     def row_bytes(self, width: int, element_bytes: int) -> int:
-        """Size of one row of ``width`` values that the computation has in ``element_bytes`` each."""
+        """Return the bytes of one stored row.
+
+        Args:
+            width: number of values of the row.
+            element_bytes: size of a value in the computation.
+        """
         if self.dtype is None:
             return width * element_bytes
         return width * self.dtype.itemsize + (_SCALE_BYTES if self.dtype == _FLOAT8 else 0)
@@ -93,7 +105,7 @@ AS_COMPUTED: Final = Storage()
 
 
 def storage_of(name: str) -> Storage:
-    """The storage that ``cache.dtype`` names: "model" or a torch dtype."""
+    """Return the storage that ``cache.dtype`` names: "model" or a torch dtype."""
     return Storage(None if name == "model" else getattr(torch, name))
 
 

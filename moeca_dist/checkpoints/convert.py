@@ -1,7 +1,7 @@
-"""Rewrite a checkpoint in another format: our sharded folder, one safetensors file, or a ``.pt`` file.
+"""Conversion of checkpoints to another format: our sharded folder, one safetensors file, or a ``.pt`` file.
 
-Keys stay in the original layout in all of them, so nothing is lost in either direction. Tensors are streamed: the
-model may be larger than memory.
+Keys stay in the original layout in all formats, so nothing is lost in either direction. Tensors are streamed: the model
+may be larger than memory.
 """
 
 import os
@@ -39,15 +39,16 @@ def convert(
     dtype: str | torch.dtype | None = None,
     **options: Any,
 ) -> Path:
-    """Write the checkpoint ``src`` to ``dst`` and return ``dst``; it appears whole or not at all.
+    """Write the checkpoint ``src`` to ``dst`` and return ``dst``. It appears whole or not at all.
 
-    ``num_shards`` is the number of expert files of the sharded format (default 8, at most one per expert). ``dtype``
-    None keeps every tensor bit for bit; otherwise weights are cast, except those that the model keeps in fp32.
-    ``options`` are the hyper-parameters of ``load_model`` that the shapes do not tell: they are stored, so loading
-    ``dst`` needs none.
+    Args:
+        num_shards: number of expert files of the sharded format (default 8, at most one per expert).
+        dtype: dtype of the weights, except those that the model keeps in fp32. None keeps every tensor bit for bit.
+        options: hyper-parameters of ``load_model`` that the shapes do not tell. They are stored, so loading ``dst``
+            needs none.
 
-    Raises UserError, in one line, where ``src`` is not a complete checkpoint of a known family, and where ``dst``
-    exists (without ``overwrite``), does not fit the format, or cannot be written.
+    Raises UserError, in one line, if ``src`` is not a complete checkpoint of a known family. Raises UserError also if
+    ``dst`` exists (without ``overwrite``), does not fit the format, or cannot be written.
     """
     source_path, target = Path(src).expanduser(), Path(dst).expanduser()
     _check_target(source_path, target, to, overwrite)

@@ -1,4 +1,4 @@
-"""The ``model:`` section of a configuration -> a network: from a checkpoint, or random for speed measurements."""
+"""Networks made from the ``model:`` section of a configuration: from a checkpoint, or random for speed measurements."""
 
 from typing import Any
 
@@ -22,10 +22,10 @@ _IDENTITY = ("family", "depth", "hidden_size", "num_experts", "expert_width")
 
 
 def check_weights(config: ModelConfig) -> ModelSpec:
-    """What network ``config`` asks for, from names and shapes alone: no weights are read.
+    """Return the spec of the network that ``config`` asks for. Names and shapes tell it, and no weights are read.
 
-    Raises UserError where the checkpoint is missing, foreign, incomplete or not of the size ``config.name``, and where
-    the configuration names no weights at all.
+    Raises UserError if the checkpoint is missing, foreign, incomplete or not of the size ``config.name``. Raises
+    UserError also if the configuration names no weights at all.
     """
     if config.checkpoint is None:
         return _random_spec(config)
@@ -46,10 +46,13 @@ def check_weights(config: ModelConfig) -> ModelSpec:
 
 
 def load_weights(config: ModelConfig, mesh: Mesh, table: PlacementTable | None = None) -> DiffusionTransformer:
-    """Load this rank's part of the network, ready for inference; ``table`` None: equal runs of experts.
+    """Load this rank's part of the network, ready for inference.
 
-    Raises UserError as ``check_weights`` does, for a table of another network or number of ranks, and for kernels that
-    cannot run on the device.
+    Args:
+        table: the expert placement. None stands for equal runs of experts.
+
+    Raises UserError as ``check_weights`` does, and for a table of another network or number of ranks. Raises UserError
+    also for kernels that cannot run on the device.
     """
     spec, kernels = check_weights(config), kernels_of(config.kernels, mesh.device)
     if config.checkpoint is not None:

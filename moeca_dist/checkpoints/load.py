@@ -1,8 +1,8 @@
-"""Load a checkpoint: infer what it is, check all of it, then materialise only what this rank holds.
+"""Loading of a checkpoint: infer the model, check all of the file, then materialise what this rank holds.
 
 Everything is checked from names and shapes before a byte of weights is allocated. The model is built on the meta
-device and its experts are sharded there; the weights are then copied tensor by tensor out of the mapped file, so the
-most that is held beyond the model itself is one tensor.
+device, and its experts are sharded there. The weights are then copied tensor by tensor out of the mapped file. So at
+most one tensor is held beyond the model itself.
 """
 
 import os
@@ -38,19 +38,21 @@ def load_model(
 ) -> DiffusionTransformer:
     """Load a published checkpoint (any wrapping), a ``.safetensors`` file or a sharded folder, ready for inference.
 
-    ``model(x_BCHW, t_B, y_B)`` is the raw network output [B, C_out, H, W]; ``model.spec`` says what was loaded.
+    ``model(x_BCHW, t_B, y_B)`` is the raw network output [B, C_out, H, W]. ``model.spec`` describes the loaded model.
 
-    With a ``mesh`` of ``ep_size`` > 1 this rank materialises only the experts that ``placement`` (default: equal runs;
-    a table places every block's experts apart) gives it. A mesh without an expert group (``Mesh(rank, n, n, device,
-    None, None, None)``) loads a rank's weights without any process group; such a model cannot run.
+    Args:
+        mesh: the mesh of ranks. If its ``ep_size`` is above 1, this rank materialises only its own experts. A mesh
+            without an expert group (``Mesh(rank, n, n, device, None, None, None)``) loads a rank's weights without any
+            process group. Such a model cannot run.
+        placement: the experts of each rank (default: equal runs). A table places the experts of every block on its own.
+        options: hyper-parameters that the checkpoint does not tell, or that override it. They are ``family``,
+            ``num_heads``, ``num_experts_per_tok``, ``n_group``, ``topk_group``, ``routed_scaling_factor`` and
+            ``input_size``. Further options are ``dtype`` and ``device``. ``dtype`` is "float32" (the default),
+            "bfloat16", "float16" or a torch.dtype. ``device`` is "auto", "cpu", "cuda" or a torch.device. DSMoE routers
+            compute in fp32 and keep their weights in it, for any dtype.
 
-    Options, where the checkpoint does not tell or is to be overridden: ``family``, ``num_heads``,
-    ``num_experts_per_tok``, ``n_group``, ``topk_group``, ``routed_scaling_factor``, ``input_size``; ``dtype``
-    ("float32", the default, "bfloat16", "float16" or a torch.dtype) and ``device`` ("auto", "cpu", "cuda" or a
-    torch.device). DSMoE routers compute in fp32 and keep their weights in it, whatever the dtype.
-
-    Raises UserError, in one line, for an unknown option, a file that cannot be read, and one that is not exactly the
-    model it is taken for.
+    Raises UserError, in one line, for an unknown option or a file that cannot be read. Raises UserError also for a file
+    that is not exactly the model it is taken for.
     """
     settings = LoadOptions.parse(options)
     device = settings.choose_device(None if mesh is None else mesh.device)
@@ -65,9 +67,12 @@ def load_model(
 
 
 def infer_spec(source: TensorSource, options: Mapping[str, Any]) -> ModelSpec:
-    """What network the checkpoint holds: as it states itself, else by names and shapes; ``options`` have the last word.
+    """Return the spec of the checkpoint: the stated one, else one inferred from names and shapes.
 
-    Raises UserError for a foreign checkpoint, and naming the option to state where shapes cannot tell.
+    ``options`` override both.
+
+    Raises UserError for a foreign checkpoint. If shapes cannot tell a hyper-parameter, the error names the option to
+    state.
     """
     stated = source.stated_spec
     family = _recognise(source) if stated is None else _stated_family(source, stated)
@@ -87,9 +92,9 @@ def infer_spec(source: TensorSource, options: Mapping[str, Any]) -> ModelSpec:
 
 
 def check_fits(source: TensorSource, spec: ModelSpec) -> None:
-    """Demand exactly the keys of ``spec``'s published layout, each floating point and of the right shape.
+    """Require exactly the keys of ``spec``'s published layout, each floating point and of the right shape.
 
-    Raises UserError with the first few keys at fault and their number.
+    Raises UserError with the first few wrong keys and their number.
     """
     expected = original_shapes(spec)
     missing = [key for key in expected if key not in source.infos]
@@ -116,9 +121,9 @@ def check_fits(source: TensorSource, spec: ModelSpec) -> None:
 def shard_for(
     model: DiffusionTransformer, mesh: Mesh | None, placement: ExpertPlacement | PlacementTable | None = None
 ) -> DiffusionTransformer:
-    """Leave ``mesh``'s rank its own experts in a model on the meta device, in place; nothing to do for one rank.
+    """Keep only the experts of ``mesh``'s rank in a model on the meta device, in place. One rank keeps all of them.
 
-    Raises UserError where ``placement`` is not for this model's experts and this mesh's ranks.
+    Raises UserError if ``placement`` is not for this model's experts and this mesh's ranks.
     """
     ep_size = 1 if mesh is None else mesh.ep_size
     blocks, num_experts = model.spec.moe_blocks, model.spec.num_experts
@@ -132,7 +137,10 @@ def shard_for(
 
 
 def full_precision_keys(model: DiffusionTransformer) -> frozenset[str]:
-    """Keys that stay in fp32 whatever the model's dtype: routers that compute in fp32 would be rounded otherwise."""
+    """Return the keys that stay in fp32 for any dtype of the model.
+
+    Otherwise routers that compute in fp32 would be rounded.
+    """
     return frozenset(
         f"{name}.{key}"
         for name, module in model.named_modules()

@@ -18,7 +18,7 @@ _KNOWN = (*MODEL_OPTIONS, "dtype", "device")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Checked options: ``model`` holds the stated hyper-parameters alone."""
+    """Checked options. ``model`` holds only the stated hyper-parameters."""
 
     model: Mapping[str, Any]
     dtype: torch.dtype
@@ -26,7 +26,10 @@ class LoadOptions:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> "LoadOptions":
-        """None means not stated. Raises UserError for an unknown name (with the nearest known) and a wrong value."""
+        """Check the options and return them. None counts as not stated.
+
+        Raises UserError for an unknown name (with the nearest known name) and for a wrong value.
+        """
         for name in options:
             if name not in _KNOWN:
                 close = difflib.get_close_matches(name, _KNOWN, n=1)
@@ -40,7 +43,7 @@ class LoadOptions:
         return cls(model, parse_dtype(stated.get("dtype", "float32")), device)
 
     def choose_device(self, mesh_device: torch.device | None) -> torch.device:
-        """Where the weights go: on the mesh's device if there is a mesh.
+        """Return the device of the weights, which is the mesh's device if there is a mesh.
 
         Raises UserError for a device that this machine or the mesh does not have.
         """
@@ -57,7 +60,7 @@ class LoadOptions:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Raises UserError for anything but the dtypes that models run in."""
+    """Return the torch dtype. Raises UserError for a dtype in which models do not run."""
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype))
     if chosen is None or chosen not in DTYPES.values():
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")

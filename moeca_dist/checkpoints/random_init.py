@@ -14,9 +14,9 @@ from moeca_dist.moe.router import SigmoidRouter
 
 @torch.no_grad()
 def randomise(model: DiffusionTransformer, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer:
-    """Materialise a model that was built (and sharded) on the meta device with weights drawn from their names.
+    """Materialise a model that was built (and sharded) on the meta device, with weights drawn from their names.
 
-    Matrices are normal with variance 1 / fan-in, so that activations keep their size; vectors are zero, norms one.
+    Matrices are normal with variance 1 / fan-in, so that activations keep their size. Vectors are zero, norms one.
     """
     family = FAMILIES[model.spec.family]
     model.to(dtype)  # while on meta: the wide copy never exists

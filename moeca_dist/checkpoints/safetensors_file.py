@@ -1,8 +1,8 @@
-"""One safetensors file: written tensor by tensor, read lazily.
+"""A safetensors file that is written tensor by tensor and read lazily.
 
-The library's own ``save_file`` wants every tensor at once; a checkpoint larger than memory has to be streamed, so the
-writer here follows the published file format: 8 bytes of little-endian header length, a JSON header of
-``{key: {"dtype", "shape", "data_offsets"}}``, then the raw tensors without gaps.
+The library's own ``save_file`` needs every tensor at once, and a checkpoint larger than memory has to be streamed. So
+the writer here follows the published file format: 8 bytes of little-endian header length, a JSON header, then the raw
+tensors without gaps. The header is ``{key: {"dtype", "shape", "data_offsets"}}``.
 """
 
 import json
@@ -35,7 +35,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says about one tensor without its data being read."""
+    """The dtype and shape of one tensor, known without its data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -46,7 +46,10 @@ class TensorInfo:
 
     @classmethod
     def from_names(cls, dtype_name: str, shape: list[int]) -> "TensorInfo":
-        """Raises KeyError for a dtype name that no tensor of ours has (e.g. ``F8_E4M3``)."""
+        """Return the info of a dtype name and a shape.
+
+        Raises KeyError for a dtype name that no tensor of ours has (e.g. ``F8_E4M3``).
+        """
         return cls(_DTYPES[dtype_name], tuple(shape))
 
     @property
@@ -59,9 +62,9 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """A memory-mapped ``.safetensors`` file; only the header is read until :meth:`get` is called.
+    """A memory-mapped ``.safetensors`` file. Only the header is read until :meth:`get` is called.
 
-    Raises UserError naming the file where it is truncated, foreign or holds a dtype that no model here uses.
+    Raises UserError naming the file if it is truncated, foreign or holds a dtype that no model here uses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,16 +82,16 @@ class SafetensorsFile:
             raise UserError(f"{path} holds tensors of dtype {error}: convert them to float32 or bfloat16") from error
 
     def get(self, key: str) -> Tensor:
-        """The tensor as a view of the mapped file: its pages are read when it is used."""
+        """Return the tensor as a view of the mapped file. Its pages are read when it is used."""
         return self._handle.get_tensor(key)
 
 
 def write_safetensors(
     path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write the tensors ``infos`` names, asking ``read(key)`` for one at a time and casting it to the stated dtype.
+    """Write the tensors of ``infos``. ``read(key)`` is called for one tensor at a time and cast to the stated dtype.
 
-    Raises ValueError where a tensor does not have the stated shape, OSError as ``open`` and ``write`` do.
+    Raises ValueError if a tensor does not have the stated shape. Raises OSError as ``open`` and ``write`` do.
     """
     # Wider items first keeps every tensor aligned to its item size, as the format recommends.
     keys = sorted(infos, key=lambda key: -infos[key].dtype.itemsize)

@@ -6,8 +6,8 @@
     model.safetensors.index.json            {"metadata": {...}, "weight_map": {key: file}}, the Hugging Face index
 
 Keys and values are those of the original checkpoint. Beyond ``total_size`` the index metadata states the size of every
-file and the dtype and shape of every tensor: a rank checks the whole checkpoint from the index alone, and all ranks
-find the same fault, also in a file that only one of them would have opened.
+file and the dtype and shape of every tensor. So a rank checks the whole checkpoint from the index alone. All ranks find
+the same fault, even in a file that only one of them would have opened.
 """
 
 import json
@@ -29,7 +29,7 @@ DENSE_FILE = "dense.safetensors"
 
 @dataclass(frozen=True)
 class ShardedIndex:
-    """What the index and config of a sharded folder say; no tensor file has been opened."""
+    """The contents of the index and config of a sharded folder. No tensor file has been opened."""
 
     folder: Path
     infos: Mapping[str, TensorInfo]
@@ -40,9 +40,11 @@ class ShardedIndex:
 def plan_files(
     keys: Sequence[str], expert_of_key: Mapping[str, int], num_experts: int, num_shards: int
 ) -> dict[str, list[str]]:
-    """File name -> its keys: routed experts by ranges of ids (at most one file per expert), all else in one file.
+    """Assign every key to a file, and return the keys by file name.
 
-    Raises UserError where ``num_shards`` is not positive.
+    Routed experts go by ranges of ids, with at most one file per expert. All other keys go into one file.
+
+    Raises UserError if ``num_shards`` is not positive.
     """
     if num_shards < 1:
         raise UserError(f"num_shards is {num_shards}: state at least 1")
@@ -63,9 +65,9 @@ def write_sharded(
     infos: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Fill an existing empty folder; ``read`` is called for one tensor at a time, in file order.
+    """Fill an existing empty folder. ``read`` is called for one tensor at a time, in file order.
 
-    Raises OSError where the folder cannot be written.
+    Raises OSError if the folder cannot be written.
     """
     for name, keys in files.items():
         write_safetensors(folder / name, {key: infos[key] for key in keys}, read, {"format": "pt"})
@@ -82,7 +84,7 @@ def write_sharded(
 
 
 def read_index(folder: Path) -> ShardedIndex:
-    """Read and check the index of a sharded folder: consistent in itself, every file there with its stated size.
+    """Read the index of a sharded folder. Check that it is consistent and that every file has its stated size.
 
     Raises UserError naming the file at fault.
     """

@@ -1,7 +1,7 @@
-"""Open a checkpoint lazily: names, shapes and dtypes now, each tensor's data only when it is asked for.
+"""Checkpoints opened lazily: names, shapes and dtypes first, each tensor's data only when it is asked for.
 
-Published checkpoints are ``.pt`` files that wrap the weights (next to optimiser state that is never needed here),
-``.safetensors`` files, and folders written by ``moeca convert``.
+Published checkpoints are ``.pt`` files that wrap the weights, ``.safetensors`` files, and folders written by ``moeca
+convert``. The ``.pt`` files also hold optimiser state, which is never needed here.
 """
 
 import argparse
@@ -37,8 +37,8 @@ _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 class TensorSource:
     """A checkpoint opened for reading, under the original keys without any wrapping.
 
-    ``get(key)`` returns a CPU tensor that may be a view of the mapped file: copy it, never write to it.
-    ``stated_spec`` is the full hyper-parameter dict where the checkpoint carries one (``ModelSpec.to_dict``).
+    ``get(key)`` returns a CPU tensor that may be a view of the mapped file: copy it, never write to it. ``stated_spec``
+    is the full hyper-parameter dict (``ModelSpec.to_dict``) if the checkpoint carries one.
     """
 
     path: Path
@@ -58,8 +58,8 @@ class TensorSource:
 def open_source(path: str | os.PathLike[str]) -> TensorSource:
     """Open a ``.pt``/``.pth`` or ``.safetensors`` file or a sharded folder.
 
-    Raises UserError, naming the file and the remedy, where it is missing, empty, truncated, of another type, or holds
-    pickled code (which is never executed).
+    Raises UserError, naming the file and the remedy, if the file is missing, empty, truncated or of another type.
+    Raises UserError also if it holds pickled code, which is never executed.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -82,7 +82,7 @@ def open_source(path: str | os.PathLike[str]) -> TensorSource:
 
 
 def spec_metadata(spec: ModelSpec) -> dict[str, str]:
-    """safetensors metadata from which ``open_source`` reads the full ``spec`` back."""
+    """Return safetensors metadata from which ``open_source`` reads the full ``spec`` back."""
     return {"format": "pt", SPEC_ENTRY: json.dumps(spec.to_dict())}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeca_dist.cli.arguments import Parser, add_run_arguments, parse_labels
-from moeca_dist.cli.quality_preset import Wish, add_quality_arguments, with_wish
+from moeca_dist.cli.quality_preset import QualityPreset, add_quality_arguments, resolve_quality
 from moeca_dist.config import Config, load_config, validate_world
 from moeca_dist.errors import UserError
 
@@ -43,14 +43,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    config, wish = with_wish(load_config(args.config, args.overrides), args)
+    config, preset = resolve_quality(load_config(args.config, args.overrides), args)
     validate_world(config, launcher_number("WORLD_SIZE", 1))
-    if args.compare_uncached and config.cache.policy == "none" and not wish.automatic:
+    if args.compare_uncached and config.cache.policy == "none" and not preset.automatic:
         raise UserError("--compare-uncached has no effect with cache.policy none: name a policy, or leave it away")
-    run_generate(config, wish, args)
+    run_generate(config, preset, args)
 
 
-def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
+def run_generate(config: Config, preset: QualityPreset, args: argparse.Namespace) -> None:
     """Generate on all ranks and write the results on rank 0.
 
     Raises UserError, on every rank alike and before weights are read, for what is wrong with checkpoint, labels or
@@ -73,7 +73,7 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
             lambda: _open_folder(args) if mesh.rank == 0 else None,
         )
         try:
-            _generate_into(folder, config, wish, mesh, args)
+            _generate_into(folder, config, preset, mesh, args)
         except BaseException:
             if folder is not None:
                 folder.abandon()
@@ -86,13 +86,13 @@ def run_generate(config: Config, wish: Wish, args: argparse.Namespace) -> None:
 
 
 def _generate_into(
-    folder: "OutputFolder | None", config: Config, wish: Wish, mesh: "Mesh", args: argparse.Namespace
+    folder: "OutputFolder | None", config: Config, preset: QualityPreset, mesh: "Mesh", args: argparse.Namespace
 ) -> None:
     from moeca_dist.runtime.engine import Engine
     from moeca_dist.sampling.latent_decoder import HOW_TO_GET_PIXELS
     from moeca_dist.types import Request
 
-    engine = wish.granted(Engine.from_config(config, mesh=mesh))
+    engine = preset.apply(Engine.from_config(config, mesh=mesh))
     classes = [label for part in args.labels or [range(engine.model.spec.num_classes)] for label in part]
     requests = [Request(index, classes[index % len(classes)], args.seed) for index in range(args.num_images)]
     uncached = None

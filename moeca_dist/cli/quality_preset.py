@@ -1,4 +1,4 @@
-"""``--quality`` and ``--target-psnr``: from a wish to a tuned file, or to a calibration at the start of the run."""
+"""``--quality`` and ``--target-psnr``: from the option to a tuned file, or to a calibration at the start of the run."""
 
 import argparse
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What was asked for; ``automatic`` where no tuned file answers it."""
+class QualityPreset:
+    """The quality that was asked for; ``automatic`` if no tuned file has it."""
 
     quality: QualityName | None
     target_psnr_db: float | None
     automatic: bool
 
-    def granted(self, engine: "Engine") -> "Engine":
-        """The engine to generate with. A collective of the world where the wish is automatic."""
+    def apply(self, engine: "Engine") -> "Engine":
+        """Return the engine to generate with. A collective of the world if the preset is automatic."""
         if not self.automatic:
             return engine
         from moeca_dist.tuning.automatic import automatic
@@ -31,23 +31,24 @@ class Wish:
 
 
 def add_quality_arguments(parser: Parser) -> None:
-    wish = parser.add_mutually_exclusive_group()
-    wish.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--quality", choices=QUALITY_NAMES, help="the tuned cache of that name; calibrated first where there is none"
     )
-    wish.add_argument(
+    group.add_argument(
         "--target-psnr", type=decibels, metavar="DB",
         help="the fastest tuned cache that gives so much to 95%% of the images; calibrated first where there is none",
     )  # fmt: skip
 
 
-def with_wish(config: Config, args: argparse.Namespace) -> tuple[Config, Wish]:
-    """``config`` with the cache of the tuned file that the wish stands for, if there is one.
+def resolve_quality(config: Config, args: argparse.Namespace) -> tuple[Config, QualityPreset]:
+    """Return ``config`` with the cache of the tuned file that the options name, and the preset.
 
-    Raises UserError for a cache that is set besides, and for a target that no tuned file reaches.
+    ``config`` is returned as given if there is no such file. Raises UserError for a cache that is set besides, and for
+    a target that no tuned file reaches.
     """
     if args.quality is None and args.target_psnr is None:
-        return config, Wish(None, None, automatic=False)
+        return config, QualityPreset(None, None, automatic=False)
     option = "--quality" if args.quality is not None else "--target-psnr"
     if stray := [override for override in args.overrides if override.partition("=")[0].split(".")[0] == "cache"]:
         raise UserError(f"--set {stray[0]} has no effect with {option}, which chooses the cache: keep one of them")
@@ -61,7 +62,7 @@ def with_wish(config: Config, args: argparse.Namespace) -> tuple[Config, Wish]:
         path = _fastest(files, args.target_psnr)
     if path is not None:
         config = config.model_copy(update={"cache": load_config(path).cache})
-    return config, Wish(args.quality, args.target_psnr, automatic=path is None)
+    return config, QualityPreset(args.quality, args.target_psnr, automatic=path is None)
 
 
 def _fastest(files: dict[QualityName, Path], target_psnr_db: float) -> Path:

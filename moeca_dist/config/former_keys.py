@@ -8,15 +8,13 @@ from types import MappingProxyType
 
 REMOVED_KEYS: Mapping[str, str] = MappingProxyType(
     {
-        # section.key: what to do instead
         "model.compile": "remove it; on a CPU try the malloc variables of docs/running.md",
-        "model.compile": "remove it; the malloc variables of docs/running.md bring more on a CPU",
         "cache.late_refresh": "remove it; every refreshed branch is served in the step that computes it",
         "parallel.exchange": "remove it; the exact exchange is the only one",
         "parallel.budget": "remove it; a cache step computes what its policy refreshes",
         "parallel.budget_groups": "remove it; a cache step computes what its policy refreshes",
         "parallel.budget_fill": "remove it; a cache step computes what its policy refreshes",
-        "parallel.two_batch_overlap": "remove it; on slow links parallel.rows=int8 wins more",
+        "parallel.two_batch_overlap": "remove it; on slow links parallel.row_dtype=int8 wins more",
         "cache.extra_entries": "remove it; a token has as many stored branches as routed experts",
         "cache.schedule": "remove it, or state cache.full_steps",
         "cache.tau0": "state cache.refresh_ratio, from which the threshold follows",
@@ -37,12 +35,8 @@ RENAMED_KEYS: Mapping[str, str] = MappingProxyType(
 )
 REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
-        ("parallel.exchange", "planned"): "remove it, the ranks agree in every layer on what travels",
         ("parallel.row_dtype", "fp8"): "use int8, which loses 8 to 14 dB less at the same bytes",
-        # (section.key, value): what to do instead
         ("cache.dtype", "float16"): "use bfloat16, which takes as much memory",
-        ("parallel.rows", "fp8"): "take int8, which is as small and nearer to the exact rows",
-        # (section.key, value): what to do instead
     }
 )
 

@@ -1,1 +1,1 @@
-"""How good samples are: against the exact ones of the same noise, and as a set against another set."""
+"""Measures of samples: against the exact ones of the same noise, and as a set against another set."""

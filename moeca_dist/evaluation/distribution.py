@@ -1,9 +1,9 @@
 """Distances between two sets of features, and scores of one set of class probabilities.
 
-Everything reads features chunk by chunk; precision and recall compare all pairs, block by block.
+Features are read chunk by chunk. Precision and recall compare all pairs, block by block.
 
-Shape suffixes: N samples of the first set, M of the second, F features, K classes, B a block of
-samples, R rows of a factor.
+Shape suffixes: N samples of the first set, M of the second, F features, K classes, B a block of samples, R rows of a
+factor.
 """
 
 from collections.abc import Iterator
@@ -25,10 +25,10 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Fitted to features: its mean [F], and a factor [R, F] whose product with itself is the covariance, float64.
+    """A Gaussian fitted to features: its mean [F] and a factor [R, F] of its covariance, both float64.
 
-    With fewer samples than features the factor is the centred samples themselves, R = N, and nothing of size F x F is
-    needed.
+    The product of the factor with itself is the covariance. With fewer samples than features the factor is the centred
+    samples themselves, R = N. So nothing of size F x F is needed.
     """
 
     mean_F: NDArray[np.float64]
@@ -36,9 +36,12 @@ class Gaussian:
 
     @classmethod
     def fit(cls, features_NF: Array, times_N: NDArray[np.integer] | None = None) -> "Gaussian":
-        """To features [N, F], each counted ``times_N`` times (once unless given); ValueError for fewer than two.
+        """Fit a Gaussian to features [N, F], with the unbiased covariance.
 
-        The covariance is the unbiased one.
+        Raises ValueError for fewer than two samples.
+
+        Args:
+            times_N: how often each sample counts (once by default).
         """
         times_N = np.ones(len(features_NF), dtype=np.int64) if times_N is None else times_N
         count = int(times_N.sum())
@@ -69,10 +72,10 @@ def _chunks(features_NF: Array, origin_F: NDArray[np.float64]) -> Iterator[tuple
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians: FID and sFID (Heusel et al. 2017, section 2).
+    """Return the squared Frechet distance of two Gaussians: FID and sFID (Heusel et al. 2017, section 2).
 
-    The trace of (AB)^(1/2) for A = R'R and B = S'S is the sum of the singular values of RS', which unlike the
-    eigenvalues of AB are exact to rounding where the covariances are singular.
+    The trace of (AB)^(1/2) for A = R'R and B = S'S is the sum of the singular values of RS'. They are exact to rounding
+    even if the covariances are singular, unlike the eigenvalues of AB.
     """
     apart_F = first.mean_F - second.mean_F
     cross_R = scipy.linalg.svdvals(first.factor_RF @ second.factor_RF.T)
@@ -83,10 +86,11 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 def inception_score(
     probabilities_NK: Array, times_N: NDArray[np.integer] | None = None, certainty_N: Array | None = None
 ) -> float:
-    """Mean over splits of 5,000 images of exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, section 4).
+    """Return the mean over splits of 5,000 images of exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, section 4).
 
-    ``times_N``: how often each image counts, once unless given. ``certainty_N``: ``negative_entropy`` of the same
-    probabilities, for callers that ask more than once.
+    Args:
+        times_N: how often each image counts (once by default).
+        certainty_N: ``negative_entropy`` of the same probabilities, for callers that ask more than once.
     """
     if certainty_N is None:
         certainty_N = negative_entropy(probabilities_NK)
@@ -104,7 +108,7 @@ def inception_score(
 
 
 def negative_entropy(probabilities_NK: Array) -> NDArray[np.float64]:
-    """Sum over classes of p log p, float64 [N]; nought where p is nought."""
+    """Return the sum over classes of p log p, float64 [N]. A term is 0 if p is 0."""
     certainty_N = np.empty(len(probabilities_NK))
     for start in range(0, len(probabilities_NK), _CHUNK):
         p_BK = probabilities_NK[start : start + _CHUNK].astype(np.float64)
@@ -113,7 +117,10 @@ def negative_entropy(probabilities_NK: Array) -> NDArray[np.float64]:
 
 
 def radii(features_NF: Array, *, workers: int = 1) -> NDArray[np.float64]:
-    """Distance of each sample to its third nearest neighbour within the set; at least four samples."""
+    """Return the distance of each sample to its third nearest neighbour within the set.
+
+    Raises ValueError for fewer than four samples.
+    """
     if len(features_NF) <= NEIGHBOURS:
         raise ValueError(f"{len(features_NF)} samples have no neighbour number {NEIGHBOURS}")
     blocks = pairwise_distances_chunked(
@@ -127,9 +134,9 @@ def radii(features_NF: Array, *, workers: int = 1) -> NDArray[np.float64]:
 
 
 def inside(features_NF: Array, other_MF: Array, radii_M: NDArray[np.float64], *, workers: int = 1) -> NDArray[np.bool_]:
-    """Which samples lie in the manifold of the other set: in the ball of any of its samples; bool [N].
+    """Return which samples lie in the manifold of the other set, that is in the ball of any of its samples: bool [N].
 
-    The mean is precision for generated samples in the manifold of real ones, and recall the other way round
+    The mean is precision for generated samples in the manifold of real ones. It is recall the other way round
     (Kynkaanniemi et al. 2019, equations 1 and 2).
     """
     largest = max(_largest_norm(features_NF), _largest_norm(other_MF))

@@ -1,4 +1,4 @@
-"""Measures a set of images against another: ``evaluate`` is the library's entry, ``moeca evaluate`` the command's.
+"""Evaluation of a set of images against another: ``evaluate`` is the library's entry, ``moeca evaluate`` the command.
 
 Shape suffixes: N images, M references, F features, K classes.
 """
@@ -42,10 +42,12 @@ Values = dict[str, NDArray[np.float64]]
 
 
 def evaluate(settings: Settings, *, progress: bool = False) -> Evaluation:
-    """All figures that ``settings`` ask for. They do not depend on the number of workers.
+    """Compute all figures that ``settings`` ask for. They do not depend on the number of workers.
 
-    Images are read a few at a time; features wait in temporary files (4 bytes per value: 20 KB per image and set with
-    the Inception network). Raises UserError, before images are read, for what cannot be measured as asked.
+    Images are read a few at a time. Features wait in temporary files (4 bytes per value: 20 KB per image and set with
+    the Inception network).
+
+    Raises UserError, before images are read, for a request that cannot be measured.
     """
     plan = make_plan(settings)
     if settings.lpips is not None:

@@ -1,4 +1,4 @@
-"""Feature networks: what distances between sets of images are measured in.
+"""Feature networks, in whose features distances between sets of images are measured.
 
 Shape suffixes: N images, H and W pixels, C channels, F features.
 """
@@ -18,19 +18,22 @@ POOLED, SPATIAL, PROBABILITIES = "pooled", "spatial", "probabilities"
 
 
 class FeatureNetwork(Protocol):
-    """``widths``: the number of values per image of each of the layers pooled, spatial and probabilities."""
+    """A network with three layers of features: pooled, spatial and probabilities.
+
+    ``widths`` holds the number of values per image of each layer.
+    """
 
     @property
     def widths(self) -> Mapping[str, int]: ...
 
     def features(self, images_NHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
-        """uint8 images to float32 [N, F] of every layer."""
+        """Compute float32 [N, F] of every layer from uint8 images."""
 
 
 def open_network(name: str, device: str, shape_HWC: tuple[int, int, int]) -> FeatureNetwork:
-    """The demo's own network (``digits``) or the Inception network in the file ``name``.
+    """Open the demo's own network (``digits``) or the Inception network in the file ``name``.
 
-    Raises UserError where the file is none, or where the network does not take images [H, W, C].
+    Raises UserError if the file is of another kind, or if the network does not take images [H, W, C].
     """
     if name != DIGITS:
         inception: Inception = load_inception(name, device)

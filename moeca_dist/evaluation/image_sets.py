@@ -26,17 +26,18 @@ _BLOCK_BYTES = 2**22
 
 class Reader(Protocol):
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Images start..stop-1 as uint8 [N, H, W, C]; UserError where the file turns out to be damaged."""
+        """Return images start..stop-1 as uint8 [N, H, W, C]. Raises UserError if the file turns out to be damaged."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is known of a set before its images are read.
+    """A description of a set before its images are read.
 
-    ``shape_HWC`` and ``num_images`` describe the images; there may be none beside ``statistics``, the mean and
-    covariance that ADM's reference files keep of the features of a whole data set (``mu``, ``sigma`` of the pooled
-    features, ``mu_s``, ``sigma_s`` of the spatial ones). ``requests``: which images they are, as ``report.json``
-    states it. ``names``: of the pictures in a folder.
+    - ``num_images`` and ``shape_HWC`` describe the images. A set with ``statistics`` may have no images.
+    - ``statistics``: the mean and covariance that ADM's reference files keep of the features of a whole data set.
+      ``mu`` and ``sigma`` are those of the pooled features, ``mu_s`` and ``sigma_s`` those of the spatial ones.
+    - ``requests``: a description of the images from ``report.json``.
+    - ``names``: names of the pictures in a folder.
     """
 
     path: Path
@@ -49,7 +50,7 @@ class ImageSet:
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
-        """Access to the images; every process opens its own."""
+        """Open the images for reading. Every process opens them on its own."""
         if self.kind == "digits":
             yield _InMemory(real_digits())
         elif self.kind == "folder":
@@ -67,11 +68,16 @@ class ImageSet:
 
 
 def find_images(path: Path) -> ImageSet:
-    """Look at ``path`` without reading the images.
+    """Describe the images at ``path`` without reading them.
 
-    An output folder of ``moeca generate`` (or its ``uncached`` part) with ``samples.npz`` or ``images/``, an npz file
-    with ``arr_0`` (uint8 [N, H, W, C]), a folder of pictures of one size, or ``real-digits``. Raises UserError for
-    anything else.
+    The path is one of these:
+
+    - an output folder of ``moeca generate`` (or its ``uncached`` part) with ``samples.npz`` or ``images/``,
+    - an npz file with ``arr_0`` (uint8 [N, H, W, C]),
+    - a folder of pictures of one size,
+    - ``real-digits``.
+
+    Raises UserError for anything else.
     """
     if str(path) == REAL_DIGITS and not path.exists():
         images_NHWC = real_digits()
@@ -166,7 +172,10 @@ class _Npz:
 
 
 def read_statistics(images: ImageSet, mean: str, covariance: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean [F] and covariance [F, F] of a reference file; UserError where their shapes do not fit together."""
+    """Read the mean [F] and covariance [F, F] of a reference file.
+
+    Raises UserError if their shapes do not fit together.
+    """
     with np.load(images.path, allow_pickle=False) as archive:
         mean_F, covariance_FF = archive[mean].astype(np.float64), archive[covariance].astype(np.float64)
     if mean_F.ndim != 1 or covariance_FF.shape != (len(mean_F), len(mean_F)):

@@ -1,9 +1,9 @@
-"""The Inception network that published FID, sFID and Inception Scores are measured with, from a local file.
+"""The Inception network with which FID, sFID and Inception Scores are published, from a local file.
 
-Two layouts are read: the TorchScript file that StyleGAN's metrics use (``inception-2015-12-05.pt``), and the weights
-that pytorch-fid and torch-fidelity use (``pt_inception-2015-12-05-6726825d.pth``), for which torch-fidelity builds the
-network. Both resize as TensorFlow 1 does (bilinear without anti-aliasing) and scale pixels as (x - 128) / 128; nothing
-else about the images may be changed, or figures cannot be compared with published ones.
+Two layouts are read. One is the TorchScript file of StyleGAN's metrics (``inception-2015-12-05.pt``). The other is the
+weights of pytorch-fid and torch-fidelity (``pt_inception-2015-12-05-6726825d.pth``), for which torch-fidelity builds
+the network. Both resize as TensorFlow 1 does (bilinear without anti-aliasing) and scale pixels as (x - 128) / 128.
+Nothing else about the images may be changed: otherwise figures cannot be compared with published ones.
 
 Shape suffixes: N images, C channels, H and W pixels.
 """
@@ -29,9 +29,10 @@ _SELF_CHECK_TOLERANCE = 1e-3
 
 
 class Inception(ABC):
-    """Pooled features (2048), spatial features (7 channels of mixed_6/conv, 2023 values) and class probabilities.
+    """The network with pooled features (2048), spatial features and class probabilities.
 
-    Probabilities leave out the bias of the last layer, as the field's Inception Score does.
+    The spatial features are 7 channels of mixed_6/conv (2023 values). Probabilities leave out the bias of the last
+    layer, as the field's Inception Score does.
     """
 
     def __init__(self, device: str, num_classes: int) -> None:
@@ -44,7 +45,7 @@ class Inception(ABC):
 
     @torch.inference_mode()
     def features(self, images_NHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
-        """uint8 images of any size, one channel or three, to float32 features [N, F]."""
+        """Compute float32 features [N, F] of uint8 images of any size, with one channel or three."""
         images_NCHW = torch.from_numpy(images_NHWC).to(self._device).permute(0, 3, 1, 2)
         pooled_NF, spatial_NCHW, logits_NK = self._forward(images_NCHW.expand(-1, 3, -1, -1))
         return {
@@ -64,7 +65,7 @@ def _values(features_NF: Tensor) -> NDArray[np.float32]:
 
 
 def load_inception(path: str, device: str) -> Inception:
-    """Raises UserError where there is no file, or where it is not one of the two layouts."""
+    """Load the network. Raises UserError if there is no file, or if it has neither of the two layouts."""
     if not Path(path).is_file():
         raise UserError(
             f"{path} does not exist: give a local Inception file (inception-2015-12-05.pt or "
@@ -115,7 +116,7 @@ class _Script(Inception):
 
 
 def tensorflow_resize(images_NCHW: Tensor) -> Tensor:
-    """To 299 x 299 as TensorFlow 1's bilinear resize: pixel i of the output is at i x scale of the input."""
+    """Resize to 299 x 299 as TensorFlow 1 does, bilinearly: pixel i of the output is at i x scale of the input."""
     height, width = images_NCHW.shape[2:]
     theta = torch.eye(2, 3, device=images_NCHW.device)
     # affine_grid puts pixel centres half a pixel in on either side; this moves them to the corner.

@@ -1,4 +1,4 @@
-"""How far a figure would move with other images: bootstrap over images (Efron & Tibshirani 1993, chapters 6 and 13).
+"""Confidence intervals of figures: bootstrap over images (Efron & Tibshirani 1993, chapters 6 and 13).
 
 Shape suffixes: N images, R resamples.
 """
@@ -16,7 +16,7 @@ _BATCH_VALUES = 2**22
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds of the 95% confidence interval."""
+    """The bounds of the 95% confidence interval."""
 
     low: float
     high: float
@@ -29,9 +29,12 @@ Statistic = Callable[..., NDArray[np.float64]]
 def percentile_interval(
     values: Sequence[NDArray[np.float64]], statistic: Statistic, *, resamples: int, seed: int
 ) -> Interval | None:
-    """Of a statistic of one or several values per image, each float64 [N]; None for fewer than two images.
+    """Return the interval of a statistic, or None for fewer than two images.
 
     The images are drawn, so all values of one image stay together.
+
+    Args:
+        values: one or several values per image, each float64 [N].
     """
     num_images = len(values[0])
     if num_images < 2 or not resamples:
@@ -54,10 +57,13 @@ def percentile_interval(
 
 
 def standard_error_interval(value: float, found_R: Sequence[float], floor: float) -> Interval | None:
-    """The figure plus and minus 1.96 standard errors of its resamples, not below ``floor``; None without resamples.
+    """Return the figure plus and minus 1.96 standard errors of its resamples, or None without resamples.
 
-    For Frechet distances and Inception Scores: their bias depends on the number of different images, of which a
-    resample has fewer, so that percentiles of resamples would lie to one side of the figure.
+    This is for Frechet distances and Inception Scores. Their bias depends on the number of different images, of which a
+    resample has fewer. So percentiles of resamples would lie to one side of the figure.
+
+    Args:
+        floor: smallest lower bound.
     """
     if len(found_R) < 2:
         return None
@@ -66,7 +72,7 @@ def standard_error_interval(value: float, found_R: Sequence[float], floor: float
 
 
 def draws(num_images: int, resample: int, seed: int, stream: int = 0) -> NDArray[np.int64]:
-    """How often each image is in a resample, int64 [N]; the same in whichever process it is drawn.
+    """Return how often each image is in a resample, int64 [N]. The result is the same in every process.
 
     Sets of the same ``stream`` and size are drawn alike, as pairs are.
     """

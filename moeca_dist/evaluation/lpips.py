@@ -23,12 +23,19 @@ _TELLING = {
 
 
 class Perceptual:
-    """Distance of image pairs; the calibrated layer weights come with the package, the network is given."""
+    """The LPIPS distance of image pairs.
+
+    The calibrated layer weights come with the package. The network's weights come from the file.
+    """
 
     def __init__(self, path: str, device: str) -> None:
-        """``path``: torchvision's ``alexnet``, ``vgg16`` or ``squeezenet1_1`` state dict; which one shows in its keys.
+        """Load the network.
 
-        Raises UserError for a missing package or file, and a file that is something else.
+        Args:
+            path: torchvision's state dict of ``alexnet``, ``vgg16`` or ``squeezenet1_1``. Its keys tell which one it
+                is.
+
+        Raises UserError for a missing package or file, and for a file of another kind.
         """
         weights = _read(path)
         try:
@@ -48,7 +55,7 @@ class Perceptual:
         self._model.to(device).requires_grad_(False)
 
     def check_size(self, shape_HWC: tuple[int, int, int]) -> None:
-        """UserError for images that are too small for the network's pooling."""
+        """Raise UserError for images that are too small for the network's pooling."""
         least, side = SMALLEST_SIDE[self.name], min(shape_HWC[:2])
         if side < least:
             raise UserError(
@@ -57,7 +64,7 @@ class Perceptual:
 
     @torch.inference_mode()
     def distance(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-        """Images in [0, 1], one channel or three, to float64 [N]."""
+        """Compute the distance of each pair, float64 [N]. Images are in [0, 1], with one channel or three."""
         first, second = (
             (images.expand(-1, 3, -1, -1) * 2 - 1).float().to(self._device) for images in (images_NCHW, reference_NCHW)
         )

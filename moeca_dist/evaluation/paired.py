@@ -1,7 +1,7 @@
-"""Paired quality: how close samples are to the exact ones of the same noise.
+"""Paired quality: the distance of samples from the exact ones of the same noise.
 
-All metrics are on images in [0, 1]. Compare float samples where there are any: rounding to grey levels adds an
-error of its own.
+All metrics are on images in [0, 1]. Compare float samples if there are any: rounding to grey levels adds an error of
+its own.
 
 Shape suffixes: N images, C channels, H and W pixels, K window side.
 """
@@ -22,10 +22,12 @@ _K1, _K2 = 0.01, 0.03
 
 
 def unit_images(samples: Tensor | NDArray[np.generic]) -> Tensor:
-    """Samples as float64 images [N, C, H, W] in [0, 1].
+    """Convert samples to float64 images [N, C, H, W] in [0, 1]. Values outside are clamped, as they are for display.
 
-    ``samples``: uint8 [N, H, W, C] as in ``samples.npz``, or float [N, C, H, W] in [-1, 1] as solvers give them; values
-    outside are clamped, as they are for display. Raises ValueError for other shapes and types.
+    Args:
+        samples: uint8 [N, H, W, C] as in ``samples.npz``, or float [N, C, H, W] in [-1, 1] as solvers return them.
+
+    Raises ValueError for other shapes and types.
     """
     images = torch.as_tensor(samples)
     if images.ndim != 4:
@@ -38,22 +40,23 @@ def unit_images(samples: Tensor | NDArray[np.generic]) -> Tensor:
 
 
 def squared_error(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-    """Mean squared error of each image, float64 [N]."""
+    """Return the mean squared error of each image, float64 [N]."""
     _check_pair(images_NCHW, reference_NCHW)
     return (images_NCHW.double() - reference_NCHW.double()).square().flatten(1).mean(1)
 
 
 def psnr_db(squared_error_N: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio for a peak of 1, ``-10 log10(MSE)``, at most ``MAX_PSNR_DB``."""
+    """Return the peak signal-to-noise ratio for a peak of 1, ``-10 log10(MSE)``, at most ``MAX_PSNR_DB``."""
     return -10 * squared_error_N.double().clamp(min=10 ** (-MAX_PSNR_DB / 10)).log10()
 
 
 def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-    """Structural similarity of each image, float64 [N]: the mean of its SSIM map over positions and channels.
+    """Return the structural similarity of each image, float64 [N]: the mean of its SSIM map over positions and
+    channels.
 
-    Wang, Bovik, Sheikh & Simoncelli 2004, section III.B and C: 11 x 11 Gaussian window with sigma 1.5 and sum 1, K1 =
-    0.01, K2 = 0.03, dynamic range 1, at the positions where the window fits into the image. Images with a side below
-    11 pixels get the largest odd window that fits, with the same sigma.
+    The map follows Wang, Bovik, Sheikh & Simoncelli 2004, section III.B and C. The window is an 11 x 11 Gaussian with
+    sigma 1.5 and sum 1, with K1 = 0.01, K2 = 0.03 and dynamic range 1. Only positions count at which the window fits
+    into the image. Images with a side below 11 pixels get the largest odd window that fits, with the same sigma.
     """
     _check_pair(images_NCHW, reference_NCHW)
     x_NHW, y_NHW = (images.double().flatten(0, 1)[:, None] for images in (images_NCHW, reference_NCHW))
@@ -77,10 +80,13 @@ def gaussian_window(shortest_side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Quality:
-    """``psnr_db``: mean over images of each image's PSNR; ``pooled_psnr_db``: PSNR of the mean squared error of all.
+    """Paired figures of a set of images.
 
-    ``rel_l2``: norm of the difference over norm of the reference, all images together (infinite only where the
-    reference is black throughout and the images are not). ``ssim``: mean over images.
+    - ``psnr_db``: mean over images of each image's PSNR.
+    - ``pooled_psnr_db``: PSNR of the mean squared error of all images.
+    - ``rel_l2``: norm of the difference over norm of the reference, all images together. It is infinite only if the
+      reference is black throughout and the images are not.
+    - ``ssim``: mean over images.
     """
 
     num_images: int
@@ -91,14 +97,17 @@ class Quality:
 
 
 class PairedQuality:
-    """Adds up paired metrics batch by batch; never holds images."""
+    """The sums of paired metrics, added batch by batch. Images are never held."""
 
     def __init__(self) -> None:
         self._num_images = 0
         self._psnr_db = self._ssim = self._squared_error = self._error_energy = self._energy = 0.0
 
     def add(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> None:
-        """Compare a batch of images in [0, 1] with the references of the same noise; ValueError if shapes differ."""
+        """Compare a batch of images in [0, 1] with the references of the same noise.
+
+        Raises ValueError if shapes differ.
+        """
         squared_error_N = squared_error(images_NCHW, reference_NCHW)
         self._num_images += len(squared_error_N)
         self._psnr_db += float(psnr_db(squared_error_N).sum())
@@ -108,7 +117,7 @@ class PairedQuality:
         self._energy += float(reference_NCHW.double().square().sum())
 
     def result(self) -> Quality:
-        """The figures over everything added; ValueError if that is nothing."""
+        """Return the figures over all added images. Raises ValueError if there are none."""
         if self._num_images == 0:
             raise ValueError("no images were compared: add at least one pair")
         count = self._num_images

@@ -1,4 +1,4 @@
-"""Passes over the images: what one process does with its share of them.
+"""Passes over the images: the work of one process on its share of them.
 
 Shape suffixes: N images, B images of one chunk, C channels, H and W pixels, F features.
 """
@@ -35,7 +35,7 @@ class Chunk:
 
 
 def chunks(of: Pass, images: ImageSet) -> list[Chunk]:
-    """The whole set in pieces small enough to hold."""
+    """Split the whole set into pieces small enough to hold."""
     assert images.shape_HWC is not None
     step = min(_MOST_IMAGES, max(1, _READ_VALUES // int(np.prod(images.shape_HWC))))
     return [Chunk(of, start, min(start + step, images.num_images)) for start in range(0, images.num_images, step)]
@@ -43,7 +43,7 @@ def chunks(of: Pass, images: ImageSet) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """float32 features [N, F] of one layer of a set, in a file that all processes write their rows into."""
+    """A file of float32 features [N, F] of one layer of a set. All processes write their rows into it."""
 
     path: Path
     layer: str
@@ -57,16 +57,15 @@ class FeatureFile:
         mapped[start : start + len(features_BF)] = features_BF
 
     def read(self) -> NDArray[np.float32]:
-        """Mapped, not loaded."""
+        """Return the features mapped from the file, not loaded."""
         return np.asanyarray(np.lib.format.open_memmap(self.path, mode="r"))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Reads images and measures them; called in every process with its share of the chunks.
+    """A function that reads images and measures them. Every process calls it with its share of the chunks.
 
-    Yields each chunk with what the ``paired`` metrics need of each image, see ``paired_values``. Features go into
-    ``files`` and yield no values.
+    It yields each chunk with the values of ``paired_values``. Features go into ``files`` and yield no values.
     """
 
     out: ImageSet
@@ -110,10 +109,11 @@ def paired_values(
     metrics: Set[str],
     perceptual: Perceptual | None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Values per image of uint8 pairs, float64 [B], worked on a few images at a time.
+    """Compute values per image of uint8 pairs, float64 [B], a few images at a time.
 
-    ``squared_error`` and ``energy`` (means over the image), ``ssim`` where it is among the metrics, and ``lpips`` where
-    there is a network for it.
+    Returns:
+        ``squared_error`` and ``energy`` (means over the image), ``ssim`` if it is among the metrics, and ``lpips`` if
+            there is a network for it.
     """
     step = max(1, _PAIRED_VALUES // int(np.prod(images_BHWC.shape[1:])))
     found: dict[str, list[NDArray[np.float64]]] = {}
@@ -134,10 +134,10 @@ def paired_values(
 
 @dataclass(frozen=True)
 class FrechetResamples:
-    """Frechet distances between resamples of two sets; called in every process with its (metric, resample) pairs.
+    """A function that computes Frechet distances between resamples of two sets.
 
-    ``sides``: the features of OUT and REF for each metric. A reference that is given as a Gaussian stays as it is.
-    Pairs are drawn together.
+    Every process calls it with its (metric, resample) pairs. Pairs of images are drawn together. ``sides`` holds the
+    features of OUT and REF for each metric. A reference that is a Gaussian is not resampled.
     """
 
     sides: Mapping[str, tuple[FeatureFile, FeatureFile | Gaussian]]

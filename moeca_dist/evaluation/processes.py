@@ -1,4 +1,4 @@
-"""Work divided among processes: each takes a share, and its results come back as they are made."""
+"""Division of work among processes: each takes a share, and its results come back as they are made."""
 
 import multiprocessing
 import os
@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 def in_processes(
     work: Callable[[Sequence[Item]], Iterator[Result]], items: Sequence[Item], workers: int
 ) -> Iterator[Result]:
-    """Results of ``work`` over all items, in no particular order; with one worker in this process.
+    """Yield the results of ``work`` over all items, in no particular order. One worker runs in this process.
 
     ``work`` is called once in every process with its share and must be picklable. A UserError in a process is raised
-    here; RuntimeError if one fails or dies.
+    here. Raises RuntimeError if a process fails or dies.
     """
     workers = min(workers, len(items))
     if workers <= 1:

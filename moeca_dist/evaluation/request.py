@@ -1,4 +1,4 @@
-"""What is to be measured, and everything about it that can be refused before images are read."""
+"""The request of an evaluation, with all checks that are possible before images are read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +19,11 @@ STATISTICS = {"frechet": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 
 @dataclass(frozen=True)
 class Settings:
-    """``features``: ``digits`` or an Inception file. ``metrics``: names out of ``PAIRED`` and ``DISTRIBUTION``, or None
-    for all that can be measured. ``resamples``: of the bootstrap, 0 for no intervals.
+    """The settings of an evaluation.
+
+    - ``features``: ``digits`` or an Inception file.
+    - ``metrics``: names out of ``PAIRED`` and ``DISTRIBUTION``. None stands for all that can be measured.
+    - ``resamples``: resamples of the bootstrap, 0 for no intervals.
     """
 
     out: Path
@@ -50,13 +53,16 @@ class Plan:
         return not self.settings.unpaired
 
     def from_statistics(self, metric: str) -> bool:
-        """Whether the reference's side of a distance comes from a file instead of from images."""
+        """Return whether the reference's side of a distance comes from a file instead of from images."""
         # ADM's files keep the statistics of the whole data set beside a few of its images.
         return set(STATISTICS.get(metric, ("",))) <= self.reference.statistics
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Raises UserError for options that do not go together, and sets that cannot be compared as asked."""
+    """Check the settings and return the plan.
+
+    Raises UserError for options that contradict each other, and for sets that cannot be compared as asked.
+    """
     _check_options(settings)
     out, reference = find_images(settings.out), find_images(settings.reference)
     if out.shape_HWC is None:

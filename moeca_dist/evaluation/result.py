@@ -17,7 +17,7 @@ from moeca_dist.version import __version__
 
 @dataclass(frozen=True)
 class Figure:
-    """``interval`` is None where there are too few images, or no resamples were asked for."""
+    """A value with its interval. ``interval`` is None with too few images, or without resamples."""
 
     value: float
     interval: Interval | None
@@ -40,13 +40,13 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was compared and what came out."""
+    """The plan of an evaluation and its figures."""
 
     plan: Plan
     figures: Mapping[str, Figure]
 
     def table(self) -> str:
-        """For people: one line per figure, with its 95% interval."""
+        """Return a table for people: one line per figure, with its 95% interval."""
         plan = self.plan
         lines = [f"images     {plan.out.describe()}", f"reference  {plan.reference.describe()}"]
         if plan.settings.features is not None:
@@ -63,7 +63,7 @@ class Evaluation:
         return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``evaluation.json`` holds; figures that are infinite are null there, as JSON has no infinity."""
+        """Return the content of ``evaluation.json``. Infinite figures are null, because JSON has no infinity."""
         plan, settings = self.plan, self.plan.settings
         return {
             "version": __version__,
@@ -82,7 +82,7 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """Replace ``path`` as a whole; UserError where it cannot be written."""
+        """Replace ``path`` as a whole. Raises UserError if it cannot be written."""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         try:
             with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:

@@ -14,20 +14,20 @@ ROTARY_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """fp32 cosines and sines [T, H] of every token position, for all heads alike."""
+    """Cosines and sines [T, H] of every token position in fp32, the same for all heads."""
 
     cos_TH: Tensor
     sin_TH: Tensor
 
     def at(self, position_N: Tensor) -> "RotaryTable":
-        """The table of some tokens, as rows of their own."""
+        """Return the table of the tokens ``position_N``, one row for each."""
         return RotaryTable(self.cos_TH.index_select(0, position_N), self.sin_TH.index_select(0, position_N))
 
 
 def rotary_table(rows: int, columns: int, head_dim: int, device: torch.device) -> RotaryTable:
-    """2-D RoPE: the first half of each head rotates with the row, the second with the column.
+    """Return the table of 2-D RoPE: the first half of each head rotates with the row, the second with the column.
 
-    Within a half the H/4 angles theta_i = base^(-i / (H/4)) stand twice, [f, f].
+    Each half holds the H/4 angles theta_i = base^(-i / (H/4)) twice, as [f, f].
     """
     quarter = head_dim // 4
     frequencies = ROTARY_BASE ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
@@ -54,23 +54,23 @@ class Attention(nn.Module):
     num_heads: int
 
     def project(self, x_BTD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, N, T, H] as they meet in attention: normed and rotated."""
+        """Return queries, keys and values [B, N, T, H] as attention takes them: normed and rotated."""
         raise NotImplementedError
 
     def output(self, mixed_BTD: Tensor) -> Tensor:
-        """The output projection."""
+        """Apply the output projection."""
         raise NotImplementedError
 
     def forward(self, x_BTD: Tensor, rotary: RotaryTable | None) -> Tensor:
         return self.attend(*self.project(x_BTD, rotary))
 
     def attend(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
-        """[B, T, D] from what ``project`` gave."""
+        """Return [B, T, D] from the results of ``project``."""
         return self.output(merge_heads(mix(q_BNTH, k_BNTH, v_BNTH)))
 
 
 class SelfAttention(Attention):
-    """Fused ``qkv`` and ``proj`` with biases (DSMoE; DiT-MoE S and B)."""
+    """Attention with fused ``qkv`` and ``proj``, both with biases (DSMoE, and DiT-MoE S and B)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class SelfAttention(Attention):
 
 
 class NormedSelfAttention(Attention):
-    """``Wqkv`` and ``out_proj``, with affine LayerNorms on q and k (DiT-MoE XL and G)."""
+    """Attention with ``Wqkv`` and ``out_proj``, and affine LayerNorms on q and k (DiT-MoE XL and G)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -114,17 +114,17 @@ class NormedSelfAttention(Attention):
 
 
 def mix(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
-    """Softmax attention; there may be fewer queries than keys."""
+    """Compute softmax attention. There may be fewer queries than keys."""
     return F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH)
 
 
 def split_heads(qkv_BTX: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, 3 * D], laid out as (3, heads, head size), -> three of [B, N, T, H]."""
+    """Split [B, T, 3 * D], laid out as (3, heads, head size), into three of [B, N, T, H]."""
     batch, tokens, width = qkv_BTX.shape
     qkv = qkv_BTX.reshape(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     return qkv[0], qkv[1], qkv[2]
 
 
 def merge_heads(x_BNTH: Tensor) -> Tensor:
-    """[B, N, T, H] -> [B, T, D]."""
+    """Merge [B, N, T, H] into [B, T, D]."""
     return x_BNTH.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""DiT-MoE: MoE in every block, softmax router, fixed sin-cos positions; two attention layouts."""
+"""DiT-MoE: MoE in every block, softmax router, fixed sin-cos positions, and two attention layouts."""
 
 from collections.abc import Iterable
 from types import MappingProxyType
@@ -34,7 +34,10 @@ class DiTMoE(DiffusionTransformer):
 
 
 def sincos_positions(rows: int, columns: int, hidden_size: int) -> Tensor:
-    """Fixed 2-D sin-cos table [rows * columns, D] in fp32; the first half encodes the column, the second the row."""
+    """Return the fixed 2-D sin-cos table [rows * columns, D] in fp32.
+
+    The first half of each row encodes the column, the second half the row of the image.
+    """
     quarter = hidden_size // 4
     frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row_T = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
@@ -88,7 +91,7 @@ PUBLISHED = MappingProxyType(
 
 
 def matches(keys: Iterable[str]) -> bool:
-    """Whether a checkpoint with these keys is of this family."""
+    """Return whether a checkpoint with these keys is of this family."""
     return any(key.startswith("blocks.") and ".moe.experts." in key for key in keys)
 
 
@@ -97,5 +100,5 @@ def experts_prefix(block: int) -> str:
 
 
 def expert_key(block: int, expert: int, projection: str) -> str:
-    """The published key of one expert's ``gate``, ``up`` or ``down`` projection."""
+    """Return the published key of one expert's ``gate``, ``up`` or ``down`` projection."""
     return f"blocks.{block}.moe.experts.{expert}.{projection}_proj.weight"

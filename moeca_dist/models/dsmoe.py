@@ -81,7 +81,7 @@ PUBLISHED = MappingProxyType(
 
 
 def matches(keys: Iterable[str]) -> bool:
-    """Whether a checkpoint with these keys is of this family."""
+    """Return whether a checkpoint with these keys is of this family."""
     return any(key.startswith("blocks.") and ".mlp.experts.blocks." in key for key in keys)
 
 
@@ -90,5 +90,5 @@ def experts_prefix(block: int) -> str:
 
 
 def expert_key(block: int, expert: int, projection: str) -> str:
-    """The published key of one expert's ``gate``, ``up`` or ``down`` projection."""
+    """Return the published key of one expert's ``gate``, ``up`` or ``down`` projection."""
     return f"blocks.{block}.mlp.experts.blocks.{expert}.{projection}_proj.weight"

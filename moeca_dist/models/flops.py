@@ -7,7 +7,7 @@ from moeca_dist.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOP of one image in one network evaluation, by part."""
+    """The FLOP of one image in one network evaluation, by part."""
 
     attention: int
     dense: int
@@ -20,7 +20,7 @@ class ForwardFlops:
 
     @property
     def blocks(self) -> int:
-        """What is saved where no block is computed."""
+        """Return the FLOP of all blocks, which are saved if no block is computed."""
         return self.attention + self.dense + self.routed + self.shared + self.router + self.modulation
 
     @property
@@ -29,7 +29,10 @@ class ForwardFlops:
 
 
 def forward_flops(spec: ModelSpec) -> ForwardFlops:
-    """FLOP of one image (``spec.num_tokens`` tokens) in one forward; ``embedding`` holds patches, adaLN and output."""
+    """Return the FLOP of one image (``spec.num_tokens`` tokens) in one forward pass.
+
+    ``embedding`` holds patches, adaLN and output.
+    """
     tokens, hidden, moe_layers = spec.num_tokens, spec.hidden_size, len(spec.moe_blocks)
     projections = 4 * tokens * hidden * hidden
     scores_and_values = 2 * tokens * tokens * hidden
@@ -48,5 +51,5 @@ def forward_flops(spec: ModelSpec) -> ForwardFlops:
 
 
 def signal_flops(spec: ModelSpec) -> int:
-    """FLOP of the first block's modulation for a time alone."""
+    """Return the FLOP of the first block's modulation for a time alone."""
     return 2 * ((256 + spec.hidden_size) * spec.hidden_size + 6 * spec.hidden_size**2)

@@ -1,4 +1,4 @@
-"""What a checkpoint's keys and shapes say about the network, and what has to be stated."""
+"""The spec of a network, inferred from a checkpoint's keys and shapes, and from stated options."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ LATENT_SIZE = 32  # 256 x 256 images behind an 8x VAE: what all published networ
 
 
 def dsmoe_spec(shapes: Shapes, options: Mapping[str, Any]) -> ModelSpec:
-    """Infer a DSMoE; heads, k and the gate scale come from the published size or from ``options``."""
+    """Infer a DSMoE. Heads, k and the gate scale come from the published size or from ``options``."""
     moe_blocks = _blocks_with(shapes, r"blocks\.(\d+)\.mlp\.experts\.blocks\.")
     first = f"blocks.{moe_blocks[0]}.mlp"
     dense = [i for i in range(_depth(shapes)) if f"blocks.{i}.mlp.fc1.weight" in shapes]
@@ -40,7 +40,7 @@ def dsmoe_spec(shapes: Shapes, options: Mapping[str, Any]) -> ModelSpec:
 
 
 def dit_moe_spec(shapes: Shapes, options: Mapping[str, Any]) -> ModelSpec:
-    """Infer a DiT-MoE; the head count comes from the norms' size, the published size or ``options``."""
+    """Infer a DiT-MoE. The head count comes from the norms' size, the published size or ``options``."""
     moe_blocks = _blocks_with(shapes, r"blocks\.(\d+)\.moe\.experts\.")
     first = f"blocks.{moe_blocks[0]}"
     norm = shapes.get(f"{first}.attn.q_norm.weight")

@@ -1,6 +1,7 @@
-"""The model families that can be loaded: one entry each.
+"""The model families that can be loaded, one entry each.
 
-A new family is one file (its blocks, published sizes and key names), one entry in ``FAMILIES`` and one numerics test.
+A new family is one file with its blocks, published sizes and key names. It also needs one entry in ``FAMILIES`` and one
+numerics test.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +20,10 @@ from moeca_dist.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Family:
-    """How to recognise, size, build and name the parts of one family.
+    """The functions that recognise, size, build and name the parts of one family.
 
-    ``infer(shapes, options)`` raises UserError naming the option that must be stated where shapes cannot tell.
+    ``infer(shapes, options)`` raises UserError if shapes cannot tell a hyper-parameter. The error names the option to
+    state.
     """
 
     name: str
@@ -52,12 +54,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def build_model(spec: ModelSpec) -> DiffusionTransformer:
-    """The network of ``spec`` on the current default device, parameters uninitialised."""
+    """Build the network of ``spec`` on the current default device, with uninitialised parameters."""
     return FAMILIES[spec.family].build(spec)
 
 
 def published_spec(name: str) -> ModelSpec:
-    """The spec of a published size such as ``DSMoE-S-E16``; UserError with the known names otherwise."""
+    """Return the spec of a published size such as ``DSMoE-S-E16``.
+
+    Raises UserError with the known names for any other name.
+    """
     sizes = {size: spec for family in FAMILIES.values() for size, spec in family.published.items()}
     for size, spec in sizes.items():
         if size.lower() == name.lower():
@@ -66,7 +71,10 @@ def published_spec(name: str) -> ModelSpec:
 
 
 def override(spec: ModelSpec, options: Mapping[str, Any]) -> ModelSpec:
-    """``spec`` with the stated options in place of what was found; UserError where they contradict each other."""
+    """Return ``spec`` with the stated options in place of the found ones.
+
+    Raises UserError if they contradict each other.
+    """
     try:
         return replace(spec, **options)
     except ValueError as error:
@@ -74,7 +82,7 @@ def override(spec: ModelSpec, options: Mapping[str, Any]) -> ModelSpec:
 
 
 def original_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every key of the published file of ``spec`` with its shape; experts one by one."""
+    """Return every key of the published file of ``spec`` with its shape. Experts are listed one by one."""
     family = FAMILIES[spec.family]
     with torch.device("meta"):
         state = family.build(spec).state_dict()
@@ -88,7 +96,10 @@ def original_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(spec: ModelSpec) -> tuple[int, int]:
-    """(total, active per token) parameters as the publications count them: position tables in, routing biases out."""
+    """Count the parameters as the publications do, and return (total, active per token).
+
+    Position tables are included, routing biases are not.
+    """
     with torch.device("meta"):
         state = build_model(spec).state_dict()
     total = sum(tensor.numel() for key, tensor in state.items() if not key.endswith("e_score_correction_bias"))

@@ -1,4 +1,4 @@
-"""What a network is: every hyper-parameter, fixed and validated once."""
+"""The hyper-parameters of a network, fixed and validated once."""
 
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TimeConvention(StrEnum):
-    """What the time input means and what the network predicts."""
+    """The meaning of the time input, and of the network's prediction."""
 
     FLOW_NOISE_TO_DATA = "flow_noise_to_data"  # t = 0 is noise, 1 is data; v = data - noise (DSMoE)
     FLOW_DATA_TO_NOISE = "flow_data_to_noise"  # t = 1 is noise, 0 is data; v = noise - data (DiT-MoE XL/G)
@@ -15,10 +15,10 @@ class TimeConvention(StrEnum):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Hyper-parameters of one DiT-MoE network; sizes in elements, images in (latent) pixels.
+    """Hyper-parameters of one DiT-MoE network. Sizes are in elements, images in (latent) pixels.
 
-    ``moe_blocks`` lists the block indices whose feed-forward is a MoE layer; the others are dense.
-    ``shared_width`` is the hidden width of the one always-on SwiGLU expert, 0 where there is none.
+    ``moe_blocks`` lists the block indices whose feed-forward is a MoE layer. The other blocks are dense.
+    ``shared_width`` is the hidden width of the one always-on SwiGLU expert, or 0 without such an expert.
     """
 
     family: str
@@ -68,21 +68,21 @@ class ModelSpec:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one image."""
+        """Return the number of tokens of one image."""
         return (self.input_size // self.patch_size) ** 2
 
     @property
     def null_label(self) -> int:
-        """The label of the unconditional half in classifier-free guidance."""
+        """Return the label of the unconditional half in classifier-free guidance."""
         return self.num_classes
 
     @property
     def is_latent(self) -> bool:
-        """Whether samples are VAE latents (4 channels) and not pixels."""
+        """Return whether samples are VAE latents (4 channels) and not pixels."""
         return self.in_channels == 4
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; ``ModelSpec.from_dict`` is its inverse."""
+        """Return a JSON-ready dict. ``ModelSpec.from_dict`` is its inverse."""
         return asdict(self) | {"moe_blocks": list(self.moe_blocks), "time_convention": self.time_convention.value}
 
     @classmethod

@@ -1,7 +1,6 @@
-"""Expert networks: DeepSpeed's grouped SwiGLU for routed experts, modules of other libraries, a plain shared expert.
+"""Expert networks: DeepSpeed's grouped SwiGLU for routed experts, modules of other libraries, and the shared expert.
 
-Shape suffixes: R rows (branches, grouped by expert), D hidden size, I expert width, L experts held
-here.
+Shape suffixes: R rows (branches, grouped by expert), D hidden size, I expert width, L experts held here.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
+    """The feed-forward ``down(silu(gate(x)) * up(x))``, without biases."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -26,7 +25,7 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of one rank: ``forward(rows_RD, rows_per_expert_L)`` gives each row's output [R, D].
+    """The routed experts of one rank: ``forward(rows_RD, rows_per_expert_L)`` returns each row's output [R, D].
 
     Rows of expert l follow those of l - 1. R may be 0, and so may any count.
     """
@@ -37,7 +36,7 @@ class Experts(nn.Module):
 
 
 class ExpertModules(Experts):
-    """One module [R, D] -> [R, D] for each expert, of any library, called one after the other."""
+    """Experts of any library, as one module [R, D] -> [R, D] for each. They are called one after the other."""
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -55,8 +54,8 @@ class ExpertModules(Experts):
 class RoutedExperts(GroupedExperts, Experts):
     """DeepSpeed's ``GroupedExperts``: w1 [L, I, D] gate, w3 [L, I, D] up, w2 [L, D, I] down.
 
-    The grouped GEMM serves CPU too: against a loop over experts it saves 2 to 10% where each gets few rows, as in a
-    cached step, and costs up to 4% where narrow experts get a hundred or more.
+    The grouped GEMM serves CPU too. It saves 2 to 10% against a loop over experts if each gets few rows, as in a cached
+    step. If narrow experts get a hundred rows or more, it costs up to 4%.
     """
 
     w1: Tensor

@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, and with what weight.
+"""Routers: they choose the experts of each token and their weights.
 
 Shape suffixes: T tokens, D hidden size, E experts, G groups of experts, K routed experts per token.
 """
@@ -11,11 +11,13 @@ from moeca_dist.types import Routing
 
 
 class Router(nn.Module):
-    """``forward(x_TD)`` gives a ``Routing``: the branches of every token, with their final gates."""
+    """The interface of routers: ``forward(x_TD)`` returns a ``Routing``, the branches of every token with their final
+    gates.
+    """
 
 
 class TopKRouter(Router):
-    """Scores of all experts, the choice of K among them for each token, and the gates of the chosen ones."""
+    """A router in three steps: the scores of all experts, the choice of K of them per token, and the gates of these."""
 
     def forward(self, x_TD: Tensor) -> Routing:
         scores_TE = self.scores(x_TD)
@@ -23,20 +25,20 @@ class TopKRouter(Router):
         return Routing.top_k(expert_ids_TK, self.gates(scores_TE, expert_ids_TK))
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        """Return [T, E]."""
+        """Return the scores of all experts, [T, E]."""
         raise NotImplementedError
 
     def choose(self, scores_TE: Tensor) -> Tensor:
-        """Return int64 [T, K]: ids of the experts with the highest scores."""
+        """Return the ids of the experts with the highest scores, int64 [T, K]."""
         raise NotImplementedError
 
     def gates(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """Return [T, K]: weights of distinct experts, normalised as the model does it over the chosen ones."""
+        """Return the weights [T, K] of distinct experts, normalised over the chosen experts as the model does."""
         raise NotImplementedError
 
 
 class SoftmaxRouter(TopKRouter):
-    """DiT-MoE: raw softmax probabilities of the top-k, not renormalised, in the activation dtype."""
+    """The router of DiT-MoE: softmax probabilities of the top k, not renormalised, in the activation dtype."""
 
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
         super().__init__()
@@ -54,9 +56,9 @@ class SoftmaxRouter(TopKRouter):
 
 
 class SigmoidRouter(TopKRouter):
-    """DSMoE (after DeepSeek-V3, arXiv 2412.19437, section 2.1.2): sigmoid scores, all in fp32.
+    """The router of DSMoE, with sigmoid scores, all in fp32 (after DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    The correction bias and the groups decide which experts are chosen; the weights are the scores *without* the bias,
+    The correction bias and the groups decide which experts are chosen. The weights are the scores *without* the bias,
     normalised over the chosen experts and scaled.
     """
 

@@ -1,4 +1,4 @@
-"""One outcome for all ranks: what fails for one of them is reported by all, and nobody waits for the rest."""
+"""One outcome for all ranks: an error on one rank is raised on all of them, so that no rank waits for the others."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +10,10 @@ T = TypeVar("T")
 
 
 def on_all_ranks(mesh: Mesh, work: Callable[[], T]) -> T:
-    """Run ``work`` on every rank; where it raises UserError on any, raise it on all, naming the rank if not rank 0."""
+    """Run ``work`` on every rank, and raise UserError on all ranks if it does so on any.
+
+    The message names the failing rank unless that is rank 0.
+    """
     result: T | None = None
     problem: UserError | None = None
     try:

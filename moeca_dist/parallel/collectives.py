@@ -1,7 +1,7 @@
-"""The only caller of collectives: rows between ranks, their counts, and small host objects.
+"""The only caller of collectives: they move rows between ranks, the counts of rows, and small host objects.
 
-Every method is a collective of the group: all its ranks call it, in the same order. A peer that dies or stays silent
-past the timeout raises ``PeerLostError`` here.
+Every method is a collective of the group: all ranks of the group call it, in the same order. A peer that dies or stays
+silent past the timeout raises ``PeerLostError`` here.
 
 Shape suffixes: C counts of a rank, P ranks of the group, D hidden size.
 """
@@ -26,10 +26,11 @@ _ROWS: Final = "exchanging expert rows"
 
 @dataclass
 class Traffic:
-    """What this rank's payload collectives did; bytes count rows that leave the rank, not those sent to itself.
+    """Counters of this rank's payload collectives.
 
-    ``bytes_exact``: what would have crossed for this rank's tokens, both ways, with every routed branch computed.
-    ``count_exchanges``: gatherings of row counts, whose few bytes are not counted.
+    Bytes count rows that leave the rank, not those that the rank sends to itself. ``bytes_exact`` covers this rank's
+    tokens, both ways, as if every routed branch were computed. ``count_exchanges`` counts the times that row counts
+    were gathered. The few bytes of these counts are not included.
     """
 
     bytes_sent: int = 0
@@ -40,7 +41,7 @@ class Traffic:
 
 
 class Collectives:
-    """Collectives over one process group. ``device`` is where the group's backend wants its tensors."""
+    """Collectives over one process group. ``device`` is the device whose tensors the group's backend takes."""
 
     def __init__(self, group: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         self.group = group
@@ -52,7 +53,10 @@ class Collectives:
         self.timer: Timer = UNTIMED
 
     def gather_counts(self, counts_C: Tensor) -> Tensor:
-        """Every rank's int64 counts [C] -> the matrix [P, C] on the host, the same on all ranks."""
+        """Gather the int64 counts [C] of every rank.
+
+        Returns the matrix [P, C] on the host. It is the same on all ranks.
+        """
         self.traffic.count_exchanges += 1
         gathered = torch.empty(self.size, counts_C.shape[0], dtype=counts_C.dtype, device=self.device)
         with self.timer.section("wait"):
@@ -62,11 +66,19 @@ class Collectives:
             return gathered.cpu()
 
     def all_to_all_async(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Handle[Tensor]:
-        """Send ``sent[p]`` consecutive rows to each rank p; who waits gets ``received[p]`` rows from each, in order.
+        """Send consecutive runs of rows to each rank and return a handle for the rows that arrive.
 
-        ``rows``: [sum(sent), D], left alone until then. The rows travel while the caller computes: on CPU in gloo's own
-        threads, with NCCL on its own stream, which the current one waits for. The sizes must agree across ranks: a
-        mismatch aborts gloo processes. No gradient passes.
+        The rows travel while the caller computes: on CPU in gloo's own threads, with NCCL on its own stream. The
+        current stream waits for NCCL's. The sizes must agree across ranks: a mismatch aborts gloo processes. No
+        gradient passes.
+
+        Args:
+            rows: [sum(sent), D]. The caller must not change them before it has waited.
+            sent: number of rows for each rank.
+            received: number of rows from each rank.
+
+        Returns:
+            A handle whose ``wait()`` gives [sum(received), D], ordered by sending rank.
         """
         away = rows.shape[0] - sent[self.rank]
         self.traffic.bytes_sent += away * rows.shape[1] * rows.element_size()
@@ -110,22 +122,25 @@ class Collectives:
         self.traffic.collectives_skipped += 1
 
     def reset_traffic(self, timer: Timer = UNTIMED) -> None:
-        """Start counting anew, and measure with ``timer``: a report covers one run."""
+        """Set all counters to zero and measure with ``timer`` from now on. A report covers one run."""
         self.traffic = Traffic()
         self.timer = timer
 
     def gather_objects(self, item: Any) -> list[Any]:
-        """Every rank's small picklable object, in rank order."""
+        """Return every rank's small picklable object, in rank order."""
         gathered: list[Any] = [None] * self.size
         with self._watching("gathering results"):
             dist.all_gather_object(gathered, item, group=self.group)
         return gathered
 
     def gather_to_first(self, block: Tensor, rows_per_rank: Sequence[int]) -> list[Tensor] | None:
-        """Blocks of different lengths, sent to group rank 0; None elsewhere.
+        """Send blocks of different lengths to group rank 0.
 
-        ``block``: [rows_per_rank[rank], ...]; the trailing shape and dtype are the same on all ranks. Returned on
-        the group's device, one block per rank.
+        Args:
+            block: [rows_per_rank[rank], ...]. The trailing shape and the dtype are the same on all ranks.
+
+        Returns:
+            One block per rank on the group's device, or None on all ranks but the first.
         """
         width = block[0].numel() if block.shape[0] else block.new_empty(block.shape[1:]).numel()
         flat = block.reshape(block.shape[0], width).contiguous().to(self.device)

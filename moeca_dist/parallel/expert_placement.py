@@ -1,7 +1,8 @@
-"""Which rank of an expert-parallel group holds which expert: a table, so that counts may be uneven.
+"""Tables that say which rank of an expert-parallel group holds which expert. Ranks may hold different numbers of
+experts.
 
-On disk it is JSON: ``num_experts``, ``num_ranks`` and ``owner_of_expert``, a list of ranks for each block; and where
-there are any ``replicated``, a list of experts for each block.
+The file is JSON with ``num_experts``, ``num_ranks`` and ``owner_of_expert``, a list of ranks for each block. If any
+experts are replicated, it also has ``replicated``, a list of experts for each block.
 """
 
 import json
@@ -15,9 +16,9 @@ from moeca_dist.errors import UserError
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """``owner_of_expert[e]`` is the group rank that holds expert e; a rank may hold none.
+    """The owner of each expert: ``owner_of_expert[e]`` is the group rank that holds expert e. A rank may hold none.
 
-    Experts in ``replicated``, ascending, are held by every rank: their branches are computed where the token lives.
+    Every rank holds the experts in ``replicated`` (ascending). It computes their branches for its own tokens.
     """
 
     owner_of_expert: tuple[int, ...]
@@ -25,7 +26,7 @@ class ExpertPlacement:
     replicated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises UserError for ranks or experts that are not there."""
+        """Raise UserError for ranks or experts that do not exist."""
         if list(self.replicated) != sorted(set(self.replicated) & set(range(self.num_experts))):
             raise UserError(
                 f"expert placement replicates experts {list(self.replicated)}, but a list of some of 0.."
@@ -40,7 +41,7 @@ class ExpertPlacement:
 
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> "ExpertPlacement":
-        """Equal runs of consecutive experts; the first ranks hold one more where they do not divide evenly."""
+        """Return equal runs of consecutive experts. If they do not divide evenly, the first ranks hold one more."""
         share, extra = divmod(num_experts, num_ranks)
         return cls(
             tuple(rank for rank in range(num_ranks) for _ in range(share + (1 if rank < extra else 0))), num_ranks
@@ -51,11 +52,16 @@ class ExpertPlacement:
         return len(self.owner_of_expert)
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
-        """Global ids of the experts that ``rank`` holds, ascending: the order of its stacked weights."""
+        """Return the global ids of the experts that ``rank`` holds, ascending. Its stacked weights have the same
+        order.
+        """
         return tuple(expert for expert, owner in enumerate(self.owners_for(rank)) if owner == rank)
 
     def owners_for(self, home: int) -> tuple[int, ...]:
-        """Where each expert's branches of ``home``'s tokens are computed: at their owner, or here."""
+        """Return the rank that computes each expert's branches for the tokens of rank ``home``.
+
+        This is ``home`` for replicated experts and the owner for all others.
+        """
         if not self.replicated:
             return self.owner_of_expert
         here = set(self.replicated)
@@ -64,13 +70,13 @@ class ExpertPlacement:
 
 @dataclass(frozen=True)
 class PlacementTable:
-    """The ``ExpertPlacement`` of each MoE block, by block index; all of the same experts and ranks."""
+    """The ``ExpertPlacement`` of each MoE block, by block index. All have the same experts and ranks."""
 
     by_block: Mapping[int, ExpertPlacement]
 
     @classmethod
     def same(cls, placement: ExpertPlacement, blocks: Sequence[int]) -> "PlacementTable":
-        """One placement for all blocks."""
+        """Return a table with one placement for all blocks."""
         return cls(dict.fromkeys(blocks, placement))
 
     @classmethod
@@ -79,7 +85,7 @@ class PlacementTable:
 
     @classmethod
     def read(cls, path: Path) -> "PlacementTable":
-        """Raises UserError for a file that is missing or was not written by ``to_json``."""
+        """Read a table that ``to_json`` wrote. Raises UserError if the file is missing or of another kind."""
         if not path.is_file():
             raise UserError(f"the expert placement {path} does not exist: write it with `moeca place`")
         try:
@@ -98,7 +104,7 @@ class PlacementTable:
         return cls({block: ExpertPlacement(table, num_ranks, copies.get(block, ())) for block, table in owners.items()})
 
     def to_json(self, remarks: Mapping[str, Any]) -> str:
-        """What ``read`` reads; ``remarks`` are kept beside it for people."""
+        """Return the table in the format of ``read``, with ``remarks`` for human readers."""
         placements = self.by_block.values()
         (num_experts,), (num_ranks,) = {p.num_experts for p in placements}, {p.num_ranks for p in placements}
         owners = {str(block): list(placement.owner_of_expert) for block, placement in self.by_block.items()}

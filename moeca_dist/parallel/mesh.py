@@ -1,6 +1,7 @@
-"""The ranks of a run and their process groups: only this file creates groups or calls DeepSpeed's group functions.
+"""The ranks of a run and their process groups.
 
-world = DP x EP: consecutive ranks form an expert-parallel group, each group holding one full set of experts.
+Only this file creates groups or calls DeepSpeed's group functions. world = DP x EP: consecutive ranks form an
+expert-parallel group. Each group holds one full set of experts.
 """
 
 import logging
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LauncherEnv:
-    """What torchrun, the deepspeed launcher or a batch worker told this process; one rank where nothing did."""
+    """Rank and world size as torchrun, the deepspeed launcher or a batch worker set them. Without a launcher there is
+    one rank.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -39,9 +42,9 @@ _LAUNCHER_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 @dataclass(frozen=True)
 class Mesh:
-    """The place of this rank among all, and the exchanges it takes part in.
+    """The place of this rank among all ranks, and the groups of which it is a member.
 
-    ``world`` is None for a single process without process groups; ``expert_group`` is None where ``ep_size`` is 1.
+    ``world`` is None for a single process without process groups. ``expert_group`` is None if ``ep_size`` is 1.
     """
 
     rank: int
@@ -66,7 +69,7 @@ class Mesh:
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> "Mesh":
-        """One process, no process groups."""
+        """Return the mesh of one process without process groups."""
         return cls(0, 1, 1, device or torch.device("cpu"), None, None, None)
 
     @classmethod
@@ -79,10 +82,14 @@ class Mesh:
         backend: str = "auto",
         timeout_s: float = 120.0,
     ) -> "Mesh":
-        """Join the ranks that the launcher started; ``ep_size`` defaults to all of them.
+        """Join the ranks that the launcher started.
 
-        Raises UserError for an ``ep_size`` that does not divide the world, or a backend or device that is not there,
-        and PeerLostError where the ranks do not all arrive within the timeout.
+        Args:
+            ep_size: ranks of one expert-parallel group (default: all ranks).
+            timeout_s: seconds after which a rank that does not answer counts as lost.
+
+        Raises UserError if ``ep_size`` does not divide the world, or if this machine lacks the backend or device.
+        Raises PeerLostError if the ranks do not all arrive within the timeout.
         """
         ep_size = launcher.world_size if ep_size is None else ep_size
         if ep_size < 1 or launcher.world_size % ep_size:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from ray.util.metrics import Counter, Gauge
 
-from moeca_dist.telemetry.gpu import Gpu, TelemetryUnavailableError
+from moeca_dist.telemetry.gpu import GpuMonitor, TelemetryUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,11 @@ class RankMetrics:
             self._gpu_gauges[figure].set(value, self._tags)
 
 
-def _open(device: torch.device) -> Gpu | None:
+def _open(device: torch.device) -> GpuMonitor | None:
     if device.type != "cuda":
         return None
     try:
-        return Gpu.open(device)
+        return GpuMonitor.open(device)
     except TelemetryUnavailableError as error:
         logger.warning("no figures of the GPU: %s", error)
         return None

@@ -1,4 +1,4 @@
-"""From what the cache counted to what the report says: FLOP computed, branches served, per layer.
+"""Figures of the report computed from the counters of the cache: FLOP, branches, and entries per layer.
 
 Shape suffixes: S steps, Y reasons, E experts.
 """
@@ -15,7 +15,9 @@ from moeca_dist.report.schema import BranchReport, FlopsReport
 
 
 class RunFigures:
-    """Totals over all ranks of a run of ``evaluations`` image evaluations; without a policy everything was computed."""
+    """Totals over all ranks of a run with ``evaluations`` image evaluations. Without a policy everything was
+    computed.
+    """
 
     def __init__(self, spec: ModelSpec, evaluations: int, policy: Policy | None, statistics: CacheStatistics) -> None:
         self._spec = spec
@@ -24,7 +26,7 @@ class RunFigures:
         self._statistics = statistics
 
     def flops(self) -> FlopsReport:
-        """``computed`` from the tokens for which each module ran and the branches that were refreshed."""
+        """Return the FLOP computed, from the tokens of each module and the number of refreshed branches."""
         per_image = forward_flops(self._spec)
         full = self._evaluations * per_image.total
         if self._policy is None:
@@ -46,7 +48,7 @@ class RunFigures:
         return FlopsReport(computed, full, full / computed if computed else 1.0)
 
     def branches(self) -> BranchReport:
-        """Branches of all evaluations, by how they were served."""
+        """Return the branches of all evaluations, by how they were served."""
         spec, counted = self._spec, self._statistics
         per_image = spec.num_tokens * spec.num_experts_per_tok
         routed = self._evaluations * len(spec.moe_blocks) * per_image
@@ -76,9 +78,9 @@ class RunFigures:
         )
 
     def modules(self) -> dict[str, dict[str, int]]:
-        """Tokens of all evaluations by module: ``computed`` as a whole, as single ``rows``, or ``served``.
+        """Return the tokens of all evaluations by module: ``computed`` as a whole, as single ``rows``, or ``served``.
 
-        Rows are those of the policy's choice, or with ``attention_sync`` those of tokens with a refreshed branch.
+        Rows belong to tokens that the policy chose, or with ``attention_sync`` to tokens with a refreshed branch.
         """
         if self._policy is None or isinstance(self._policy, NetworkPolicy):
             return {}
@@ -92,7 +94,10 @@ class RunFigures:
         return found
 
     def extrapolated(self, while_routed: int) -> int:
-        """What was counted where the routers ran -> over all evaluations; the same where they ran in all of them."""
+        """Scale a count from the evaluations in which routers ran to all evaluations.
+
+        If the routers ran in all evaluations, or in none, the count is returned as given.
+        """
         if self._policy is None:
             return while_routed
         every = self._evaluations * len(self._spec.moe_blocks) * self._spec.num_tokens
@@ -104,14 +109,15 @@ class RunFigures:
         return round(while_routed * every / ran)
 
     def bytes_per_step(self) -> tuple[int, ...]:
-        """What all ranks sent in each step; empty where nothing was."""
+        """Return the bytes that all ranks sent in each step. The tuple is empty if nothing was sent."""
         sent = self._statistics.bytes_per_step
         return tuple(sent[step] for step in range(1 + max(sent, default=-1)))
 
     def per_layer(self) -> tuple[dict[str, Any], ...]:
-        """One entry per MoE block: branches by reason, in all, by step and by expert; empty without a branch cache.
+        """Return one entry per MoE block with its branches by reason: in all, by step and by expert.
 
-        ``refreshed_per_step`` and ``refreshed_per_expert`` add up what was computed, for whatever reason.
+        ``refreshed_per_step`` and ``refreshed_per_expert`` add up the computed branches of all reasons. The tuple is
+        empty without a branch cache.
         """
         if not isinstance(self._policy, BranchPolicy):
             return ()

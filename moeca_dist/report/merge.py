@@ -1,4 +1,4 @@
-"""One report over the parts of a large job, each of which some group of ranks generated on its own."""
+"""One report over the parts of a large job. Some group of ranks generated each part on its own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ _EXCHANGE = ("bytes_sent", "bytes_full", "collectives", "collectives_skipped", "
 
 
 class ReportTotal:
-    """Adds up reports of the same configuration, given as ``dataclasses.asdict`` makes them; holds only the sums."""
+    """The sum of reports of the same configuration, each given as a ``dataclasses.asdict`` mapping."""
 
     def __init__(self) -> None:
         self._first: Mapping[str, Any] | None = None
@@ -37,7 +37,10 @@ class ReportTotal:
         self._remarks: set[str | None] = set()
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Count one part. ``denoise_s`` adds up over groups that work at the same time; memory is the largest peak."""
+        """Add the report of one part.
+
+        ``denoise_s`` adds up over groups that work at the same time. Memory is the largest peak.
+        """
         self._first = self._first or report
         self._num_images += report["num_images"]
         self._denoise_s += report["denoise_s"]
@@ -57,7 +60,11 @@ class ReportTotal:
         self._remarks.add(report["cache"]["remark"])
 
     def result(self, wall_s: float, batch: dict[str, Any], requests: dict[str, Any]) -> Report | None:
-        """The job as a whole, of ``requests`` as ``describe_requests`` has them; None where no part was added."""
+        """Return the report of the whole job, or None if no part was added.
+
+        Args:
+            requests: the job's images, as ``describe_requests`` returns them.
+        """
         if self._first is None:
             return None
         first, routed = self._first, self._branches["routed"]

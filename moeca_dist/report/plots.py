@@ -1,4 +1,4 @@
-"""``moeca report OUT --plots``: what ``report.json`` holds per step and per expert, as pictures.
+"""The pictures of ``moeca report OUT --plots``: figures of ``report.json`` per step and per expert.
 
 Shape suffixes: L MoE blocks, S denoising steps, E experts.
 """
@@ -21,9 +21,9 @@ _SECTION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC7
 
 
 def write_plots(report: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write every picture that the report has figures for into ``out/plots``; returns their paths.
+    """Write every picture for which the report has figures into ``out/plots``, and return the paths.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError if the folder cannot be written.
     """
     per_layer = report["cache"]["per_layer"]
     drawn: dict[str, Callable[[], Figure]] = {"seconds_per_step.png": lambda: seconds_bars(report)}
@@ -47,7 +47,7 @@ def write_plots(report: Mapping[str, Any], out: Path) -> list[Path]:
 
 
 def refreshed_heatmap(report: Mapping[str, Any]) -> Figure:
-    """MoE block x step: share of the routed branches that were computed. Full steps stand out as columns."""
+    """Plot MoE block x step: the share of the routed branches that were computed. Full steps stand out as columns."""
     per_layer = report["cache"]["per_layer"]
     computed_LS = np.array([entry["refreshed_per_step"] for entry in per_layer], dtype=float)
     routed_L = np.array(
@@ -70,7 +70,7 @@ def refreshed_heatmap(report: Mapping[str, Any]) -> Figure:
 
 
 def expert_bars(report: Mapping[str, Any]) -> Figure:
-    """One row of bars per MoE block: each expert's share of the computed branches; the line is an even share."""
+    """Plot one row of bars per MoE block: each expert's share of the computed branches. The line is an even share."""
     per_layer = report["cache"]["per_layer"]
     figure = Figure(figsize=(10, 1.2 + 1.1 * len(per_layer)), layout="constrained")
     rows = figure.subplots(len(per_layer), 1, sharex=True, squeeze=False)[:, 0]
@@ -87,7 +87,7 @@ def expert_bars(report: Mapping[str, Any]) -> Figure:
 
 
 def bytes_bars(report: Mapping[str, Any]) -> Figure:
-    """Payload of each step, all ranks together; the line is what a step sends without a cache."""
+    """Plot the payload of each step, all ranks together. The line is what a step sends without a cache."""
     mib_S = np.array(report["exchange"]["bytes_per_step"]) / 2**20
     full_mib = report["exchange"]["bytes_full"] / 2**20 / len(mib_S)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -102,7 +102,7 @@ def bytes_bars(report: Mapping[str, Any]) -> Figure:
 
 
 def seconds_bars(report: Mapping[str, Any]) -> Figure:
-    """Where the time of each step went, on the rank that took longest."""
+    """Plot the seconds of each step by section, on the rank that took longest."""
     per_step = report["seconds"]["per_step"]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -128,7 +128,7 @@ _PANELS = (
 
 
 def telemetry_curves(report: Mapping[str, Any]) -> Figure:
-    """What each rank's GPU did over the run: one panel per figure that any of them offers; received is dashed."""
+    """Plot each rank's GPU over the run, with one panel per figure that any GPU offers. Received traffic is dashed."""
     ranks = [(rank, record) for rank, record in enumerate(report["telemetry"]["ranks"]) if record is not None]
     offered = {name for _, record in ranks for name in record["series"]}
     panels = [panel for panel in _PANELS if offered & set(panel[2])]

@@ -1,4 +1,4 @@
-"""What a run did, in the layout of ``report.json``. Sizes in bytes, times in seconds, work in FLOP."""
+"""The figures of a run, in the layout of ``report.json``. Sizes are in bytes, times in seconds, work in FLOP."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from moeca_dist.types import Request
 
 @dataclass(frozen=True)
 class FlopsReport:
-    """Counted work of the denoising network, all ranks together; ``full`` is that of the exact path."""
+    """Counted work of the denoising network, all ranks together. ``full`` is the work of the exact path."""
 
     computed: int
     full: int
@@ -39,7 +39,7 @@ class BranchReport:
 
 @dataclass(frozen=True)
 class ExchangeReport:
-    """Payload of the expert all-to-all that left its rank, all ranks together.
+    """Payload of the expert all-to-all that left its rank, all ranks together. Collectives are counted per rank.
 
     ``mode`` is ``local`` where every rank holds all experts and nothing travels, else ``exact``.
     ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
@@ -65,9 +65,10 @@ class ExchangeReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """``per_layer``: one entry per MoE block where branches are cached, see ``figures.RunFigures.per_layer``.
+    """The figures of the cache.
 
-    ``modules``: tokens by module, see ``figures.RunFigures.modules``. ``remark``: what the policy has to say about the run, such
+    ``per_layer`` has one entry per MoE block if branches are cached (see ``figures.RunFigures.per_layer``). ``modules``
+    has the tokens by module (see ``figures.RunFigures.modules``). ``remark`` is the policy's remark about the run, such
     as a threshold that never fired.
     """
 
@@ -80,7 +81,7 @@ class CacheReport:
 
 @dataclass(frozen=True)
 class Report:
-    """One run; ``wall_s`` runs from the first request to the last image, ``denoise_s`` is the slowest rank's.
+    """The figures of one run.
 
     ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
     (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
@@ -107,7 +108,11 @@ class Report:
     batch: dict[str, Any] | None = None
 
     def compared_with(self, uncached: "Report", quality: dict[str, float] | None) -> "Report":
-        """This run beside the exact one with the same requests: wall-clock ratio and, for pixels, image quality."""
+        """Return this report with the wall-clock ratio to the exact run of the same requests.
+
+        Args:
+            quality: image quality against the uncached images, or None for latents.
+        """
         ratio = uncached.denoise_s / self.denoise_s if self.denoise_s else 1.0
         exchange = replace(self.exchange, bytes_full=uncached.exchange.bytes_sent)
         return replace(self, exchange=exchange, wall_speedup=ratio, quality=quality)
@@ -116,7 +121,7 @@ class Report:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def summary(self) -> str:
-        """A table for people."""
+        """Return a short table for people."""
         share = f"DP {self.dp_size} x EP {self.ep_size}"
         rows = [
             ("images", f"{self.num_images} in {self.num_steps} steps"),
@@ -150,7 +155,10 @@ class Report:
 
 
 def describe_requests(requests: Iterable[Request]) -> dict[str, Any]:
-    """The seeds, and a digest of every (index, label, seed) in order: runs that agree made images of the same noise."""
+    """Return the seeds, and a digest of every (index, label, seed) in order.
+
+    Runs with equal digests made images of the same noise.
+    """
     digest, seeds = hashlib.sha256(), set()
     for request in requests:
         seeds.add(request.seed)
@@ -159,7 +167,7 @@ def describe_requests(requests: Iterable[Request]) -> dict[str, Any]:
 
 
 def scaled(value: float, base: int) -> str:
-    """``1.23 G``: value with a metric prefix; the caller adds the unit (``iB`` for base 1024)."""
+    """Return a value with a metric prefix, such as ``1.23 G``. The caller adds the unit (``iB`` for base 1024)."""
     prefixes = ["", "K" if base == 1024 else "k", "M", "G", "T", "P"]
     while value >= base and len(prefixes) > 1:
         value /= base

@@ -1,4 +1,4 @@
-"""``moeca report OUT``: the figures of a run's ``report.json`` as tables for people."""
+"""The tables of ``moeca report OUT``: the figures of a run's ``report.json`` for people."""
 
 import json
 import os
@@ -13,9 +13,9 @@ _SECTIONS = ("flops", "branches", "exchange", "cache")
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``generate`` wrote into ``folder``.
+    """Read the report that ``generate`` wrote into ``folder``.
 
-    Raises UserError where there is no folder, no report in it, or a file that is something else.
+    Raises UserError if there is no folder, no report in it, or a file of another kind.
     """
     folder = Path(folder)
     path = folder / "report.json"
@@ -34,7 +34,10 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """All tables; raises UserError for a report that lacks a figure, because another version wrote it."""
+    """Return all tables as text.
+
+    Raises UserError if the report lacks a figure, because another version wrote it.
+    """
     try:
         parts = [
             _table("Run", _run(report)),

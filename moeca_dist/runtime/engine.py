@@ -34,7 +34,7 @@ from moeca_dist.sampling.denoiser import OnStep
 from moeca_dist.sampling.guidance import Combine, Network, cached, exact
 from moeca_dist.sampling.latent_decoder import LatentDecoder, to_uint8
 from moeca_dist.sampling.sampler import Sampler, sampler_for
-from moeca_dist.telemetry.observer import RunObserver, TraceSink, open_gpu
+from moeca_dist.telemetry.observer import RunObserver, TraceSink, open_gpu_monitor
 from moeca_dist.timing import Timer
 from moeca_dist.types import Request, StepContext
 
@@ -68,7 +68,7 @@ class Engine:
         on_all_ranks(mesh, partial(self.plan.check_calibration, model))
         self.model = arrange_layers(model, self.plan.location, self.config.parallel.row_dtype)
         self.graphed_model = graphed_model(self.plan.config, self.model, mesh)
-        self._gpu = open_gpu(config.telemetry, mesh)
+        self._gpu = open_gpu_monitor(config.telemetry, mesh)
 
     @classmethod
     def from_config(

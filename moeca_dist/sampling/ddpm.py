@@ -1,7 +1,8 @@
 """Ancestral DDPM sampling with a learned-range variance on a respaced chain.
 
-Ho et al. 2020 (DDPM, eqs. 6, 7 and algorithm 2); Nichol & Dhariwal 2021 (Improved DDPM, eq. 15 and section 4).
-Linear betas 1e-4..0.02, T = 1000, noise prediction, x_0 not clipped. Tables are float64, the state is float32.
+Sources: Ho et al. 2020 (DDPM, eqs. 6, 7 and algorithm 2) and Nichol & Dhariwal 2021 (Improved DDPM, eq. 15 and section
+4). Betas are linear, 1e-4..0.02, with T = 1000. The network predicts noise, and x_0 is not clipped. Tables are float64,
+the state is float32.
 
 Shape suffixes: B images, C channels, H height, W width, S steps of the respaced chain.
 """
@@ -25,18 +26,18 @@ _BETA_FIRST, _BETA_LAST = 1e-4, 0.02
 def check_num_steps(num_steps: int) -> None:
     """Raise UserError unless the chain can be respaced to ``num_steps``.
 
-    One step is refused too: the respacing rule would keep timestep 0 alone, where the input is taken to be almost
-    clean, so pure noise would come back as the image.
+    One step is refused too. The respacing rule would keep timestep 0 alone, at which the input counts as almost clean.
+    So pure noise would come back as the image.
     """
     if not 2 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise UserError(f"num_steps {num_steps} is out of range; DDPM sampling takes 2..{NUM_TRAIN_TIMESTEPS} steps")
 
 
 def respaced_timesteps(num_steps: int) -> list[int]:
-    """The timesteps kept of 0..999, ascending: first and last included, the others at rounded equal distances.
+    """Return the kept timesteps of 0..999, ascending: the first, the last, and others at rounded equal distances.
 
-    The position is accumulated rather than multiplied out, because near ties the rounding then falls on the same side
-    as in the published samplers (the two disagree for 21, 23, 27, ... steps).
+    The position is accumulated rather than multiplied out. Near ties the rounding then falls on the same side as in the
+    published samplers. The two ways disagree for 21, 23, 27, ... steps.
 
     Raises:
         UserError: ``num_steps`` is outside 2..1000.
@@ -52,9 +53,9 @@ def respaced_timesteps(num_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RespacedDiffusion:
-    """The chain that visits ``timesteps`` only, and its posterior q(x_{t-1} | x_t, x_0), one entry per kept step.
+    """The chain that visits ``timesteps`` only, and its posterior q(x_{t-1} | x_t, x_0), with one entry per kept step.
 
-    Entry 0 is the last step to be taken, the one with least noise.
+    Entry 0 is the last step of sampling, the one with least noise.
     """
 
     timesteps: tuple[int, ...]
@@ -67,7 +68,7 @@ class RespacedDiffusion:
 
     @classmethod
     def of(cls, num_steps: int) -> "RespacedDiffusion":
-        """The chain respaced to ``num_steps``: its betas are those that keep alpha-bar at every kept timestep.
+        """Return the chain respaced to ``num_steps``. Its betas keep alpha-bar at every kept timestep.
 
         Raises:
             UserError: ``num_steps`` is outside 2..1000.
@@ -96,10 +97,13 @@ class RespacedDiffusion:
         return len(self.timesteps)
 
     def posterior(self, output_BCHW: Tensor, x_BCHW: Tensor, entry: int) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t) at ``entry`` of the chain (0 is the least noisy).
+        """Return the mean and log variance of p(x_{t-1} | x_t), both float32.
 
-        ``output_BCHW [B, 2C, H, W]``: epsilon, then the interpolation of the log variance between beta-tilde at -1 and
-        beta at 1 (Improved DDPM, eq. 15). ``x_BCHW`` is float32; so are both results.
+        Args:
+            output_BCHW: [B, 2C, H, W]. The first half is epsilon. The second half interpolates the log variance from
+                beta-tilde at -1 to beta at 1 (Improved DDPM, eq. 15).
+            x_BCHW: the state, float32.
+            entry: position in the chain, 0 for the least noisy.
         """
         epsilon_BCHW, range_BCHW = output_BCHW.float().chunk(2, dim=1)
         upper = float(self.log_betas_S[entry])
@@ -114,24 +118,27 @@ class RespacedDiffusion:
         return mean_BCHW, log_variance_BCHW
 
     def gains(self, entry: int) -> tuple[float, float]:
-        """a and b where the posterior's mean at ``entry`` is ``a * state + b * epsilon``."""
+        """Return a and b such that the posterior's mean at ``entry`` is ``a * state + b * epsilon``."""
         from_x0 = float(self.mean_coef_x0_S[entry])
         of_state = from_x0 * float(self.sqrt_recip_alphas_bar_S[entry]) + float(self.mean_coef_xt_S[entry])
         return of_state, -from_x0 * float(self.sqrt_recipm1_alphas_bar_S[entry])
 
 
 def gains(index: int, num_steps: int) -> tuple[float, float]:
-    """a and b where step ``index`` of :func:`sample` is ``a * state + b * epsilon + noise``."""
+    """Return a and b such that step ``index`` of :func:`sample` is ``a * state + b * epsilon + noise``."""
     return RespacedDiffusion.of(num_steps).gains(num_steps - 1 - index)
 
 
 def sample(
     denoise: Denoiser, noise: NoiseSource, shape_CHW: Sequence[int], num_steps: int, on_step: OnStep | None = None
 ) -> Tensor:
-    """Ancestral sampling (DDPM, algorithm 2) from the noisiest kept timestep down to 0.
+    """Sample from the noisiest kept timestep down to 0 (ancestral sampling: DDPM, algorithm 2).
 
-    The network gets the original timestep (0..999, as float32). Step noise continues each image's own stream; the last
-    step adds none. Returns float32 ``[B, C, H, W]``; the denoiser is called ``num_steps`` times, also without images.
+    The network gets the original timestep (0..999, as float32). Step noise continues each image's own stream. The last
+    step adds no noise. The denoiser is called ``num_steps`` times, even if there are no images.
+
+    Returns:
+        The samples, float32 ``[B, C, H, W]``.
 
     Raises:
         UserError: ``num_steps`` is outside 2..1000.

@@ -1,6 +1,6 @@
 """Rectified flow (Liu et al. 2022, algorithm 1): Euler steps along the predicted velocity, in both time conventions.
 
-The state is float32 whatever the network computes in. Networks trained with a learned variance return 2C channels, of
+The state is float32, whatever the dtype of the network. Networks trained with a learned variance return 2C channels, of
 which the first C are the velocity.
 
 Shape suffixes: B images, C channels, H height, W width.
@@ -20,9 +20,12 @@ from moeca_dist.types import StepContext
 def sample_noise_to_data(
     denoise: Denoiser, noise: NoiseSource, shape_CHW: Sequence[int], num_steps: int, on_step: OnStep | None = None
 ) -> Tensor:
-    """Time runs from 0 (noise) to 1 (data), v = data - noise: t = i/N, ``z += v/N`` (DSMoE).
+    """Sample with time from 0 (noise) to 1 (data) and v = data - noise: t = i/N, ``z += v/N`` (DSMoE).
 
-    Returns float32 ``[B, C, H, W]``; the denoiser is called ``num_steps`` times, also when there are no images.
+    The denoiser is called ``num_steps`` times, even if there are no images.
+
+    Returns:
+        The samples, float32 ``[B, C, H, W]``.
 
     Raises:
         UserError: ``num_steps`` is below 1.
@@ -35,9 +38,10 @@ def sample_noise_to_data(
 def sample_data_to_noise(
     denoise: Denoiser, noise: NoiseSource, shape_CHW: Sequence[int], num_steps: int, on_step: OnStep | None = None
 ) -> Tensor:
-    """Time runs from 1 (noise) to 0 (data), v = noise - data: t = 1, (N-1)/N, ..., 1/N, ``z -= v/N`` (DiT-MoE XL/G).
+    """Sample with time from 1 (noise) to 0 (data) and v = noise - data (DiT-MoE XL/G).
 
-    Returns and raises as :func:`sample_noise_to_data`.
+    The times are t = 1, (N-1)/N, ..., 1/N, with ``z -= v/N``. Calls, result and errors are those of
+    :func:`sample_noise_to_data`.
     """
     check_num_steps(num_steps)
     times = [(num_steps - index) / num_steps for index in range(num_steps)]
@@ -45,12 +49,18 @@ def sample_data_to_noise(
 
 
 def gains_noise_to_data(index: int, num_steps: int) -> tuple[float, float]:
-    """a and b of ``next = a * state + b * output`` in :func:`sample_noise_to_data`: the same in every step."""
+    """Return a and b of ``next = a * state + b * output`` in :func:`sample_noise_to_data`.
+
+    They are the same in every step.
+    """
     return 1.0, 1 / num_steps
 
 
 def gains_data_to_noise(index: int, num_steps: int) -> tuple[float, float]:
-    """As :func:`gains_noise_to_data`, in :func:`sample_data_to_noise`."""
+    """Return a and b of ``next = a * state + b * output`` in :func:`sample_data_to_noise`.
+
+    They are the same in every step.
+    """
     return 1.0, -1 / num_steps
 
 

@@ -34,14 +34,17 @@ class CachedModel(Protocol):
 
 
 class Combine(Protocol):
-    """The halves' guided channels, conditional first, and the state they were computed for -> one output."""
+    """A function that makes one output of the halves.
+
+    It gets the halves' guided channels, conditional first, and the state for which they were computed.
+    """
 
     def __call__(self, halves: Sequence[Tensor], x_BCHW: Tensor, step: StepContext, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance alone: ``uncond + scale * (cond - uncond)``; one half is passed through."""
+    """Classifier-free guidance alone: ``uncond + scale * (cond - uncond)``. A single half is passed through."""
 
     scale: float
 
@@ -53,7 +56,7 @@ class Guidance:
 
 
 def exact(model: Model) -> Network:
-    """The network that computes everything in every step: ``model`` needs no step, because nothing is cached."""
+    """Return a network that computes everything in every step. ``model`` needs no step, because nothing is cached."""
 
     def network(x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, step: StepContext, /) -> Tensor:
         return model(x_NCHW, t_N, y_N)
@@ -62,7 +65,7 @@ def exact(model: Model) -> Network:
 
 
 def cached(model: CachedModel, session: CacheSession) -> Network:
-    """The network that serves from the caches of ``session`` what its policy does not compute."""
+    """Return a network that computes what the policy of ``session`` chooses and serves the rest from its caches."""
 
     def network(x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, step: StepContext, /) -> Tensor:
         return model(x_NCHW, t_N, y_N, session.at(step))
@@ -81,11 +84,13 @@ def guided(
 ) -> Denoiser:
     """Bind ``labels_B`` (int64) and guidance to ``network``.
 
-    One call of the denoiser is one call of the network on 2B rows: rows 0..B-1 conditional, rows B..2B-1 the same
-    images with ``null_label``. With ``cfg_scale == 1`` the unconditional half would have no weight and is not computed:
-    one call on B rows. The first ``guided_channels`` output channels are what ``combine`` makes of the halves, plain
-    guidance by default; the others (a variance, or the fourth noise channel of DiT-MoE's DDPM path) are those of the
-    conditional half, as in the published samplers, which keep only that half's images.
+    One call of the denoiser is one call of the network on 2B rows. Rows 0..B-1 are conditional. Rows B..2B-1 are the
+    same images with ``null_label``. If ``cfg_scale == 1``, the unconditional half would have no weight and is not
+    computed: one call on B rows.
+
+    ``combine`` makes the first ``guided_channels`` output channels of the halves, with plain guidance by default. The
+    other channels are those of the conditional half: a variance, or the fourth noise channel of DiT-MoE's DDPM path.
+    The published samplers keep only that half's images, too.
     """
     labels = [labels_B] if cfg_scale == 1 else [labels_B, torch.full_like(labels_B, null_label)]
     labels_N = torch.cat(labels)

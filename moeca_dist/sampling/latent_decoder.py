@@ -1,4 +1,4 @@
-"""From samples to pixels: pixel models directly, latent models through a local copy of the sd-vae-ft-mse decoder.
+"""Pixels of samples: pixel models need a cast only, latent models a local copy of the sd-vae-ft-mse decoder.
 
 Shape suffixes: B images, C channels, H height, W width (of the image; latents are 1/8 of that per side).
 """
@@ -19,13 +19,16 @@ HOW_TO_GET_PIXELS = (
 
 
 def to_uint8(x_BCHW: Tensor) -> Tensor:
-    """Pixels in [-1, 1] (values outside are clamped) -> uint8 ``[B, H, W, C]`` on the CPU, rounded to nearest."""
+    """Convert pixels in [-1, 1] to uint8 ``[B, H, W, C]`` on the CPU, rounded to nearest.
+
+    Values outside are clamped.
+    """
     levels_BCHW = ((x_BCHW.float() + 1) * 127.5).clamp(0, 255).round()
     return levels_BCHW.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 class LatentDecoder:
-    """The decoder of a diffusers ``AutoencoderKL`` in a local folder; nothing is ever downloaded.
+    """The decoder of a diffusers ``AutoencoderKL`` in a local folder. Nothing is ever downloaded.
 
     ``chunk_size`` images are decoded at a time: activations at full resolution, not weights, fill the memory.
 
@@ -42,7 +45,7 @@ class LatentDecoder:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Sampled latents ``[B, C, H/8, W/8]`` -> uint8 pixels ``[B, H, W, 3]`` on the CPU; B may be 0.
+        """Decode sampled latents ``[B, C, H/8, W/8]`` to uint8 pixels ``[B, H, W, 3]`` on the CPU. B may be 0.
 
         Raises:
             UserError: the autoencoder was made for another number of latent channels.
@@ -62,9 +65,10 @@ class LatentDecoder:
 
 
 def check_autoencoder(folder: Path) -> type[Any]:
-    """The class that loads ``folder``, after what can be told without reading weights; ``Any``: diffusers is optional.
+    """Check ``folder`` without reading weights, and return the class that loads it.
 
-    Raises UserError where diffusers is not installed or the folder holds no autoencoder.
+    The return type is ``Any``, because diffusers is optional. Raises UserError if diffusers is not installed or the
+    folder holds no autoencoder.
     """
     try:
         from diffusers import AutoencoderKL

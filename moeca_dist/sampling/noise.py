@@ -20,7 +20,7 @@ _WORD_LIMIT = 2**32
 def check_stream(seed: int, index: int) -> None:
     """Raise UserError unless image ``index`` of a run with ``seed`` has a stream of its own.
 
-    For entry points: ranks that already denoise would wait for the one that is refused.
+    Entry points call this early: ranks that already denoise would wait for the one that is refused.
     """
     for name, value in (("seed", seed), ("image index", index)):
         if not 0 <= value < _WORD_LIMIT:
@@ -28,7 +28,7 @@ def check_stream(seed: int, index: int) -> None:
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """A CPU generator for image ``index`` of a run with ``seed``; equal pairs give the same stream.
+    """Return a CPU generator for image ``index`` of a run with ``seed``. Equal pairs give the same stream.
 
     The 64-bit state comes from numpy's ``SeedSequence([seed, index])``: neighbouring seeds or indices do not correlate.
 
@@ -41,9 +41,11 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 
 class NoiseSource:
-    """One generator per image. Draws are made image by image on the CPU and moved afterwards.
+    """The generators of a batch, one per image.
 
-    So image i sees the same numbers whatever else is in the batch, on whichever rank and device it is generated.
+    They draw image by image on the CPU, and the result is moved afterwards.
+
+    So image i sees the same numbers in every batch, on every rank and on every device.
     """
 
     def __init__(self, requests: Sequence[Request], device: torch.device | str = "cpu") -> None:
@@ -55,7 +57,7 @@ class NoiseSource:
         return len(self._generators)
 
     def draw(self, shape_CHW: Sequence[int]) -> Tensor:
-        """The next standard normal draw of every image: float32 ``[B, C, H, W]``, also for B = 0."""
+        """Return the next standard normal draw of every image: float32 ``[B, C, H, W]``, also for B = 0."""
         x_BCHW = torch.empty(self.num_images, *shape_CHW, dtype=torch.float32)
         for x_CHW, generator in zip(x_BCHW, self._generators, strict=True):
             x_CHW.normal_(generator=generator)

@@ -1,4 +1,4 @@
-"""The published way to sample from a network: which solver, how many steps, which channels are guided.
+"""The published way to sample from a network: its solver, number of steps and guided channels.
 
 Shape suffixes: B images, C channels, H height, W width.
 """
@@ -23,7 +23,7 @@ Gains = Callable[[int, int], tuple[float, float]]
 
 
 class Solver(Protocol):
-    """The signature all solvers share."""
+    """The signature that all solvers share."""
 
     def __call__(
         self,
@@ -37,7 +37,7 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Requests -> samples for one network; nothing in it changes while sampling."""
+    """The solver of one network with its settings. It turns requests into samples and keeps no state."""
 
     solve: Solver
     check_num_steps: Callable[[int], None]  # raises UserError; lets entry points refuse before any work
@@ -59,11 +59,17 @@ class Sampler:
         on_step: OnStep | None = None,
         combine: Combine | None = None,
     ) -> Tensor:
-        """Denoise one batch: float32 ``[B, C, H, W]`` latents or pixels in the order of ``requests``, on ``device``.
+        """Denoise one batch.
 
-        ``num_steps`` defaults to the published count. ``network`` is called exactly once per step, with 2B rows (B
-        where ``cfg_scale`` is 1), whatever B is: ranks without images pass an empty ``requests`` and stay in step.
-        ``combine`` replaces plain guidance; it may remember the batch's outputs, so each batch has its own.
+        ``network`` is called exactly once per step, with 2B rows (B if ``cfg_scale`` is 1), for any B. Ranks without
+        images pass an empty ``requests`` and stay in step.
+
+        Args:
+            num_steps: the published count by default.
+            combine: replaces plain guidance. It may remember the batch's outputs, so each batch needs its own.
+
+        Returns:
+            Latents or pixels in the order of ``requests``: float32 ``[B, C, H, W]`` on ``device``.
 
         Raises:
             UserError: the solver does not offer ``num_steps``.
@@ -83,9 +89,10 @@ class Sampler:
 
 
 def sampler_for(spec: ModelSpec) -> Sampler:
-    """The sampler that the network's authors published: DSMoE 250 Euler steps, DiT-MoE XL/G 50, DiT-MoE S/B 250 DDPM.
+    """Return the sampler that the network's authors published.
 
-    Guidance acts on all input channels, but on the first three only in the DDPM path.
+    It takes 250 Euler steps for DSMoE, 50 for DiT-MoE XL/G, and 250 DDPM steps for DiT-MoE S/B. Guidance acts on all
+    input channels, but in the DDPM path on the first three only.
 
     Raises:
         UserError: a DDPM network without variance channels, which ancestral sampling needs.

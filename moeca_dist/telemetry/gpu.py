@@ -1,7 +1,7 @@
-"""What a run does to its GPUs: memory, utilisation, power, energy, throttling and traffic, sampled through NVML.
+"""GPU figures of a run, sampled through NVML: memory, utilisation, power, energy, throttling and traffic.
 
-One thread per rank watches the rank's own device. Most of a sample's time is spent inside the driver (a PCIe counter
-takes 20 ms to read), without the interpreter's lock; the thread's CPU time is reported as ``sampler_cpu_share``.
+One thread per rank watches the rank's own device. A sample spends most of its time inside the driver, without the
+interpreter's lock (a PCIe counter takes 20 ms). ``sampler_cpu_share`` reports the thread's CPU time.
 """
 
 import threading
@@ -33,7 +33,10 @@ _ALL_LINKS: Final = 2**32 - 1
 
 
 class Nvml(Protocol):
-    """What is used of the module ``pynvml``; calls raise ``NVMLError`` for what a device or driver does not offer."""
+    """The functions of the module ``pynvml`` that are used here.
+
+    Calls raise ``NVMLError`` for figures that a device or driver does not offer.
+    """
 
     NVMLError: type[Exception]
     NVML_PCIE_UTIL_TX_BYTES: int
@@ -55,15 +58,20 @@ class Nvml(Protocol):
 
 
 class TelemetryUnavailableError(Exception):
-    """There is nothing to sample here; the message says why."""
+    """The error that there is nothing to sample here. Its message gives the reason."""
 
 
 @dataclass(frozen=True)
 class GpuRecord:
-    """What one rank's device did during a run; None, or missing in ``series``, where it does not say.
+    """The figures of one rank's device in a run.
 
-    ``energy_j`` is of the whole device, whoever used it. ``throttled``: share of the samples by reason. ``pcie_bytes``
-    are extrapolated from windows of 20 ms, ``nvlink_bytes`` counted. ``series``: means over equal stretches of the run.
+    A figure that the device does not offer is None, or missing in ``series``.
+
+    - ``energy_j``: energy of the whole device, including other processes.
+    - ``throttled``: share of the samples by reason.
+    - ``pcie_bytes``: extrapolated from windows of 20 ms.
+    - ``nvlink_bytes``: counted.
+    - ``series``: means over equal stretches of the run.
     """
 
     device: str
@@ -84,8 +92,8 @@ class GpuRecord:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A device as NVML knows it, and the figures that it offers."""
+class GpuMonitor:
+    """A device that NVML knows, and the figures that the device offers."""
 
     nvml: Nvml
     handle: Any
@@ -94,8 +102,11 @@ class Gpu:
     offered: tuple[str, ...]
 
     @classmethod
-    def open(cls, device: torch.device, nvml: Nvml | None = None) -> "Gpu":
-        """Raises TelemetryUnavailableError on a CPU, without a driver, or for a device that NVML does not know."""
+    def open(cls, device: torch.device, nvml: Nvml | None = None) -> "GpuMonitor":
+        """Open ``device`` for reading.
+
+        Raises TelemetryUnavailableError on a CPU, without a driver, or for a device that NVML does not know.
+        """
         nvml = pynvml if nvml is None else nvml
         uuid = device_uuid(device)
         if uuid is None:
@@ -109,7 +120,10 @@ class Gpu:
         return cls(nvml, handle, name, uuid, tuple(figure for figure in _READERS if _offers(nvml, handle, figure)))
 
     def read(self, figures: Sequence[str] | None = None) -> dict[str, float]:
-        """What is offered now, or those of it that are asked for; raises ``NVMLError`` where the driver went away."""
+        """Return the current values of the offered figures, or of those among ``figures``.
+
+        Raises ``NVMLError`` if the driver went away.
+        """
         wanted = self.offered if figures is None else [figure for figure in self.offered if figure in figures]
         return {figure: float(_READERS[figure](self.nvml, self.handle)) for figure in wanted}
 
@@ -118,7 +132,10 @@ class Gpu:
 
 
 def device_uuid(device: torch.device) -> str | None:
-    """NVML's name of a device; None for a CPU. Indices would not do: CUDA_VISIBLE_DEVICES renumbers torch's alone."""
+    """Return NVML's name of a device, or None for a CPU.
+
+    Indices would not do: CUDA_VISIBLE_DEVICES renumbers torch's indices but not NVML's.
+    """
     if device.type != "cuda":
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -126,9 +143,9 @@ def device_uuid(device: torch.device) -> str | None:
 
 
 class GpuSampler(AbstractContextManager["GpuSampler"]):
-    """Samples ``gpu`` every ``period_s`` seconds from a thread of its own while the context is open."""
+    """A thread that samples ``gpu`` every ``period_s`` seconds while the context is open."""
 
-    def __init__(self, gpu: Gpu, period_s: float) -> None:
+    def __init__(self, gpu: GpuMonitor, period_s: float) -> None:
         self._gpu = gpu
         self._period_s = period_s
         self._samples: list[tuple[float, dict[str, float]]] = []
@@ -146,7 +163,7 @@ class GpuSampler(AbstractContextManager["GpuSampler"]):
         self._thread.join()
 
     def record(self) -> GpuRecord:
-        """Everything since the context was entered; asked after it was left."""
+        """Return the figures since the context was entered. Call it after the context was left."""
         times = [at for at, _ in self._samples]
         curves = {name: [sample[name] for _, sample in self._samples] for name in self._gpu.offered}
         seconds = times[-1] - times[0] if times else 0.0
@@ -190,9 +207,12 @@ class GpuSampler(AbstractContextManager["GpuSampler"]):
 
 
 def merge(records: Sequence[GpuRecord | None], period_s: float, num_images: int) -> dict[str, Any] | None:
-    """``telemetry`` of the report: the records of all ranks in order; None where no rank has any.
+    """Return the ``telemetry`` section of the report, or None if no rank has a record.
 
-    Ranks that share a device report the same energy: it counts once.
+    Ranks that share a device report the same energy, which counts once.
+
+    Args:
+        records: the records of all ranks, in order of rank.
     """
     by_device = {record.uuid: record.energy_j for record in records if record is not None}
     if not by_device:
@@ -220,7 +240,7 @@ def _link_bytes(nvml: Nvml, handle: Any, field: int) -> float:
 
 
 _Reader = Callable[[Nvml, Any], float]
-# RunCounters come first, next to the sample's time, and what takes long to read last: rates are differences of both.
+# Counters come first, next to the sample's time, and what takes long to read last: rates are differences of both.
 _READERS: Final[Mapping[str, _Reader]] = MappingProxyType(
     {
         "energy_j": lambda nvml, device: nvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1000,

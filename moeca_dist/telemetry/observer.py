@@ -1,4 +1,4 @@
-"""What a run is observed with: the timer of its sections, and where asked for a profiler and a sampler of the GPU."""
+"""The observation of a run: a timer of its sections and, if configured, a profiler and a sampler of the GPU."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from moeca_dist.config import TelemetryConfig
 from moeca_dist.errors import UserError
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.telemetry.gpu import Gpu, GpuRecord, GpuSampler, TelemetryUnavailableError
+from moeca_dist.telemetry.gpu import GpuMonitor, GpuRecord, GpuSampler, TelemetryUnavailableError
 from moeca_dist.telemetry.profiler import TracedTimer, Tracer
 from moeca_dist.timing import SectionTimer, Timer
 
@@ -19,12 +19,15 @@ logger = logging.getLogger(__name__)
 TraceSink = Callable[[int, bytes], None]
 
 
-def open_gpu(config: TelemetryConfig, mesh: Mesh) -> Gpu | None:
-    """What telemetry watches on this rank; rank 0 says why where there is nothing to watch, and the run goes on."""
+def open_gpu_monitor(config: TelemetryConfig, mesh: Mesh) -> GpuMonitor | None:
+    """Open this rank's GPU if telemetry is configured, else return None.
+
+    If there is no GPU to watch, rank 0 logs the reason, and the run goes on.
+    """
     if config.period_s is None:
         return None
     try:
-        return Gpu.open(mesh.device)
+        return GpuMonitor.open(mesh.device)
     except TelemetryUnavailableError as error:
         if mesh.rank == 0:
             logger.warning("telemetry.period_s is set, but there is no GPU to watch: %s", error)
@@ -32,10 +35,12 @@ def open_gpu(config: TelemetryConfig, mesh: Mesh) -> Gpu | None:
 
 
 class RunObserver(AbstractContextManager["RunObserver"]):
-    """Observes this rank while the context is open. ``timer`` is what the run's parts are measured with."""
+    """The observation of this rank while the context is open. ``timer`` measures the sections of the run."""
 
-    def __init__(self, config: TelemetryConfig, gpu: Gpu | None, mesh: Mesh, trace_sink: TraceSink | None) -> None:
-        """Raises UserError for ``telemetry.trace`` without a sink."""
+    def __init__(
+        self, config: TelemetryConfig, gpu: GpuMonitor | None, mesh: Mesh, trace_sink: TraceSink | None
+    ) -> None:
+        """Raise UserError for ``telemetry.trace`` without a sink."""
         if config.trace is not None and trace_sink is None:
             raise UserError("telemetry.trace has no place for its traces here: unset it, or pass trace_sink")
         self._mesh = mesh
@@ -56,17 +61,20 @@ class RunObserver(AbstractContextManager["RunObserver"]):
         self._open.close()
 
     def end_step(self, index: int) -> None:
-        """Denoising step ``index`` has ended."""
+        """Record that denoising step ``index`` has ended."""
         self.seconds.end_step(index)
         if self._tracer is not None:
             self._tracer.end_step()
 
     def gpu_record(self) -> GpuRecord | None:
-        """Asked after the context was left."""
+        """Return the GPU's record, or None without a sampler. Call it after the context was left."""
         return None if self._sampler is None else self._sampler.record()
 
     def deliver_trace(self) -> None:
-        """Traces of all ranks to the sink of rank 0, which alone knows a place for them; a collective of the world."""
+        """Send the traces of all ranks to the sink of rank 0. A collective of the world.
+
+        Only rank 0 knows a place for them.
+        """
         if self._tracer is None or self._trace_sink is None:
             return
         trace, world = self._tracer.chrome_trace(), self._mesh.world

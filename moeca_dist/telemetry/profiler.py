@@ -42,7 +42,7 @@ class _Range(AbstractContextManager[None]):
 
 
 class Tracer(AbstractContextManager["Tracer"]):
-    """Profiles this rank from entering the context until ``num_steps`` denoising steps have ended."""
+    """A profiler of this rank, from entering the context until ``num_steps`` denoising steps have ended."""
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -66,7 +66,7 @@ class Tracer(AbstractContextManager["Tracer"]):
             self._profile.stop()
 
     def chrome_trace(self) -> bytes:
-        """Gzipped JSON in Chrome's format, which Perfetto and chrome://tracing open."""
+        """Return the trace as gzipped JSON in Chrome's format, which Perfetto and chrome://tracing open."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json.gz"
             self._profile.export_chrome_trace(str(path))

@@ -12,7 +12,7 @@ from moeca_dist.config import CacheConfig, QualityName
 from moeca_dist.errors import UserError
 from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.candidate import Candidate, Figures
-from moeca_dist.tuning.trials import ImageSet, Laboratory, image_set
+from moeca_dist.tuning.trials import ImageSet, Trials, image_set
 from moeca_dist.types import Request
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ def automatic(engine: Engine, quality: QualityName | None, target_psnr_db: float
     """
     if engine.model.spec.is_latent and target_psnr_db is not None:
         raise UserError("--target-psnr needs images, and this model generates latents: give --quality")
-    lab = Laboratory.open(engine.without_cache(), _requests(engine, SEED), SEED, None)
+    trials = Trials.open(engine.without_cache(), _requests(engine, SEED), SEED, None)
     check = image_set(engine, _requests(engine, SEED + 1))
     shares = STEPS if quality is None else (SHARES[quality],)
     for share in shares:
-        cache, calibration, figures = _calibrated(lab, check, share)
+        cache, calibration, figures = _calibrated(trials, check, share)
         if target_psnr_db is None or figures.bound_db >= target_psnr_db:
             _say(
                 engine,
@@ -55,16 +55,16 @@ def _with(engine: Engine, cache: CacheConfig, calibration: Calibration | None) -
     return Engine(config, engine.mesh, engine.model, engine.decoder, calibration)
 
 
-def _calibrated(lab: Laboratory, check: ImageSet, share: float) -> tuple[CacheConfig, Calibration | None, Figures]:
-    total = max(lab.num_halves, round(share * lab.num_halves * lab.num_steps))
-    cache = Candidate("network_forecast", DEFAULT_ORDER, lab.schedules(total)[0]).cache()
-    weights = lab.fitted(cache).fitted.weights
-    plain, corrected = lab.measured(cache, None, check), lab.measured(cache, weights, check)
+def _calibrated(trials: Trials, check: ImageSet, share: float) -> tuple[CacheConfig, Calibration | None, Figures]:
+    total = max(trials.num_halves, round(share * trials.num_halves * trials.num_steps))
+    cache = Candidate("network_forecast", DEFAULT_ORDER, trials.schedules(total)[0]).cache()
+    weights = trials.fitted(cache).fitted.weights
+    plain, corrected = trials.measured(cache, None, check), trials.measured(cache, weights, check)
     if corrected.mean_db <= plain.mean_db:
         # Too few images for this network: weights that do not help others are not used.
         return cache, None, plain
     fitted_on = {"num_images": NUM_IMAGES, "seeds": [SEED]}
-    return cache, Calibration(lab.engine.with_cache(cache).fitted_for(), weights, fitted_on), corrected
+    return cache, Calibration(trials.engine.with_cache(cache).fitted_for(), weights, fitted_on), corrected
 
 
 def _requests(engine: Engine, seed: int) -> list[Request]:

@@ -44,15 +44,15 @@ class ImageSet:
 
 
 @dataclass
-class Laboratory:
-    """``trials`` and ``searches`` hold all answers so far; ``state`` keeps them, on rank 0."""
+class Trials:
+    """``by_candidate`` and ``searches`` hold all answers so far; ``state`` keeps them, on rank 0."""
 
     engine: Engine
     fit_on: ImageSet
     proxy: Proxy
     seed: int
     state: StateFile | None
-    trials: dict[Candidate, Trial] = field(default_factory=dict)
+    by_candidate: dict[Candidate, Trial] = field(default_factory=dict)
     searches: dict[int, tuple[Schedule, ...]] = field(default_factory=dict)
     on_answer: Callable[[], None] = lambda: None
 
@@ -64,18 +64,18 @@ class Laboratory:
         seed: int,
         state: StateFile | None,
         on_answer: Callable[[], None] = lambda: None,
-    ) -> "Laboratory":
+    ) -> "Trials":
         """Record ``fit_on`` and take up what an earlier run found. A collective of the world."""
         images = image_set(engine, fit_on, keep_halves=True)
         profile = make_profile(images.recording, engine.mesh)
-        lab = cls(engine, images, Proxy(profile, engine.sampler.gains), seed, state, on_answer=on_answer)
-        for found in lab._from_first(state.records if state is not None else []):
+        trials = cls(engine, images, Proxy(profile, engine.sampler.gains), seed, state, on_answer=on_answer)
+        for found in trials._from_first(state.records if state is not None else []):
             if "trial" in found:
                 trial = Trial.from_json(found["trial"])
-                lab.trials[trial.candidate] = trial
+                trials.by_candidate[trial.candidate] = trial
             else:
-                lab.searches[found["total"]] = tuple(_schedule(tree) for tree in found["schedules"])
-        return lab
+                trials.searches[found["total"]] = tuple(_schedule(tree) for tree in found["schedules"])
+        return trials
 
     @property
     def num_steps(self) -> int:
@@ -104,13 +104,13 @@ class Laboratory:
 
     def trial(self, candidate: Candidate) -> Trial:
         """A real run of ``candidate`` on the images that it is fitted on."""
-        if candidate not in self.trials:
+        if candidate not in self.by_candidate:
             run = self.fitted(candidate.cache())
             figures = self._figures(run.samples_BCHW, run.flops, self.fit_on)
-            self.trials[candidate] = Trial(figures.speedup, figures.db, candidate)
-            self._keep({"trial": self.trials[candidate].to_json()})
+            self.by_candidate[candidate] = Trial(figures.speedup, figures.db, candidate)
+            self._keep({"trial": self.by_candidate[candidate].to_json()})
             self.on_answer()
-        return self.trials[candidate]
+        return self.by_candidate[candidate]
 
     def fitted(self, cache: CacheConfig) -> FittedRun:
         """Weights for ``cache``."""

@@ -11,11 +11,11 @@ from moeca_dist.config import CacheConfig
 from moeca_dist.errors import UserError
 from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.candidate import Candidate, Figures, Trial
-from moeca_dist.tuning.choose import Chooser
+from moeca_dist.tuning.choose import Selector
 from moeca_dist.tuning.resume import StateFile
 from moeca_dist.tuning.schedules import even, num_full
 from moeca_dist.tuning.target import Target
-from moeca_dist.tuning.trials import ImageSet, Laboratory, image_set
+from moeca_dist.tuning.trials import ImageSet, Trials, image_set
 from moeca_dist.types import Request
 
 
@@ -81,24 +81,33 @@ def tune(engine: Engine, settings: Settings, state: StateFile | None = None, *, 
     engine.plan.check_requests(settings.requests(engine, 0))
     # How many there will be depends on what they find.
     with tqdm(unit=" searches and runs", desc="tuning", disable=not progress) as bar:
-        lab = Laboratory.open(engine, settings.requests(engine, 0), settings.seed, state, lambda: _tick(bar))
-        chooser = Chooser(lab, settings.target, settings.refinements)
-        chooser.ladder()
-        chosen, checked = _checked(chooser, chooser.choose(), settings)
+        trials = Trials.open(engine, settings.requests(engine, 0), settings.seed, state, lambda: _tick(bar))
+        selector = Selector(trials, settings.target, settings.refinements)
+        selector.ladder()
+        chosen, checked = _checked(selector, selector.choose(), settings)
     held_out = image_set(engine, settings.requests(engine, 2))
-    run = lab.fitted(chosen.candidate.cache())
+    run = trials.fitted(chosen.candidate.cache())
     weights = run.fitted.weights
-    figures = lab.measured(chosen.candidate.cache(), weights, held_out)
-    comparisons = _comparisons(lab, chosen.candidate, figures, held_out)
+    figures = trials.measured(chosen.candidate.cache(), weights, held_out)
+    comparisons = _comparisons(trials, chosen.candidate, figures, held_out)
     calibration = Calibration(
         engine.with_cache(chosen.candidate.cache()).fitted_for(),
         weights,
         _fitted_on(engine, settings, comparisons[0], figures),
     )
     schedule = chosen.candidate.schedule
-    predicted = Figures(chosen.speedup, tuple(lab.proxy.psnr_db([schedule])[0].tolist()))
-    trials = tuple(chooser.trials.values())
-    return Tuned(settings, chosen, predicted, figures, checked, comparisons, trials, calibration, len(lab.searches))
+    predicted = Figures(chosen.speedup, tuple(trials.proxy.psnr_db([schedule])[0].tolist()))
+    return Tuned(
+        settings,
+        chosen,
+        predicted,
+        figures,
+        checked,
+        comparisons,
+        tuple(selector.tried.values()),
+        calibration,
+        len(trials.searches),
+    )
 
 
 def _tick(bar: "tqdm[NoReturn]") -> None:
@@ -111,41 +120,43 @@ def check_target(engine: Engine, target: Target) -> None:
         raise UserError("--target-psnr needs images, and this model generates latents: give --target-speedup")
 
 
-def _checked(chooser: Chooser, chosen: Trial, settings: Settings) -> tuple[Trial, Figures | None]:
+def _checked(selector: Selector, chosen: Trial, settings: Settings) -> tuple[Trial, Figures | None]:
     """The choice, made more faithful until it meets a quality target on images that it was not fitted on."""
     if settings.target.kind != "psnr":
         return chosen, None
-    lab = chooser.lab
-    images = image_set(lab.engine, settings.requests(lab.engine, 1))
+    trials = selector.trials
+    images = image_set(trials.engine, settings.requests(trials.engine, 1))
     while True:
         cache = chosen.candidate.cache()
-        figures = lab.measured(cache, lab.fitted(cache).fitted.weights, images)
+        figures = trials.measured(cache, trials.fitted(cache).fitted.weights, images)
         if figures.bound_db >= settings.target.value:
             return chosen, figures
-        chosen = chooser.more_faithful(chosen)
+        chosen = selector.more_faithful(chosen)
 
 
-def _comparisons(lab: Laboratory, chosen: Candidate, figures: Figures, images: ImageSet) -> tuple[Comparison, ...]:
+def _comparisons(trials: Trials, chosen: Candidate, figures: Figures, images: ImageSet) -> tuple[Comparison, ...]:
     """Compare the choice, whose calibrated ``figures`` are known, with others.
 
     These are a uniform schedule of as many full steps, and the cache that the configuration came with.
     """
-    rows = [Comparison("tuned", lab.measured(chosen.cache(), None, images), figures)]
-    uniform = Candidate(chosen.policy, chosen.order, even(num_full(chosen.schedule), lab.num_steps, lab.num_halves))
+    rows = [Comparison("tuned", trials.measured(chosen.cache(), None, images), figures)]
+    uniform = Candidate(
+        chosen.policy, chosen.order, even(num_full(chosen.schedule), trials.num_steps, trials.num_halves)
+    )
     others: list[tuple[str, CacheConfig]] = [("uniform", uniform.cache())]
-    own = lab.engine.config.cache.model_copy(update={"calibration": None})
+    own = trials.engine.config.cache.model_copy(update={"calibration": None})
     if own.policy != "none":
         others.append((f"as configured ({own.policy})", own))
     for name, other in others:
-        plain = lab.measured(other, None, images)
-        policy = lab.engine.with_cache(other).policy
+        plain = trials.measured(other, None, images)
+        policy = trials.engine.with_cache(other).policy
         fits = policy is not None and policy.is_scheduled
-        rows.append(Comparison(name, plain, lab.measured(other, _weights(lab, other), images) if fits else None))
+        rows.append(Comparison(name, plain, trials.measured(other, _weights(trials, other), images) if fits else None))
     return tuple(rows)
 
 
-def _weights(lab: Laboratory, cache: CacheConfig) -> OutputWeights:
-    return lab.fitted(cache).fitted.weights
+def _weights(trials: Trials, cache: CacheConfig) -> OutputWeights:
+    return trials.fitted(cache).fitted.weights
 
 
 def _fitted_on(engine: Engine, settings: Settings, comparison: Comparison, figures: Figures) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from moeca_dist import Engine, Request
 from moeca_dist.cache.storage import Packed
 from moeca_dist.config import Config
 from moeca_dist.kernels import select
-from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.int8_rows import FORMATS, SCALE_BYTES, RowFormat
+from moeca_dist.kernels.reference import ReferenceKernels
 from moeca_dist.kernels.select import kernels_for
 from moeca_dist.kernels.types import (
     BranchesToServe,

@@ -19,8 +19,8 @@ from moeca_dist.config import Config, load_config
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report.plots import write_plots
 from moeca_dist.report.tables import render
-from moeca_dist.telemetry.gpu import MAX_POINTS, Gpu, GpuRecord, GpuSampler, TelemetryUnavailableError, merge
-from moeca_dist.telemetry.gpu import gpu as telemetry
+from moeca_dist.telemetry import gpu as telemetry
+from moeca_dist.telemetry.gpu import MAX_POINTS, GpuMonitor, GpuRecord, GpuSampler, TelemetryUnavailableError, merge
 from tests.helpers.fake_nvml import UUID, FakeNvml
 from tests.helpers.golden_files import load_golden
 
@@ -34,7 +34,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watch(nvml: FakeNvml, seconds: float, period_s: float = PERIOD_S) -> GpuRecord:
-    with GpuSampler(Gpu.open(DEVICE, nvml), period_s) as sampler:
+    with GpuSampler(GpuMonitor.open(DEVICE, nvml), period_s) as sampler:
         time.sleep(seconds)
     return sampler.record()
 
@@ -89,7 +89,7 @@ def test_the_thread_takes_less_than_a_hundredth_of_the_time(one_gpu) -> None:
 
 
 def test_long_runs_are_thinned(one_gpu) -> None:
-    sampler = GpuSampler(Gpu.open(DEVICE, FakeNvml()), 1)
+    sampler = GpuSampler(GpuMonitor.open(DEVICE, FakeNvml()), 1)
     count = 10 * MAX_POINTS + 3
     names = sampler._gpu.offered
     sampler._samples = [(float(second), dict.fromkeys(names, float(second))) for second in range(count)]
@@ -100,13 +100,13 @@ def test_long_runs_are_thinned(one_gpu) -> None:
 
 def test_without_a_driver_or_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TelemetryUnavailableError, match="this run computes on the CPU"):
-        Gpu.open(DEVICE, FakeNvml())
+        GpuMonitor.open(DEVICE, FakeNvml())
     monkeypatch.setattr(telemetry, "device_uuid", lambda device: UUID)
     with pytest.raises(TelemetryUnavailableError, match="NVML says: NVML Shared Library Not Found"):
-        Gpu.open(DEVICE, FakeNvml(driver=False))
+        GpuMonitor.open(DEVICE, FakeNvml(driver=False))
     monkeypatch.setattr(telemetry, "device_uuid", lambda device: "GPU-of-another-machine")
     with pytest.raises(TelemetryUnavailableError, match="NVML says: Not Found"):
-        Gpu.open(DEVICE, FakeNvml())
+        GpuMonitor.open(DEVICE, FakeNvml())
 
 
 def test_devices_are_found_by_name_and_not_by_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from moeca_dist.tuning.schedules import Schedule, distance, even, neighbour, num
 from moeca_dist.tuning.search import Search
 from moeca_dist.tuning.target import Target
 from moeca_dist.tuning.trajectories import make_profile
-from moeca_dist.tuning.trials import Laboratory
+from moeca_dist.tuning.trials import Trials
 from moeca_dist.tuning.tune import Settings, run_identity, tune
 from moeca_dist.types import Request, StepContext
 from tests.helpers.golden_files import load_golden
@@ -114,11 +114,11 @@ def test_proxy_of_one_half(models) -> None:
 
 def test_proxy_and_real_run_agree_where_everything_is_computed(models) -> None:
     engine = make_engine(models["dsmoe_e8"])
-    lab = Laboratory.open(engine, requests(4), 7, None)
+    trials = Trials.open(engine, requests(4), 7, None)
     everything = even(2 * NUM_STEPS, NUM_STEPS, 2)
-    trial = lab.trial(Candidate("network_forecast", 1, everything))
+    trial = trials.trial(Candidate("network_forecast", 1, everything))
     assert trial.speedup == 1.0
-    assert min(trial.db) > 120 and lab.proxy.psnr_db([everything]).min() > 120
+    assert min(trial.db) > 120 and trials.proxy.psnr_db([everything]).min() > 120
 
 
 def test_proxy_does_not_depend_on_what_else_is_scored(models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +231,10 @@ def test_tuning_under_two_ranks_is_that_of_one(models, two_ranks, quick) -> None
 
 def tune_on_rank(model: dict[str, Any]) -> Any:
     import moeca_dist.tuning.choose as choose
-    import moeca_dist.tuning.trials as laboratory
+    from moeca_dist.tuning import trials
 
     # This process is a rank of the pool: nothing else tunes in it.
-    laboratory.GENERATIONS, choose.LADDER = 2, (0.2, 0.5)
+    trials.GENERATIONS, choose.LADDER = 2, (0.2, 0.5)
     tuned = tune(make_engine(model), settings())
     return tuned, tuned.calibration.to_json()
 

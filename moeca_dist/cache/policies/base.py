@@ -1,4 +1,4 @@
-"""What the policies share: a schedule of full steps, and how the configuration states it."""
+"""The schedule of full steps that most policies share, and its options in the configuration."""
 
 from dataclasses import dataclass
 
@@ -26,14 +26,17 @@ class Scheduled(Policy):
 
 
 def schedule_of(config: CacheConfig, num_steps: int, guided: bool, default_interval: int) -> FullSteps:
-    """The schedule that the configuration states, else a uniform one."""
+    """Return the schedule that the configuration states, else a uniform one."""
     if config.full_steps is not None:
         return FullSteps.listed(config.full_steps, num_steps, guided=guided)
     return FullSteps.every(config.interval or default_interval, num_steps)
 
 
 def branch_order(config: CacheConfig, default: int) -> int:
-    """The order of a branch forecast; UserError above 1, for which branches do not keep enough values."""
+    """Return the order of a branch forecast.
+
+    Raises UserError above order 1: branches do not keep enough values for it.
+    """
     if config.order is not None and config.order > 1:
         raise UserError(f"cache.order {config.order}: policy {config.policy} forecasts branches with order 0 or 1")
     return default if config.order is None else config.order

@@ -1,7 +1,7 @@
-"""The conditional skip of DICE (arXiv 2411.16786): every other step a token's branch with the lowest gate is reused.
+"""The conditional skip of DICE (arXiv 2411.16786): every other step reuses a token's branch with the lowest gate.
 
-Everything else is computed in every step. Unlike the published skip, which reuses a slot, the stored output is found by
-expert id: a branch that the cache does not hold is computed. Matched outputs get the current gate.
+All other branches are computed in every step. The published skip reuses a slot. Here the stored output is found by
+expert id, and a branch that the cache does not hold is computed. A matched output is weighted with the current gate.
 """
 
 from dataclasses import dataclass

@@ -1,26 +1,26 @@
-"""MoECa (arXiv 2606.15615): branches are recomputed by a score against a threshold that depends on their expert.
+"""MoECa (arXiv 2606.15615): a score decides which branches are recomputed, with a threshold for each expert.
 
 In a cache step the router runs on the input made with the *stored* attention output. A matched branch has the score
 
     s = w_t + LAMBDA_1 * (w_t - w_t0) + LAMBDA_2 * |h_q| / sum_j |h_j|
 
-and is refreshed where ``s > tau_e = tau_0 * (1 + ALPHA * (2 H_e - 1))``; unmatched branches always are. A token with a
-refreshed branch refreshes its attention row too, and the branch sees the input made with it.
+It is refreshed if ``s > tau_e = tau_0 * (1 + ALPHA * (2 H_e - 1))``. Unmatched branches are always computed. A token
+with a refreshed branch refreshes its attention row too, and the branch sees the input made with that row.
 
-What the paper leaves open, and what is done here:
+The paper leaves some points open. They are decided as follows:
 
-- The drift is printed signed while the prose says "deviates": ``drift`` signed (default) or absolute.
-- The scale of w differs between models, so the published tau_0 = 0.80 has no meaning across them: ``refresh_ratio``
-  picks tau_0 for each layer, image and step as the quantile of ``s / (1 + ALPHA (2 H - 1))`` that refreshes this share
-  of all routed branches (ties by position), on top of the unmatched.
-- A served branch keeps w_t0 of the step in which it was computed, else the drift could not accumulate.
+- The paper prints the drift signed, but its prose says "deviates". Option ``drift`` is signed (default) or absolute.
+- The scale of w differs between models, so the published tau_0 = 0.80 has no meaning across them. Instead
+  ``refresh_ratio`` is the share of all routed branches to refresh, on top of the unmatched ones. tau_0 is the quantile
+  of ``s / (1 + ALPHA (2 H - 1))`` that gives this share in each layer, image and step. Position decides ties.
+- A served branch keeps w_t0 of the step in which it was computed. Otherwise the drift could not accumulate.
 - The sum over j runs over all branches stored for the token.
-- H is normalised by min-max over the experts of the layer (``cache.expert_usage.spread``), of each image on its own, because
-  no image depends on its batch; the moving average is updated with the current routing before the decision.
-- The routing of the step (experts and gates) is the one that was decided on; the router does not run again on the
+- H is normalised by min-max over the experts of the layer (``cache.expert_usage.spread``). Each image is normalised on
+  its own, because no image depends on its batch. The moving average takes in the current routing before the decision.
+- The routing of the step (experts and gates) is the one that was decided on. The router does not run again on the
   fresh-attention input, because new experts would need another decision.
 - The shared expert and following dense blocks are refreshed for the tokens that refresh a branch. Dense blocks before
-  the first MoE block reuse: no decision is known there.
+  the first MoE block reuse their outputs: no decision is known there.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Moeca(Scheduled, BranchPolicy):
         return self._highest(relative_N.masked_fill(~view.found_N, -torch.inf), view.num_images)
 
     def score(self, view: LayerView) -> Tensor:
-        """Return fp32 [N]: s of every branch, meaningless for unmatched ones."""
+        """Return the score s of every branch as fp32 [N]. It is meaningless for unmatched branches."""
         assert view.scores is not None
         gate_N = view.routing.gate_N.float()
         drift_N = gate_N - view.scores.gate_N
@@ -68,7 +68,7 @@ class Moeca(Scheduled, BranchPolicy):
         return gate_N + LAMBDA_1 * drift_N + LAMBDA_2 * view.scores.share_N
 
     def leniency(self, view: LayerView) -> Tensor:
-        """Return fp32 [N]: tau_e / tau_0, above 1 for experts whose tokens lie all over the image."""
+        """Return tau_e / tau_0 as fp32 [N]. It is above 1 for experts whose tokens lie all over the image."""
         assert view.usage_BTE is not None
         factor_BE = 1 + ALPHA * (2 * spread(view.usage_BTE) - 1)
         image_N = view.routing.token_N // max(1, view.tokens_per_image)

@@ -1,9 +1,8 @@
 """Branch forecast: each routed branch is extrapolated on its own and weighted with the current gate.
 
-In a cache step the router runs, branches that are in the cache are extrapolated from their last two computed values,
-and unmatched ones are computed, on the forecast attention and shared outputs unless ``attention_sync`` refreshes these
-rows too. Only unmatched branches travel. The full steps are
-placed freely, for each guidance half on its own.
+In a cache step the router runs. Cached branches are extrapolated from their last two computed values. Unmatched
+branches are computed on the forecast attention and shared outputs, unless ``attention_sync`` refreshes these rows too.
+Only unmatched branches travel. The full steps are placed freely, for each guidance half on its own.
 """
 
 from dataclasses import dataclass
@@ -27,13 +26,13 @@ class MoecaForecast(Scheduled, BranchPolicy):
 
 
 def scaled_steps(num_steps: int) -> list[int]:
-    """The default full steps for a number of steps; fewer where they coincide."""
+    """Return the default full steps scaled to a number of steps. If some coincide, there are fewer of them."""
     # A sliver above: 0.58 * 50 falls just short of 29.
     return sorted({int(part * num_steps + 1e-6) for part in DEFAULT_FRACTIONS})
 
 
 def default_or_stated(config: CacheConfig, num_steps: int, guided: bool) -> FullSteps:
-    """The full steps that the configuration states, else the searched ones."""
+    """Return the full steps that the configuration states, else the searched ones."""
     if config.full_steps is not None:
         return FullSteps.listed(config.full_steps, num_steps, guided=guided)
     if config.interval is not None:

@@ -1,8 +1,8 @@
-"""Whole-network forecast: between full steps no block runs, what they would add to their input is extrapolated.
+"""Whole-network forecast: between full steps no block runs, and the sum of their outputs is extrapolated.
 
-The input of the blocks and the output layer are those of the current step. It is the coarsest forecast there is: no
-router, no exchange, and one cached tensor per guidance half instead of several per block, after the cumulative residual
-of FreqCa (arXiv 2510.08669). Forecasts of modules and branches have to beat it.
+The input of the blocks and the output layer are those of the current step. This is the coarsest forecast: it needs no
+router, no exchange, and one cached tensor per guidance half instead of several per block. It follows the cumulative
+residual of FreqCa (arXiv 2510.08669). Forecasts of modules and branches have to beat this policy.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The control: besides unmatched branches, a random share of all branches is computed in a cache step."""
+"""The control: a cache step computes unmatched branches and a random share of all branches."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +28,10 @@ class RandomBranches(Scheduled, BranchPolicy):
 
 
 def uniform(step: StepContext, view: LayerView) -> Tensor:
-    """Return [N] in [0, 1): a hash of image, token, expert, block, half and step, so that no batch changes the draw."""
+    """Return [N] in [0, 1): a hash of image, token, expert, block, half and step.
+
+    So the draw does not depend on the batch.
+    """
     where_B = (step.index * 1_000_003 + view.block) * 2 + view.half_B
     position_T = torch.arange(view.tokens_per_image, device=where_B.device)
     per_token_BT = _mixed((view.image_ids_B + where_B * 104_729)[:, None] + position_T * 7_919)

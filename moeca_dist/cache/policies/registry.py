@@ -40,7 +40,7 @@ _FOR_ALL = frozenset({"location", "calibration", "dtype", "memory_limit"})
 
 
 def build_policy(config: CacheConfig, num_steps: int, *, guided: bool) -> Policy | None:
-    """Build the policy that ``config`` names; None for ``none``, the exact path.
+    """Build the policy that ``config`` names, or None for ``none``, the exact path.
 
     Raises UserError for an option that the policy does not read, and for schedules that do not fit ``num_steps``.
     """

@@ -1,6 +1,6 @@
-"""Module policies: TaylorSeer extrapolates every module's output between full steps, FORA reuses it.
+"""Module policies: TaylorSeer extrapolates every module's output between full steps, and FORA reuses it.
 
-TaylorSeer: arXiv 2503.06923. FORA: arXiv 2407.01425, which is the same at order 0 with another interval.
+TaylorSeer is arXiv 2503.06923. FORA is arXiv 2407.01425: the same with order 0 and another interval.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DEFAULT_ORDER = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeer(Scheduled, ModulePolicy):
-    """``order`` 0 is FORA."""
+    """The policy of both methods. ``order`` 0 is FORA."""
 
     name: ClassVar[str] = "taylorseer"
 

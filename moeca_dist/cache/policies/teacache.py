@@ -1,12 +1,12 @@
 """TeaCache (arXiv 2411.19108): the whole network is skipped while its input has changed little.
 
-The relative L1 change of the timestep-modulated input of the first block is accumulated from step to step; until it
-reaches ``delta`` the blocks are skipped and their last total change is added to the current input.
+The relative L1 change of the timestep-modulated input of the first block is accumulated from step to step. The blocks
+are skipped until the sum reaches ``delta``. A skipped step adds their last total change to the current input.
 
-Adaptation. The ranks of an expert-parallel group must skip together, and no image may depend on its batch, so the
-change is that of the modulation (shift and scale of the first block) made from the timestep alone, without image and
-label: the same in both guidance halves and on all ranks. The published polynomial that rescales the change is fitted
-for each model and left out; ``delta`` is in units of the raw change.
+Adaptation: the ranks of an expert-parallel group must skip together, and no image may depend on its batch. So the
+change is that of the first block's modulation (shift and scale). The modulation is made from the timestep alone,
+without image and label. It is the same in both guidance halves and on all ranks. The published polynomial that rescales
+the change is fitted for each model and left out. ``delta`` is in units of the raw change.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class TeaCache(NetworkPolicy):
     name: ClassVar[str] = "teacache"
 
     def is_full(self, step: StepContext, half: Half) -> bool:
-        """A step that is not skipped computes everything."""
+        """Return True: a step that is not skipped computes everything."""
         return True
 
     def remark(self, statistics: CacheStatistics) -> str | None:

@@ -1,12 +1,14 @@
-"""ToCa (arXiv 2410.05317) without attention maps: attention reused, the feed-forward of some tokens recomputed.
+"""ToCa (arXiv 2410.05317) without attention maps: attention is reused, and the feed-forward of some tokens recomputed.
 
-Full steps follow ToCa's schedule. In between, each feed-forward (a MoE layer with all its routed branches and its
-shared expert, or a dense MLP) is computed for a share of every image's tokens, and the others keep their stored sum.
+Full steps follow ToCa's schedule. In between, each feed-forward is computed for a share of every image's tokens. The
+other tokens keep their stored sum. A feed-forward is a MoE layer with its routed branches and its shared expert, or a
+dense MLP.
 
-Adaptations. The published score starts from column sums of the attention map, which fused attention never forms; here
-it is the norm of the token's stored feed-forward output, divided by the norm of all of the image's (what a stale token
-could be wrong about). As published, 0.25 * age / N is added, and the best token of each 2 x 2 block gets a bonus (here
-a factor of 1.4) so that refreshed tokens spread. The share is the same in all steps, layers and modules.
+Adaptations: the published score starts from column sums of the attention map, which fused attention never forms. Here
+it starts from the norm of the token's stored feed-forward output. This norm is divided by the norm of all outputs of
+the image. It measures how wrong a stale token could be. As published, 0.25 * age / N is added. The best token of each 2
+x 2 block gets a bonus, so that refreshed tokens spread. The bonus is a factor of 1.4 here. The share is the same in all
+steps, layers and modules.
 """
 
 import math
