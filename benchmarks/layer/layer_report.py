@@ -66,7 +66,7 @@ METHOD = """\
 Times are milliseconds of dispatch, experts and combine (router given, no shared expert): median over rounds
 [quartiles] of the slowest rank; every contender runs once per round, in an order drawn anew. (xR) is the median over
 rounds of contender / ours in the same round: above 1 ours is faster. Weights, tokens and routing are the same for all;
-the outputs on_all_ranks before anything was timed (relative L2 at most 1e-4 in fp32, 2e-2 in bf16). Each rank brings {images}
+the outputs agreed before anything was timed (relative L2 at most 1e-4 in fp32, 2e-2 in bf16). Each rank brings {images}
 images of {tokens} tokens ("full"), or {share} of those tokens with all their branches ("sparse"). "balanced": uniform
 distinct experts; "skewed": half of the branches (k = 5: 40%, as a token has an expert only once) go to two experts,
 both on the first rank.

@@ -106,14 +106,14 @@ def made_experts(spec: ModelSpec, count: int) -> RoutedExperts:
     return layer
 
 
-def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
+def exchange(spec: ModelSpec, group: Collectives) -> dict[str, Any]:
     """``agree_s``: gathering counts; ``exact``, ``coded``: of rows as they are and in int8, see ``cells``."""
     counts, agreed, between = torch.zeros(2 * group.size, dtype=torch.int64), Ranks(group), work_between(spec)
     for _ in range(EXCHANGES):
         between()
-        with on_all_ranks.call():
+        with agreed.call():
             group.gather_counts(counts)
-    agree_s = on_all_ranks.median()
+    agree_s = agreed.median()
     return {"agree_s": agree_s} | {
         "exact": cells(spec, group, "exact", agree_s, between),
         "coded": cells(spec, group, "int8", agree_s, between),
@@ -121,7 +121,7 @@ def exchange(spec: ModelSpec, group: Exchange) -> dict[str, Any]:
 
 
 def cells(
-    spec: ModelSpec, group: Exchange, row_dtype: RowDtype, agree_s: float, between: Callable[[], float]
+    spec: ModelSpec, group: Collectives, row_dtype: RowDtype, agree_s: float, between: Callable[[], float]
 ) -> list[dict[str, float]]:
     """Bytes that the busiest rank sends in both legs, their seconds, and the ``stretch`` of work between them.
 
@@ -133,19 +133,19 @@ def cells(
     for tokens in TOKENS:
         x_TD = torch.randn(tokens, spec.hidden_size)
         ids_TK = torch.rand(tokens, spec.num_experts).topk(spec.num_experts_per_tok).indices
-        routing = Routing(ids_TK, torch.rand(ids_TK.shape))
+        routing = Routing.top_k(ids_TK, torch.rand(ids_TK.shape))
         there, back, alone_s, beside_s, apart_s = Ranks(group), Ranks(group), [], [], []
         before = group.traffic.bytes_sent
         # In turns, so that a slow moment of the machine is in both.
         for _ in range(EXCHANGES):
             with there.call():
-                sent = away.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
+                sent = away.dispatch(x_TD, routing.branches, routing.gate_N).wait()
             outputs_RD = layer(sent.rows_RD, sent.rows_per_expert_L)
             with back.call():
                 away.combine_sums(outputs_RD, sent, routing).wait()
             beside_s.append(between())
             started = time.process_time()
-            kept = local.dispatch(x_TD, routing.all_branches()).wait()
+            kept = local.dispatch(x_TD, routing.branches).wait()
             local.weighted_sum(kept.rows_RD, kept, routing)
             alone_s.append(time.process_time() - started)
             apart_s.append(between())

@@ -11,7 +11,7 @@ routing and refreshes of each policy. No constant is fitted to the runs below; t
 fixed piece of work done before and after each. Error: predicted over measured, less 1.
 
 - **measured**: seconds of denoising, slowest rank, median of the repeats [lowest-highest].
-- **predicted parts**: home (attention, dense, router, cache) + routed experts + exchange + count_exchanges on row counts.
+- **predicted parts**: home (attention, dense, router, cache) + routed experts + exchange + exchange of row counts.
 - **measured parts**: mean of the ranks; their waiting is in exchange and wait, so parts compare only roughly.
 - **machine**: seconds of that work over those when the table was made; the prediction is longer by as much.
 - **others' cores**: how many cores worked for somebody else meanwhile, the kernel's work for the links among it."""

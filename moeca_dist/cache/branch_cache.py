@@ -31,10 +31,12 @@ class Match:
     Attributes:
         row_N: int64 row that holds, or will hold, each branch; all distinct.
         found_N: bool, whether the row already holds a value of the branch. The others are unmatched.
+        place_N: int64 place of each branch in a flattened table [T, E].
     """
 
     row_N: Tensor
     found_N: Tensor
+    place_N: Tensor
 
 
 class BranchCache:
@@ -62,12 +64,14 @@ class BranchCache:
 
     def match(self, routing: Routing) -> Match:
         """Find the row of each branch; unmatched branches get the rows of branches that the routing dropped."""
+        place_N = routing.token_N * self.num_experts + routing.expert_N
         if self._row_TE is None:
-            row_N = torch.arange(routing.token_N.shape[0], device=routing.token_N.device)
-            return Match(row_N, torch.zeros_like(row_N, dtype=torch.bool))
-        found_row_N = self._row_TE.view(-1).index_select(0, self._place(routing)).long()
+            row_N = torch.arange(place_N.shape[0], device=place_N.device)
+            return Match(row_N, torch.zeros_like(row_N, dtype=torch.bool), place_N)
+        assert place_N.shape == self._step_N.shape, "the number of branches is the same in every step"
+        found_row_N = self._row_TE.view(-1).index_select(0, place_N).long()
         found_N = found_row_N != EMPTY
-        return Match(torch.where(found_N, found_row_N, _dropped_rows(found_row_N, found_N)), found_N)
+        return Match(torch.where(found_N, found_row_N, _dropped_rows(found_row_N, found_N)), found_N, place_N)
 
     def store_all(self, routing: Routing, match: Match, values_ND: Tensor, step: int) -> None:
         """Keep every branch of a full step: ``values_ND`` in the order of the routing."""
@@ -80,7 +84,7 @@ class BranchCache:
             self._slopes_ND.put(match.row_N, slopes(values_ND, before_ND, gap_N, match.found_N))
         self._values_ND.put(match.row_N, values_ND)
         self._step_N.index_fill_(0, match.row_N, step)
-        self._note(routing, match)
+        self._note(match)
         if self.scored:
             self._gate_N[match.row_N] = routing.gate_N.float()
             self._norm_N[match.row_N] = values_ND.float().norm(dim=-1)
@@ -95,7 +99,7 @@ class BranchCache:
             routing.token_N, routing.start_T, routing.gate_N, match.row_N, match.found_N, refresh_N
         )
         total_TD = self.kernels.serve_branches(stored, wanted, fresh, step)
-        self._note(routing, match)
+        self._note(match)
         if self.scored:
             row_N = match.row_N.index_select(0, fresh.branch_M)
             self._gate_N[row_N] = routing.gate_N.index_select(0, fresh.branch_M).float()
@@ -119,15 +123,10 @@ class BranchCache:
         packed = [self._values_ND, *([] if self._slopes_ND is None else [self._slopes_ND])]
         return sum(tensor.nbytes for tensor in tensors) + sum(rows.num_bytes for rows in packed)
 
-    def _note(self, routing: Routing, match: Match) -> None:
+    def _note(self, match: Match) -> None:
         """Record which branches the rows now stand for."""
         assert self._row_TE is not None
-        self._row_TE.fill_(EMPTY)
-        self._row_TE.view(-1).index_copy_(0, self._place(routing), match.row_N.int())
-
-    def _place(self, routing: Routing) -> Tensor:
-        """Return int64 [N]: where each branch stands in the flattened table."""
-        return routing.token_N * self.num_experts + routing.expert_N
+        self._row_TE.fill_(EMPTY).view(-1).index_copy_(0, match.place_N, match.row_N.int())
 
     def _allocate(self, num_tokens: int, like_ND: Tensor) -> None:
         self._row_TE = torch.full((num_tokens, self.num_experts), EMPTY, dtype=torch.int32, device=like_ND.device)

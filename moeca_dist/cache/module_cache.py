@@ -81,12 +81,13 @@ class ModuleCache:
 
     def forecast(self, step: int) -> Forecast:
         """Return the value expected in ``step``, to be summed up by its user."""
+        assert self._differences, "the first step of a request is a full step"
         factor: float | Tensor = 1.0
         terms = []
         for degree, difference in enumerate(self._differences[1:], start=1):
             factor = factor * ((step - self._step) / degree)
             terms.append((difference.unpack(), factor))
-        return Forecast(self.value_BTD, terms)
+        return Forecast(self._differences[0].unpack(), terms)
 
     @property
     def num_bytes(self) -> int:

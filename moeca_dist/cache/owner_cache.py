@@ -98,8 +98,9 @@ class OwnerSlotTable:
         if self._slot_TE is None:
             shape, device = (routing.num_tokens, self.num_experts), routing.token_N.device
             self._slot_TE = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
-        slot_N = self._slot_TE[routing.token_N, routing.expert_N].long()
-        return Match(slot_N, slot_N != EMPTY)
+        place_N = routing.token_N * self.num_experts + routing.expert_N
+        slot_N = self._slot_TE.view(-1).index_select(0, place_N).long()
+        return Match(slot_N, slot_N != EMPTY, place_N)
 
     def assign(self, routing: Routing, match: Match, slots: SlotAllocator, owner_of_expert_E: Tensor) -> Tensor:
         """Return the slot [N] of every branch. Branches that the routing dropped leave theirs."""
@@ -109,13 +110,13 @@ class OwnerSlotTable:
         if not new_N.shape[0]:
             return match.row_N
         is_routed_TE = torch.zeros_like(self._slot_TE, dtype=torch.bool)
-        is_routed_TE[routing.token_N, routing.expert_N] = True
+        is_routed_TE.view(-1)[match.place_N] = True
         token_X, expert_X = (~is_routed_TE & (self._slot_TE != EMPTY)).nonzero().unbind(1)
         slots.release(owner_of_expert_E[expert_X], self._slot_TE[token_X, expert_X].long())
         self._slot_TE[token_X, expert_X] = EMPTY
-        token_M, expert_M = routing.token_N[new_N], routing.expert_N[new_N]
-        self._slot_TE[token_M, expert_M] = slots.take(owner_of_expert_E[expert_M]).int()
-        return self._slot_TE[routing.token_N, routing.expert_N].long()
+        new_slot_N = slots.take(owner_of_expert_E[routing.expert_N[new_N]])
+        self._slot_TE.view(-1)[match.place_N[new_N]] = new_slot_N.int()
+        return match.row_N.index_copy(0, new_N, new_slot_N)
 
     def serve(self, touched_T: Tensor, changed_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
         """Return routed sums [T, D]: ``fresh_TD`` if touched, and kept; else what is expected in ``step``.

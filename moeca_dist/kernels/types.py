@@ -1,7 +1,7 @@
 """What goes into the kernels and what comes out of them.
 
-Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens, N branches of a routing (rows of the
-branch cache), M refreshed branches, B images, X any leading sizes.
+Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens, N branches of a routing (rows of
+the branch cache), M refreshed branches, B images, X any leading sizes.
 """
 
 from collections.abc import Sequence

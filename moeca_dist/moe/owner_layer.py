@@ -38,9 +38,9 @@ class OwnerMoELayer(MoELayer):
     def cached(self, x_BTD: Tensor, plan: RefreshPlan, cache: LayerCache, tokens: TokenIndex | None = None) -> Tensor:
         assert isinstance(self.dispatcher, AllToAllDispatcher)
         assert plan.match is not None and plan.refresh_N is not None
-        exchange, kept, x_TD = self.dispatcher.owners, _kept(cache), x_BTD.flatten(0, 1)
+        exchange, kept, x_TD = self.dispatcher.owner_exchange, _kept(cache), x_BTD.flatten(0, 1)
         with cache.timer.section("bookkeeping"):
-            owner_E = exchange.owner_of_expert(x_TD.device)
+            owner_E, _ = exchange.owners.on(x_TD.device)
             slot_N = kept.table.assign(plan.routing, plan.match, kept.slots, owner_E)
             request = OwnerRequest(plan.routing, plan.refresh_N, plan.match.found_N, slot_N)
         sending = exchange.dispatch(x_TD, request, kept.slots.capacities)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from moeca_dist.kernels.reference import REFERENCE, inverse
 from moeca_dist.kernels.types import Kernels
-from moeca_dist.parallel.collectives import Collectives
+from moeca_dist.parallel.collectives import Collectives, Handle
 from moeca_dist.parallel.dispatcher import DispatchedRows, RowPlan
 from moeca_dist.parallel.expert_placement import ExpertPlacement
-from moeca_dist.parallel.handle import Handle
 from moeca_dist.parallel.owner_exchange import OwnerExchange
 from moeca_dist.parallel.row_packing import (
     WORD_BYTES,
+    ExpertOwners,
     RowDtype,
     TokenOwnerPairs,
     group_by_owner,
@@ -58,7 +58,8 @@ class AllToAllDispatcher:
         self.placement = placement
         self.row_dtype: RowDtype = row_dtype
         self.kernels = kernels
-        self.owners = OwnerExchange(collectives, placement, row_dtype)
+        self.owners = ExpertOwners(placement, collectives.rank)
+        self.owner_exchange = OwnerExchange(collectives, self.owners, row_dtype)
         self.num_ranks = placement.num_ranks
         self.num_local = len(placement.experts_of(collectives.rank))
 
@@ -66,7 +67,8 @@ class AllToAllDispatcher:
         return AllToAllDispatcher(self.collectives, self.placement, row_dtype, self.kernels)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
-        owner_N = self.owners.owner_of_expert(routing.token_N.device).index_select(0, routing.expert_N)
+        owner_E, _ = self.owners.on(routing.token_N.device)
+        owner_N = owner_E.index_select(0, routing.expert_N)
         away_N = owner_N != self.collectives.rank
         is_pair_TP = torch.zeros(routing.num_tokens * self.num_ranks, dtype=torch.bool, device=owner_N.device)
         is_pair_TP[routing.token_N * self.num_ranks + owner_N] = away_N
@@ -76,13 +78,14 @@ class AllToAllDispatcher:
         self.collectives.traffic.bytes_exact += away_N.sum() * SUM_HEADER_BYTES + rows
 
     def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Handle[DispatchedRows]:
-        owner_N = self.owners.owner_of_expert(branches.expert_N.device).index_select(0, branches.expert_N)
-        pairs = group_by_owner(owner_N, branches.token_N)
+        owner_E, local_id_E = self.owners.on(branches.expert_N.device)
+        pairs = group_by_owner(owner_E.index_select(0, branches.expert_N), branches.token_N)
         counts_P2P = self.collectives.gather_counts(pairs.counts(self.num_ranks).flatten())
         counts_P2P = counts_P2P.view(self.num_ranks, 2, self.num_ranks)
         per_branch, per_pair = splits_from_counts(counts_P2P, self.collectives.rank)
         payload = bool(counts_P2P.any())
-        header_NW = self._headers(branches, gates_N, pairs)
+        local_id_N = local_id_E[branches.expert_N.index_select(0, pairs.branch_N)]
+        header_NW = _headers(local_id_N, gates_N, pairs)
         rows_MD = x_TD.index_select(0, pairs.token_M)
         slot_of_branch_N = inverse(pairs.branch_N)
 
@@ -121,11 +124,10 @@ class AllToAllDispatcher:
         rows_MD = pair_sums(slot_N, rows_ND, pairs.first_M, gates_N)
         return token_sums(rows_MD, pairs.token_M, routing.num_tokens)
 
-    def _headers(self, branches: Branches, gates_N: Tensor | None, pairs: TokenOwnerPairs) -> Tensor:
-        """Return int32 [N, 1 or 2], by owner."""
-        expert_N = self.owners.local_id_E[branches.expert_N.index_select(0, pairs.branch_N)]
-        code_N = (expert_N * 2 + pairs.starts_N).to(torch.int32)
-        if gates_N is None:
-            return code_N[:, None]
-        gate_N = gates_N.index_select(0, pairs.branch_N).float().view(torch.int32)
-        return torch.stack([code_N, gate_N], 1)
+
+def _headers(local_id_N: Tensor, gates_N: Tensor | None, pairs: TokenOwnerPairs) -> Tensor:
+    """Return int32 [N, 1 or 2], by owner."""
+    code_N = (local_id_N * 2 + pairs.starts_N).to(torch.int32)
+    if gates_N is None:
+        return code_N[:, None]
+    return torch.stack([code_N, gates_N.index_select(0, pairs.branch_N).float().view(torch.int32)], 1)

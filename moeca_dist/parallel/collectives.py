@@ -11,17 +11,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
 from moeca_dist.errors import PeerLostError
-from moeca_dist.parallel.handle import Handle
 from moeca_dist.timing import UNTIMED, Timer
 
 _ROWS: Final = "exchanging expert rows"
+
+Value = TypeVar("Value")
+Other = TypeVar("Other")
+
+
+@dataclass(frozen=True)
+class Handle(Generic[Value]):
+    """A value that its user waits for later, once. Whatever is computed until then hides the time it is under way.
+
+    ``wait`` returns the value, and raises what went wrong meanwhile.
+    """
+
+    wait: Callable[[], Value]
+
+    @classmethod
+    def ready(cls, value: Value) -> "Handle[Value]":
+        """Wrap a value that is there already."""
+        return cls(lambda: value)
+
+    def then(self, use: Callable[[Value], Other]) -> "Handle[Other]":
+        """Return a handle of ``use(value)``, which is called when somebody waits. For ``parallel/`` alone."""
+        return Handle(lambda: use(self.wait()))
 
 
 @dataclass
@@ -49,6 +70,7 @@ class Collectives:
         self.size = size
         self.device = device
         self.timeout_s = timeout_s
+        self._members = [int(dist.get_global_rank(group, member)) for member in range(size)]  # as ranks of the world
         self.traffic = Traffic()
         self.timer: Timer = UNTIMED
 
@@ -108,14 +130,10 @@ class Collectives:
         into, out_of = arriving.split(received), rows.split(sent)
         into[self.rank].copy_(out_of[self.rank])
         others = [(self.rank + offset) % self.size for offset in range(1, self.size)]
-        works = [dist.irecv(into[p], self._member(p), group=self.group) for p in reversed(others) if received[p]]
-        works += [dist.isend(out_of[p], self._member(p), group=self.group) for p in others if sent[p]]
+        works = [dist.irecv(into[p], self._members[p], group=self.group) for p in reversed(others) if received[p]]
+        works += [dist.isend(out_of[p], self._members[p], group=self.group) for p in others if sent[p]]
         # Transfers between two ranks do not have the group's timeout by themselves.
         return [partial(work.wait, timedelta(seconds=self.timeout_s)) for work in works]
-
-    def _member(self, rank: int) -> int:
-        """A rank of the group as one of the world."""
-        return int(dist.get_global_rank(self.group, rank))
 
     def count_skipped(self) -> None:
         """Record a payload collective that no rank needs."""

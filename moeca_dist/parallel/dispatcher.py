@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moeca_dist.kernels.reference import REFERENCE
 from moeca_dist.kernels.types import Kernels
-from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.collectives import Handle
 from moeca_dist.parallel.row_packing import RowDtype, Splits, TokenOwnerPairs
 from moeca_dist.types import Branches, Routing
 

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeca_dist.parallel.collectives import Collectives
-from moeca_dist.parallel.expert_placement import ExpertPlacement
-from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.collectives import Collectives, Handle
 from moeca_dist.parallel.row_packing import (
     WORD_BYTES,
+    ExpertOwners,
     RowDtype,
     Splits,
     TokenOwnerPairs,
@@ -86,25 +85,10 @@ class ReceivedRequest:
 class OwnerExchange:
     """Both legs over one group. All ranks agree on every size from the gathered counts, so also on whether to talk."""
 
-    def __init__(self, collectives: Collectives, placement: ExpertPlacement, row_dtype: RowDtype = "exact") -> None:
+    def __init__(self, collectives: Collectives, owners: ExpertOwners, row_dtype: RowDtype) -> None:
         self.collectives = collectives
-        self.row_dtype = row_dtype
-        self.num_ranks = placement.num_ranks
-        # As this rank's tokens see it: replicated experts are here.
-        owners = placement.owners_for(collectives.rank)
-        places = [{expert: i for i, expert in enumerate(placement.experts_of(rank))} for rank in range(self.num_ranks)]
-        local_ids = [places[owner][expert] for expert, owner in enumerate(owners)]
-        self.owner_of_expert_E = torch.tensor(owners, dtype=torch.int64)
-        self.local_id_E = torch.tensor(local_ids, dtype=torch.int64)
-
-    def owner_of_expert(self, device: torch.device) -> Tensor:
-        """Return the owner [E] of each expert, this rank if it is replicated.
-
-        The tables move once, to wherever routing is computed.
-        """
-        self.owner_of_expert_E = self.owner_of_expert_E.to(device)
-        self.local_id_E = self.local_id_E.to(device)
-        return self.owner_of_expert_E
+        self.owners = owners
+        self.row_dtype: RowDtype = row_dtype
 
     def dispatch(self, x_TD: Tensor, request: OwnerRequest, capacities: Sequence[int]) -> Handle[ReceivedRequest]:
         """Send ``request``; ``capacities``: slots that this rank uses of each rank's store."""
@@ -113,10 +97,10 @@ class OwnerExchange:
         # NOTE: a host synchronisation on CUDA: the number of hidden rows decides the shapes.
         hidden_H = hidden_M.nonzero().squeeze(1)
         token_H, owner_H = pairs.token_M.index_select(0, hidden_H), pairs.owner_M.index_select(0, hidden_H)
-        hidden_P = torch.bincount(owner_H, minlength=self.num_ranks)
-        counts = [*pairs.counts(self.num_ranks), hidden_P, torch.tensor(capacities, device=device)]
+        hidden_P = torch.bincount(owner_H, minlength=self.owners.num_ranks)
+        counts = [*pairs.counts(self.owners.num_ranks), hidden_P, torch.tensor(capacities, device=device)]
         gathered = self.collectives.gather_counts(torch.stack(counts).flatten())
-        counts_P4P = gathered.view(self.num_ranks, 4, self.num_ranks)
+        counts_P4P = gathered.view(self.owners.num_ranks, 4, self.owners.num_ranks)
         branches, per_pair, hidden, wanted = splits_from_counts(counts_P4P, self.collectives.rank)
         payload = bool(counts_P4P[:, 0].any())
         rows_HD = x_TD.index_select(0, token_H)
@@ -130,7 +114,7 @@ class OwnerExchange:
     def _headers(self, request: OwnerRequest) -> tuple[Tensor, TokenOwnerPairs, Tensor]:
         """Return headers [N, 3] of touched tokens' branches, their pairs, and bool [M]: whose hidden row is needed."""
         routing = request.routing
-        owner_E = self.owner_of_expert(routing.token_N.device)
+        owner_E, local_id_E = self.owners.on(routing.token_N.device)
         touched_T = routing.tokens_with(request.refresh_N)
         # NOTE: a host synchronisation on CUDA: the number of branches of touched tokens decides the shapes.
         branch_N = touched_T.index_select(0, routing.token_N).nonzero().squeeze(1)
@@ -139,7 +123,7 @@ class OwnerExchange:
         refresh_N, found_N = request.refresh_N[branch_N], request.found_N[branch_N]
         pair_N = pairs.starts_N.cumsum(0) - 1
         hidden_M = torch.zeros_like(pairs.first_M, dtype=torch.bool).index_fill_(0, pair_N[refresh_N], True)
-        code_N = self.local_id_E[routing.expert_N[branch_N]] << _EXPERT_SHIFT
+        code_N = local_id_E[routing.expert_N[branch_N]] << _EXPERT_SHIFT
         code_N = code_N + pairs.starts_N * _STARTS_PAIR + refresh_N * _REFRESH + found_N * _FOUND
         gate_N = routing.gate_N[branch_N].float().view(torch.int32)
         slot_N = request.slot_N[branch_N]

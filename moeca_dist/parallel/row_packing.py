@@ -17,13 +17,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeca_dist.kernels.int8_rows import decode_rows, encode_rows
-from moeca_dist.parallel.collectives import Collectives
-from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.collectives import Collectives, Handle
+from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.types import positions
 
 WORD_BYTES = 4
 RowDtype = Literal["exact", "int8"]
 """How rows travel between ranks: as computed, or as int8 codes with one scale each."""
+
+
+class ExpertOwners:
+    """Which rank owns each expert, and its place there, as tables on the device where routing is computed."""
+
+    def __init__(self, placement: ExpertPlacement, rank: int) -> None:
+        """Read the tables off ``placement`` as this ``rank``'s tokens see it: replicated experts are here."""
+        self.num_ranks = placement.num_ranks
+        owners = placement.owners_for(rank)
+        places = [{expert: i for i, expert in enumerate(placement.experts_of(p))} for p in range(self.num_ranks)]
+        self._owner_E = torch.tensor(owners, dtype=torch.int64)
+        self._local_id_E = torch.tensor([places[owner][expert] for expert, owner in enumerate(owners)])
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return int64 [E] owners, and int64 [E] positions among the owner's experts. They move once."""
+        self._owner_E, self._local_id_E = self._owner_E.to(device), self._local_id_E.to(device)
+        return self._owner_E, self._local_id_E
 
 
 @dataclass(frozen=True)
@@ -32,23 +49,18 @@ class TokenOwnerPairs:
 
     Attributes:
         branch_N: which branch stands at each position.
+        owner_N: its owner.
         starts_N: bool, whether a pair begins there.
         first_M: where the branches of each pair begin.
+        token_M, owner_M: token and owner of each pair.
     """
 
     branch_N: Tensor
     owner_N: Tensor
-    token_N: Tensor
     starts_N: Tensor
     first_M: Tensor
-
-    @property
-    def token_M(self) -> Tensor:
-        return self.token_N.index_select(0, self.first_M)
-
-    @property
-    def owner_M(self) -> Tensor:
-        return self.owner_N.index_select(0, self.first_M)
+    token_M: Tensor
+    owner_M: Tensor
 
     def counts(self, num_ranks: int) -> Tensor:
         """Return int64 [2, P]: branches and pairs of each owner."""
@@ -61,7 +73,9 @@ def group_by_owner(owner_N: Tensor, token_N: Tensor) -> TokenOwnerPairs:
     token_N = token_N.index_select(0, branch_N)
     starts_N = torch.ones_like(token_N, dtype=torch.bool)
     starts_N[1:] = (token_N[1:] != token_N[:-1]) | (owner_N[1:] != owner_N[:-1])
-    return TokenOwnerPairs(branch_N, owner_N, token_N, starts_N, positions(starts_N))
+    first_M = positions(starts_N)
+    token_M, owner_M = token_N.index_select(0, first_M), owner_N.index_select(0, first_M)
+    return TokenOwnerPairs(branch_N, owner_N, starts_N, first_M, token_M, owner_M)
 
 
 def pair_sums(row_R: Tensor, values: Tensor, starts_S: Tensor, gates_R: Tensor) -> Tensor:
@@ -125,8 +139,8 @@ def send(
         return _send_packed(collectives, header_NW, rows_HD, branches, hidden)
     rank = collectives.rank
     own_ND, coded = _own(rows_HD, hidden.input, rank), encode_rows(_others(rows_HD, hidden.input, rank))
-    coming = _send_packed(collectives, header_NW, coded, branches, hidden.between_others(rank))
-    return coming.then(
+    sending = _send_packed(collectives, header_NW, coded, branches, hidden.between_others(rank))
+    return sending.then(
         lambda arrived: (arrived[0], _joined(own_ND, decode_rows(arrived[1], rows_HD.dtype), hidden.output, rank))
     )
 
@@ -166,41 +180,31 @@ def _joined(own_rows: Tensor, others_rows: Tensor, counts: Sequence[int], rank: 
 def _send_packed(
     collectives: Collectives, header_NW: Tensor, rows_HD: Tensor, branches: Splits, hidden: Splits
 ) -> Handle[tuple[Tensor, Tensor]]:
+    """Send one message to each rank: its headers, then its hidden rows, as bytes."""
+    header_bytes, row_bytes = header_NW.shape[1] * WORD_BYTES, rows_HD.shape[1] * rows_HD.element_size()
+    sent = [b * header_bytes + h * row_bytes for b, h in zip(branches.input, hidden.input, strict=True)]
+    received = [b * header_bytes + h * row_bytes for b, h in zip(branches.output, hidden.output, strict=True)]
     packed = _packed(header_NW, rows_HD, branches.input, hidden.input)
-    header_bytes, row_bytes = _widths(header_NW, rows_HD)
-    sent = _sizes(branches.input, hidden.input, header_bytes, row_bytes)
-    received = _sizes(branches.output, hidden.output, header_bytes, row_bytes)
-    arriving = collectives.all_to_all_async(packed[:, None], sent, received)
-    return arriving.then(
+    sending = collectives.all_to_all_async(packed[:, None], sent, received)
+    return sending.then(
         lambda bytes_N1: _unpacked(bytes_N1.squeeze(1), header_NW, rows_HD, branches.output, hidden.output)
     )
 
 
-def _widths(header_NW: Tensor, rows_HD: Tensor) -> tuple[int, int]:
-    return header_NW.shape[1] * WORD_BYTES, rows_HD.shape[1] * rows_HD.element_size()
-
-
-def _sizes(branches: Sequence[int], hidden: Sequence[int], header_bytes: int, row_bytes: int) -> list[int]:
-    """Return bytes per rank."""
-    return [headers * header_bytes + rows * row_bytes for headers, rows in zip(branches, hidden, strict=True)]
-
-
 def _packed(header_NW: Tensor, rows_HD: Tensor, branches: Sequence[int], hidden: Sequence[int]) -> Tensor:
     """Return uint8: for each rank its headers, then its hidden rows."""
-    parts = []
     headers = header_NW.view(torch.uint8).split(list(branches))
     rows = rows_HD.view(torch.uint8).split(list(hidden))
-    for header, row in zip(headers, rows, strict=True):
-        parts += [header.flatten(), row.flatten()]
-    return torch.cat(parts)
+    return torch.cat([part.flatten() for pair in zip(headers, rows, strict=True) for part in pair])
 
 
 def _unpacked(
     arrived: Tensor, like_NW: Tensor, like_HD: Tensor, branches: Sequence[int], hidden: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Undo ``_packed`` on the other side. Concatenating also restores the alignment that views need."""
-    header_bytes, row_bytes = _widths(like_NW, like_HD)
-    sizes = [size for b, h in zip(branches, hidden, strict=True) for size in (b * header_bytes, h * row_bytes)]
+    words, width = like_NW.shape[1], like_HD.shape[1]
+    row_bytes = width * like_HD.element_size()
+    sizes = [size for b, h in zip(branches, hidden, strict=True) for size in (b * words * WORD_BYTES, h * row_bytes)]
     parts = arrived.split(sizes)
-    header_RW = torch.cat(parts[::2]).view(torch.int32).view(sum(branches), like_NW.shape[1])
-    return header_RW, torch.cat(parts[1::2]).view(like_HD.dtype).view(sum(hidden), like_HD.shape[1])
+    header_RW = torch.cat(parts[::2]).view(torch.int32).view(sum(branches), words)
+    return header_RW, torch.cat(parts[1::2]).view(like_HD.dtype).view(sum(hidden), width)

@@ -48,8 +48,8 @@ class ExchangeReport:
     ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
     step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
     there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
-    divides ``bytes_sent``. ``count_exchanges``: how often each rank's row counts were gathered, which tells all ranks what
-    travels; their few bytes are not counted. ``row_dtype``: how they travelled, ``exact`` also where nothing did.
+    divides ``bytes_sent``. ``count_exchanges``: how often each rank's row counts were gathered, which tells all ranks
+    what travels; their few bytes are not counted. ``row_dtype``: how they travelled, ``exact`` also where nothing did.
     """
 
     mode: str

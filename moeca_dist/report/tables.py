@@ -114,7 +114,7 @@ def _exchange(report: Mapping[str, Any]) -> _Rows:
         ("mode", exchange["mode"]),
         ("bytes sent", f"{scaled(sent, 1024)}iB of {scaled(full, 1024)}iB without a cache{ratio}"),
         ("collectives per rank", f"{exchange['collectives']:,} issued, {exchange['collectives_skipped']:,} not needed"),
-        ("count_exchanges on row counts", f"{exchange['count_exchanges']:,}"),
+        ("exchanges of row counts", f"{exchange['count_exchanges']:,}"),
     ]
     if exchange["placement"] is not None:
         rows.insert(1, ("branch values are kept", f"at the {exchange['placement']} rank"))

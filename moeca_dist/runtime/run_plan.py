@@ -64,7 +64,7 @@ class RunPlan:
         spec: ModelSpec | None = None,
         calibration: Calibration | None = None,
     ) -> "RunPlan":
-        """Decide everything that the configuration leaves open, and refuse what cannot be carried out. Reads no weights.
+        """Decide what the configuration leaves open, and refuse what cannot be carried out, without reading weights.
 
         Raises UserError for a missing, foreign or inconsistent checkpoint, step counts that the sampler does not
         offer, options without effect, CUDA graphs of steps that follow the data, a file that is no calibration or

@@ -1,9 +1,9 @@
 """What a schedule is worth, without an evaluation of the network: the calibrated run, open loop.
 
 At a full step the half's output is the recorded exact one, in between it is the polynomial through the last recorded
-ones; guidance, fitted corrections and the solver run as in a real run (``calibration/fit.py``). What is left out is that
-a real run's full steps see a state that has drifted, and that a policy may forecast better or worse than the polynomial,
-so the proxy is optimistic; it ranks schedules, and real runs confirm them.
+ones; guidance, fitted corrections and the solver run as in a real run (``calibration/fit.py``). What is left out is
+that a real run's full steps see a state that has drifted, and that a policy may forecast better or worse than the
+polynomial, so the proxy is optimistic; it ranks schedules, and real runs confirm them.
 
 All steps' terms except the state are known before the first step, so S schedules are scored together.
 

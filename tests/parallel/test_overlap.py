@@ -15,8 +15,7 @@ from torch import Tensor
 from moeca_dist import Engine, Request
 from moeca_dist.config import Config
 from moeca_dist.errors import PeerLostError
-from moeca_dist.parallel.collectives import Collectives
-from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.collectives import Collectives, Handle
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.timing import SectionTimer
 from tests.helpers.golden_files import load_golden

@@ -22,7 +22,7 @@ from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
 from moeca_dist.config import CacheConfig, Config, HalvesConfig
-from moeca_dist.parallel.handle import Handle
+from moeca_dist.parallel.collectives import Handle
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.types import StepContext
 from tests.cache.test_contract import NUM_STEPS, count_products, load, open_session, requests

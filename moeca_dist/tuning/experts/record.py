@@ -16,8 +16,8 @@ from torch import Tensor
 from moeca_dist.cache.policy import BranchPolicy, ModulePolicy
 from moeca_dist.errors import UserError
 from moeca_dist.models.backbone import DiffusionTransformer
+from moeca_dist.parallel.collectives import Handle
 from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher
-from moeca_dist.parallel.handle import Handle
 from moeca_dist.parallel.row_packing import RowDtype
 from moeca_dist.runtime.engine import Engine
 from moeca_dist.tuning.experts.trace import RoutingTrace
