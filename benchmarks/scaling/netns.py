@@ -8,8 +8,8 @@ what it receives, as a cable to a switch does. The bridge has a namespace of its
 touched. Needs root and iproute2.
 
 Names carry the maker's process id and start time. Leaving the ``with`` block removes them, also after an exception and,
-under ``moeca_dist.cli.exit_codes.sigterm_as_exit``, after a SIGTERM. What a killed process left is removed when the next
-network is made.
+under ``moeca_dist.cli.exit_codes.sigterm_as_exit``, after a SIGTERM. What a killed process left is removed when the
+next network is made.
 """
 
 import os

@@ -70,7 +70,6 @@ class Collectives:
         self.size = size
         self.device = device
         self.timeout_s = timeout_s
-        self._members = [int(dist.get_global_rank(group, member)) for member in range(size)]  # as ranks of the world
         self.traffic = Traffic()
         self.timer: Timer = UNTIMED
 
@@ -130,8 +129,9 @@ class Collectives:
         into, out_of = arriving.split(received), rows.split(sent)
         into[self.rank].copy_(out_of[self.rank])
         others = [(self.rank + offset) % self.size for offset in range(1, self.size)]
-        works = [dist.irecv(into[p], self._members[p], group=self.group) for p in reversed(others) if received[p]]
-        works += [dist.isend(out_of[p], self._members[p], group=self.group) for p in others if sent[p]]
+        in_world = {p: int(dist.get_global_rank(self.group, p)) for p in others}
+        works = [dist.irecv(into[p], in_world[p], group=self.group) for p in reversed(others) if received[p]]
+        works += [dist.isend(out_of[p], in_world[p], group=self.group) for p in others if sent[p]]
         # Transfers between two ranks do not have the group's timeout by themselves.
         return [partial(work.wait, timedelta(seconds=self.timeout_s)) for work in works]
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from moeca_dist import Engine, Request, UserError
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.parallel.mesh import Mesh
+from moeca_dist.runtime.cuda_graphs import GraphedModel, Recording, check_graphs
 from moeca_dist.tuning.experts.record import record_routing
 from tests.helpers.golden_files import load_golden
 from tests.helpers.host_waits import READS, WAITING
