@@ -65,7 +65,7 @@ def test_two_ranks_share_one_gpu(two_cuda_ranks: RankPool, ep_size: int) -> None
 def test_int8_rows_without_a_cache(two_cuda_ranks: RankPool) -> None:
     """Random weights: routes lie near ties, so codes move some of them."""
     config = random_config("DSMoE-S-E48", "float32")
-    coded = config.model_copy(update={"parallel": config.parallel.model_copy(update={"rows": "int8"})})
+    coded = config.model_copy(update={"parallel": config.parallel.model_copy(update={"row_dtype": "int8"})})
     expected, _ = two_cuda_ranks.run(generate, config, requests(3), 2)[0]
     images, _ = two_cuda_ranks.run(generate, coded, requests(3), 2)[0]
     assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= 0.2

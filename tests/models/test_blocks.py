@@ -19,6 +19,7 @@ from moeca_dist.models.blocks import (
 )
 from moeca_dist.models.dit_moe import sincos_positions
 from moeca_dist.models.registry import build_model, published_spec
+from moeca_dist.moe.experts import RoutedExperts, SwiGLU
 from moeca_dist.moe.layer import MoELayer
 from moeca_dist.moe.router import SigmoidRouter, SoftmaxRouter
 from tests.reference import naive_models as naive
@@ -170,12 +171,17 @@ def test_dense_mlp():
 # ---- MoE layers -----------------------------------------------------------------------------------------------------
 
 
+def moe_layer(router, num_experts, width, shared_width):
+    shared = SwiGLU(24, shared_width) if shared_width else None
+    return randomised(MoELayer(router, RoutedExperts(24, width, num_experts), shared, num_experts))
+
+
 def sigmoid_layer(k=2, shared_width=20, groups=(3, 2)):
-    return randomised(MoELayer(24, SigmoidRouter(24, 6, k, *groups, 2.5), 6, 20, shared_width))
+    return moe_layer(SigmoidRouter(24, 6, k, *groups, 2.5), 6, 20, shared_width)
 
 
 def softmax_layer(k=2, shared_width=12):
-    return randomised(MoELayer(24, SoftmaxRouter(24, 6, k), 6, 20, shared_width))
+    return moe_layer(SoftmaxRouter(24, 6, k), 6, 20, shared_width)
 
 
 def naive_layer(layer, x_TD):
@@ -215,7 +221,7 @@ def test_moe_layer_where_one_expert_takes_every_token_and_one_none(make):
     if isinstance(layer.gate, SigmoidRouter):
         # A dropped group counts as zero, so an expert is only sure to stay idle below all others.
         layer.gate.e_score_correction_bias.copy_(torch.tensor([0.5, -9.0, 0.6, 0.5, 0.9, 0.7]))
-    chosen_TK = layer.gate(x_BTD[0]).expert_ids_TK
+    chosen_TK = layer.gate(x_BTD[0]).expert_N.view(9, -1)
     assert (chosen_TK == 4).any(dim=1).all() and not (chosen_TK == 1).any()
     assert_close(layer(x_BTD)[0], naive_layer(layer, x_BTD[0]))
 
@@ -227,7 +233,7 @@ def test_moe_layer_without_tokens(make, shape):
 
 
 def test_a_single_expert_is_a_dense_feed_forward():
-    layer, x_BTD = randomised(MoELayer(24, SoftmaxRouter(24, 1, 1), 1, 20, 12)), draw(1, 5, 24)
+    layer, x_BTD = moe_layer(SoftmaxRouter(24, 1, 1), 1, 20, 12), draw(1, 5, 24)
     params = params_of(layer, "moe.")
     expected = [
         naive.swiglu(params, "moe.experts.blocks.0", x_D) + naive.swiglu(params, "moe.shared_experts", x_D)

@@ -32,8 +32,8 @@ def run_golden(name: str, path: Path) -> dict[str, Tensor]:
     return {
         "output": model(golden["x"], golden["t"], golden["y"]),
         "moe_out": layer(golden["moe_in"]),
-        "expert_ids": routing.expert_ids_TK,
-        "gates": routing.gates_TK,
+        "expert_ids": routing.expert_N.view(routing.num_tokens, -1),
+        "gates": routing.gate_N.view(routing.num_tokens, -1),
         "num_local": torch.tensor(len(layer.local_expert_ids)),
     }
 
