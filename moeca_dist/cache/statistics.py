@@ -45,8 +45,10 @@ class CacheStatistics:
     signals: int = 0
     reached: int = 0
     branches: dict[int, Tensor] = field(default_factory=dict)
-    """By MoE block: branches of each step, reason and expert, int64 [S, Y, E]; on the model's device, which counting
-    must not stall."""
+    """Branches of each step, reason and expert by MoE block: int64 [S, Y, E].
+
+    They are on the model's device, because counting must not stall it.
+    """
     bytes_per_step: Counter[int] = field(default_factory=Counter)
     bytes_peak: int = 0
 

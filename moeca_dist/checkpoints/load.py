@@ -42,7 +42,7 @@ def load_model(
 
     Args:
         mesh: the mesh of ranks. If its ``ep_size`` is above 1, this rank materialises only its own experts. A mesh
-            without an expert group (``Mesh(rank, n, n, device, None, None, None)``) loads a rank's weights without any
+            without an expert group (``Mesh(rank, n, n, device, None, None, None)``) loads a rank's weights without a
             process group. Such a model cannot run.
         placement: the experts of each rank (default: equal runs). A table places the experts of every block on its own.
         options: hyper-parameters that the checkpoint does not tell, or that override it. They are ``family``,

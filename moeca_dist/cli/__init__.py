@@ -1,6 +1,6 @@
 """The command line: parse, check, build, run, and turn every outcome into an exit code.
 
-Only the standard library and the configuration are imported when this package is: torch and deepspeed take seconds to
+Importing this package imports only the standard library and the configuration. torch and deepspeed take seconds to
 import, and ``--help`` or a mistyped key must not wait for them.
 """
 
@@ -13,7 +13,7 @@ from moeca_dist.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The ``moeca`` console command; returns the exit code."""
+    """Run the ``moeca`` console command and return the exit code."""
     parser = Parser(prog="moeca", description="Distributed inference for diffusion transformers with MoE.")
     parser.add_argument("--version", action="version", version=f"moeca {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -30,21 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate_main(argv: Sequence[str] | None = None) -> int:
-    """``launch/generate.py``: the same as ``moeca generate``."""
+    """Run ``launch/generate.py``, which is the same as ``moeca generate``."""
     parser = Parser(description=generate.HELP)
     generate.add_arguments(parser)
     return exit_code(lambda: dispatch(parser, argv))
 
 
 def tune_main(argv: Sequence[str] | None = None) -> int:
-    """``launch/tune.py``: the same as ``moeca tune``."""
+    """Run ``launch/tune.py``, which is the same as ``moeca tune``."""
     parser = Parser(description=tune.HELP)
     tune.add_arguments(parser)
     return exit_code(lambda: dispatch(parser, argv))
 
 
 def batch_main(argv: Sequence[str] | None = None) -> int:
-    """``launch/ray_generate.py``: the same as ``moeca batch``."""
+    """Run ``launch/ray_generate.py``, which is the same as ``moeca batch``."""
     parser = Parser(description=batch.HELP)
     batch.add_arguments(parser)
     return exit_code(lambda: dispatch(parser, argv))

@@ -1,4 +1,4 @@
-"""Parsing the command line: every mistake is a UserError of one line, raised before any work."""
+"""Parsing of the command line: every mistake is a UserError of one line, raised before any work."""
 
 import argparse
 import difflib
@@ -14,7 +14,7 @@ SEED_LIMIT = 2**32  # what sampling.noise can tell apart
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes as UserError: one line, and only on rank 0. Options are never abbreviated."""
+    """A parser that raises mistakes as UserError: one line, and only on rank 0. Options are never abbreviated."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
@@ -34,7 +34,10 @@ def dispatch(parser: Parser, argv: Sequence[str] | None) -> None:
 
 
 def parse_labels(text: str) -> list[range]:
-    """``0-9`` or ``1,3,7-9`` as ranges in the order given; ranges, because what they hold is not yet checked."""
+    """Parse ``0-9`` or ``1,3,7-9`` into ranges in the given order.
+
+    They stay ranges, because their labels are not yet checked.
+    """
     ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, flags=re.ASCII)
@@ -120,12 +123,12 @@ def add_run_arguments(
     """Add the options of every command that generates images.
 
     Args:
-        out: what ``--out`` names, e.g. FOLDER.
-        num_images: the default of ``--num-images``; None if the command has to know whether it was given.
-        first_seed: the default of ``--seed``, likewise.
-        images_type: reads ``--num-images``.
-        replaced: what ``--overwrite`` replaces. None for a command that no launcher of ranks starts, and that goes on
-            with earlier results.
+        out: the metavar of ``--out``, e.g. FOLDER.
+        num_images: the default of ``--num-images``. None if the command has to know whether it was given.
+        first_seed: the default of ``--seed``. None if the command has to know whether it was given.
+        images_type: the parser of ``--num-images``.
+        replaced: the results that ``--overwrite`` replaces. None for a command without ranks from a launcher, which
+            goes on with earlier results.
     """
     parser.add_argument("--config", type=Path, required=True, metavar="YAML")
     parser.add_argument("--out", type=Path, required=True, metavar=out, help=out_help)

@@ -1,4 +1,4 @@
-"""``moeca batch``: many images over gangs of ranks on a Ray cluster."""
+"""The command ``moeca batch``: many images over gangs of ranks on a Ray cluster."""
 
 import argparse
 import logging
@@ -59,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError for anything that is wrong with the arguments, and as ``batch.start.start_batch`` does."""
+    """Run the command. Raises UserError for wrong arguments, and the errors of ``ray_batch.start.start_batch``."""
     config = load_config(args.config, args.overrides)
     bundles = _gang_bundles(args)
     validate_world(config, sum(bundles))

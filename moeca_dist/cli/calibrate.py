@@ -1,4 +1,4 @@
-"""``moeca calibrate``: fit the output weights of a cached run."""
+"""The command ``moeca calibrate``: fit the output weights of a cached run."""
 
 import argparse
 import os

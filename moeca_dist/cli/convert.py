@@ -1,4 +1,4 @@
-"""``moeca convert``: rewrite a checkpoint."""
+"""The command ``moeca convert``: rewrite a checkpoint."""
 
 import argparse
 from collections.abc import Callable

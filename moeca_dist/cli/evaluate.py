@@ -1,4 +1,4 @@
-"""``moeca evaluate``: images against a reference."""
+"""The command ``moeca evaluate``: measure images against a reference."""
 
 import argparse
 from pathlib import Path

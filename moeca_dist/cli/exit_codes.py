@@ -1,6 +1,9 @@
-"""From what a command did to its exit code.
+"""The exit code of a command.
 
-0 done; 2 a mistake of the user, told in one line before any work; 1 a failure; 130 and 143 after SIGINT and SIGTERM.
+- 0: done.
+- 1: a failure.
+- 2: a mistake of the user, told in one line before any work.
+- 130 and 143: SIGINT and SIGTERM.
 """
 
 import logging

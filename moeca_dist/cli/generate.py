@@ -1,4 +1,4 @@
-"""``moeca generate``: images on the ranks that a launcher started, or on one."""
+"""The command ``moeca generate``: images on the ranks that a launcher started, or on one rank."""
 
 import argparse
 import os
@@ -51,10 +51,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def run_generate(config: Config, preset: QualityPreset, args: argparse.Namespace) -> None:
-    """Generate on all ranks and write the results on rank 0.
+    """Generate on all ranks and write the results on rank 0. No half-written results remain after an error.
 
-    Raises UserError, on every rank alike and before weights are read, for what is wrong with checkpoint, labels or
-    output folder; PeerLostError if a rank dies or hangs. Either way nothing half-written stays behind.
+    Raises UserError for a wrong checkpoint, label or output folder, on every rank alike and before weights are read.
+    Raises PeerLostError if a rank dies or hangs.
     """
     tell_deepspeed_the_device()
     from moeca_dist.parallel.agreement import on_all_ranks
@@ -141,7 +141,10 @@ def _drop_trace(rank: int, trace: bytes) -> None:
 
 
 def tell_deepspeed_the_device() -> None:
-    """Unless told, DeepSpeed detects the device when it is imported and warns on every rank where it is the CPU."""
+    """Set the variable that tells DeepSpeed its device.
+
+    Otherwise DeepSpeed detects the device when it is imported. It then warns on every rank if the device is the CPU.
+    """
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

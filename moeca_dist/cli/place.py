@@ -1,4 +1,4 @@
-"""``moeca place``: choose which rank owns which expert, from a routing trace."""
+"""The command ``moeca place``: choose which rank owns which expert, from a routing trace."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""``--quality`` and ``--target-psnr``: from the option to a tuned file, or to a calibration at the start of the run."""
+"""The options ``--quality`` and ``--target-psnr``: they name a tuned file, or a calibration at the start of the run."""
 
 import argparse
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QualityPreset:
-    """The quality that was asked for; ``automatic`` if no tuned file has it."""
+    """The requested quality. ``automatic`` is True if no tuned file has it."""
 
     quality: QualityName | None
     target_psnr_db: float | None
@@ -42,10 +42,10 @@ def add_quality_arguments(parser: Parser) -> None:
 
 
 def resolve_quality(config: Config, args: argparse.Namespace) -> tuple[Config, QualityPreset]:
-    """Return ``config`` with the cache of the tuned file that the options name, and the preset.
+    """Return the configuration with the tuned file's cache, and the preset.
 
-    ``config`` is returned as given if there is no such file. Raises UserError for a cache that is set besides, and for
-    a target that no tuned file reaches.
+    ``config`` is returned as given if the options name no tuned file. Raises UserError for a cache that is set besides,
+    and for a target that no tuned file reaches.
     """
     if args.quality is None and args.target_psnr is None:
         return config, QualityPreset(None, None, automatic=False)

@@ -1,4 +1,4 @@
-"""``moeca report``: the figures of a run."""
+"""The command ``moeca report``: show the figures of a run."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``moeca trace``: record the routing of a run."""
+"""The command ``moeca trace``: record the routing of a run."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""``moeca tune``: choose a cache for a target."""
+"""The command ``moeca tune``: choose a cache for a target."""
 
 import argparse
 from typing import TYPE_CHECKING

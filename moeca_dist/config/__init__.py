@@ -1,7 +1,7 @@
 """The configuration: typed, frozen, validated once, with no live objects inside.
 
-Values come from the defaults, then the YAML file, then ``--set a.b=c``; the last one wins. Whatever is unknown,
-mistyped or out of range is a `UserError` that names the key, where it was written and what is allowed.
+Values come from the defaults, then the YAML file, then ``--set a.b=c``. The last one wins. An unknown, mistyped or
+out-of-range value is a `UserError`. The error names the key, its place and the allowed values.
 """
 
 from moeca_dist.config.loading import load_config as load_config

@@ -1,6 +1,6 @@
-"""Keys and values that a configuration once had, and what took their place.
+"""Keys and values that a configuration once had, and their successors.
 
-An old file is answered with one line that names the remedy; nothing in it is silently ignored.
+An old file is answered with one line that names the remedy. Nothing in it is silently ignored.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ REMOVED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
 
 
 def explain_unknown_key(key: str) -> str | None:
-    """Return what took the place of ``key`` (``section.key``); None if it never existed."""
+    """Return the successor of ``key`` (``section.key``) as a sentence, or None if the key never existed."""
     if key in REMOVED_KEYS:
         return f"{key} no longer exists: {REMOVED_KEYS[key]}"
     if key in RENAMED_KEYS:
@@ -51,7 +51,7 @@ def explain_unknown_key(key: str) -> str | None:
 
 
 def explain_refused_value(key: str, value: object) -> str | None:
-    """Return what took the place of ``value`` of ``key``; None if it was never allowed."""
+    """Return the successor of ``value`` of ``key`` as a sentence, or None if the value was never allowed."""
     if isinstance(value, str) and (key, value) in REMOVED_VALUES:
         return f"{key} {value} no longer exists: {REMOVED_VALUES[key, value]}"
     return None

@@ -1,4 +1,4 @@
-"""Reading a configuration: values from the file and the overrides, and what is wrong with them in the user's words."""
+"""Reading of a configuration: values from the file and the overrides, with errors in the user's words."""
 
 import difflib
 import os
@@ -18,12 +18,13 @@ from moeca_dist.errors import UserError
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Defaults < the YAML file at ``path`` < ``overrides`` such as ``"sampling.num_steps=50"``.
+    """Load a configuration: defaults < the YAML file at ``path`` < ``overrides`` such as ``"sampling.num_steps=50"``.
 
     Relative paths in the file resolve against the file's folder, those in an override against the current folder. A
-    calibration in the file belongs to the file's cache and sampling: an override that changes either drops it, and the
-    full steps and order that it was fitted for.
-    Raises `UserError` (one line, every problem in it) for anything that is missing, unknown or not allowed.
+    calibration in the file belongs to the file's cache and sampling. An override that changes either drops the
+    calibration. It also drops the full steps and order for which the calibration was fitted.
+
+    Raises `UserError` (one line with every problem) for keys and values that are missing, unknown or not allowed.
     """
     path = Path(path)
     tree = _anchored(read_sections(path), path.parent)

@@ -18,10 +18,10 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which network. Options left at None are inferred from the checkpoint, or refused where shapes cannot tell."""
+    """The network. Options left at None are inferred from the checkpoint, or refused if shapes cannot tell."""
 
     name: str | None = None
-    """A published size, e.g. DSMoE-S-E16; a checkpoint given as well must agree with it."""
+    """A published size, e.g. DSMoE-S-E16. A checkpoint given as well must agree with it."""
     checkpoint: PathField | None = None
     """A published file (.pt, .safetensors) or a folder in our sharded format."""
     random_init: bool = False
@@ -37,20 +37,20 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["torch", "triton"] = "torch"
-    """What small operators run as: PyTorch, or Triton on a CUDA device."""
+    """Implementation of small operators: PyTorch, or Triton on a CUDA device."""
     cuda_graphs: bool = False
-    """Whether runs without a cache replay evaluations of the network as CUDA graphs, on ranks that hold all experts."""
+    """Replay evaluations of the network as CUDA graphs, in runs without a cache and on ranks that hold all experts."""
 
 
 class ParallelConfig(_Section):
-    """How the world splits: ``ep_size`` ranks share one set of experts, what is left is data-parallel."""
+    """The split of the world: ``ep_size`` ranks share one set of experts, and such groups are data-parallel."""
 
     ep_size: int | None = Field(None, ge=1)
-    """None: the whole world."""
+    """Ranks of one expert-parallel group. None: the whole world."""
     row_dtype: Literal["exact", "int8"] = "exact"
-    """How rows travel between ranks: as computed, or as int8 codes with one scale per row. On one rank nothing does."""
+    """Format of rows between ranks: as computed, or int8 codes with one scale per row. It has no effect on one rank."""
     expert_placement: PathField | None = None
-    """File of ``moeca place``: which rank of the group owns which expert. None: equal runs of consecutive experts."""
+    """File of ``moeca place`` with the owner of each expert. None: equal runs of consecutive experts."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: float = Field(120.0, gt=0, le=86_400)
     """A peer that stays silent for longer ends the run."""
@@ -64,7 +64,7 @@ class HalvesConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """What is reused between denoising steps. Each policy reads some of the options and refuses the others."""
+    """The reuse between denoising steps. Each policy reads some of the options and refuses the others."""
 
     policy: Literal[
         "none",
@@ -84,30 +84,30 @@ class CacheConfig(_Section):
     full_steps: list[int] | HalvesConfig | None = None
     """Indices of the full steps, for both guidance halves or for each."""
     order: int | None = Field(None, ge=0, le=3)
-    """Order of the forecast; 0 reuses the stored value."""
+    """Order of the forecast. 0 reuses the stored value."""
     ratio: float | None = Field(None, ge=0, le=1)
     """Share that a cache step computes: of the branches with policy ``random``, of the tokens with ``toca``."""
     attention_sync: bool | None = None
-    """Whether a token with a refreshed branch refreshes its attention row, shared expert and dense blocks with it."""
+    """Refresh attention row, shared expert and dense blocks of every token that has a refreshed branch."""
     refresh_ratio: float | None = Field(None, ge=0, le=1)
-    """Share of the branches to refresh by score: the threshold follows from it."""
+    """Share of the branches to refresh by score. The threshold follows from this share."""
     drift: Literal["signed", "absolute"] | None = None
-    """Whether a gate that fell lowers the refresh score or raises it."""
+    """Effect of a falling gate on the refresh score: ``signed`` lowers the score, ``absolute`` raises it."""
     delta: float | None = Field(None, ge=0)
     """Accumulated relative change of the modulation at which policy ``teacache`` computes the network again."""
     calibration: PathField | None = None
-    """File of ``moeca calibrate``: corrects the outputs that the solver gets, in every step."""
+    """File of ``moeca calibrate``, which corrects the outputs that the solver gets, in every step."""
     dtype: Literal["model", "bfloat16", "float8_e4m3fn"] = "model"
-    """In which stored values are kept; float8 with one scale per row. What a step computes is used as computed."""
+    """Dtype of stored values. float8 has one scale per row. A step does not round the values that it computes."""
     memory_limit: str | float | None = None
-    """Most that a rank's cache may keep: a size such as "2GiB", or a share (above 0, up to 1) of the device's memory.
+    """Largest cache of a rank: a size such as "2GiB", or a share (above 0, up to 1) of the device's memory.
 
-    On CPU a share of the host's. What would keep more is refused before sampling.
+    On CPU it is a share of the host's memory. A run with a larger cache is refused before sampling.
     """
     location: Literal["home", "owner", "auto"] | None = None
-    """Which side of the exchange keeps branch values; ``auto``: ``owner`` on two ranks, else ``home``.
+    """Side of the exchange that keeps branch values. ``auto`` is ``owner`` on two ranks, else ``home``.
 
-    None: ``home``, with which the images are those of one rank whatever the policy.
+    None: ``home``. With ``home`` the images are those of one rank for every policy.
     """
 
     @field_validator("memory_limit")
@@ -124,24 +124,24 @@ class CacheConfig(_Section):
 
 
 class SamplingConfig(_Section):
-    """How images are drawn; ``batch_size`` counts images per rank and round."""
+    """The sampling of images. ``batch_size`` counts images per rank and round."""
 
     num_steps: int | None = Field(None, ge=1)
-    """None: the default of the model's family."""
+    """Number of denoising steps. None: the default of the model's family."""
     cfg_scale: float = Field(1.5, ge=1)
-    """Classifier-free guidance; 1 switches it off."""
+    """Scale of classifier-free guidance. 1 switches guidance off."""
     batch_size: int = Field(32, ge=1)
     vae: PathField | None = None
-    """Folder of a local sd-vae-ft-mse; without it latent models save latents."""
+    """Folder of a local sd-vae-ft-mse. Without it latent models save latents."""
 
 
 class TelemetryConfig(_Section):
-    """What is recorded about a run besides its report; images are the same with and without."""
+    """Records of a run besides its report. They do not change the images."""
 
     period_s: float | None = Field(None, ge=0.1, le=3600)
-    """Seconds between samples of each rank's GPU; None: no sampling. Reading a GPU takes some 40 ms."""
+    """Seconds between samples of each rank's GPU. None: no sampling. Reading a GPU takes some 40 ms."""
     trace: int | None = Field(None, ge=1)
-    """Profile so many denoising steps at the beginning, into one trace per rank; None: none."""
+    """Number of denoising steps to profile at the beginning, into one trace per rank. None: no trace."""
 
 
 QualityName = Literal["draft", "balanced", "faithful"]
@@ -149,7 +149,7 @@ QUALITY_NAMES: tuple[QualityName, ...] = get_args(QualityName)
 
 
 class QualityConfig(_Section):
-    """Tuned files (``moeca tune``) for this network; `--quality` and `--target-psnr` take the cache of one of them."""
+    """Tuned files (``moeca tune``) for this network. `--quality` and `--target-psnr` take the cache of one of them."""
 
     draft: PathField | None = None
     balanced: PathField | None = None
@@ -157,7 +157,7 @@ class QualityConfig(_Section):
 
 
 class Config(_Section):
-    """Everything one run depends on, except the requests themselves."""
+    """The values on which one run depends, except the requests themselves."""
 
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -184,12 +184,12 @@ class Config(_Section):
         return self
 
     def to_yaml(self) -> str:
-        """The whole configuration as YAML that `load_config` reads back to an equal value."""
+        """Return the whole configuration as YAML that `load_config` reads back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``2GiB``, ``1.5 GB`` or ``300MB``; ValueError for anything else."""
+    """Return the bytes of a size such as ``2GiB``, ``1.5 GB`` or ``300MB``. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B\s*", text)
     size = 0.0
     if match is not None:

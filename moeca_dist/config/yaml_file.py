@@ -1,4 +1,4 @@
-"""Reading the YAML of a configuration: every mistake in the file becomes one line that names the file and the line."""
+"""Reading of a configuration's YAML: every mistake becomes one line that names the file and the line."""
 
 import difflib
 import re
@@ -30,7 +30,10 @@ _ConfigLoader.add_implicit_resolver(
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file by name; raises `UserError` with file and line if it is missing or malformed."""
+    """Read the sections of a YAML file by name.
+
+    Raises `UserError` with file and line if the file is missing or malformed.
+    """
     if not path.is_file():
         raise UserError(_missing_config(path))
     try:
@@ -45,7 +48,7 @@ def read_sections(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """``text`` as YAML; a `UserError` names ``source`` and the line."""
+    """Parse ``text`` as YAML. Raises a `UserError` that names ``source`` and the line."""
     try:
         return yaml.load(text, Loader=_ConfigLoader)
     except yaml.MarkedYAMLError as error:

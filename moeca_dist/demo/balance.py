@@ -12,10 +12,10 @@ from moeca_dist.types import Routing
 
 
 class LoadBalancer:
-    """Counts the tokens each expert is given and nudges the router's correction bias against the imbalance.
+    """A counter of each expert's tokens that moves the router's correction bias against the imbalance.
 
-    The bias takes part in the choice of experts only, never in their weights, so it is moved by this rule and not by
-    gradients. One hook per router; ``remove()`` takes them off.
+    The bias takes part in the choice of experts only, never in their weights. So this rule moves it, not gradients.
+    Each router has one hook, which ``remove()`` takes off.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,7 +32,7 @@ class LoadBalancer:
         return count
 
     def step(self, rate: float) -> float:
-        """Adds ``rate * sign(mean load - load)`` to every bias and forgets the loads counted since the last step.
+        """Add ``rate * sign(mean load - load)`` to every bias and forget the loads counted since the last step.
 
         Returns the worst layer's ratio of the largest to the mean load (1 is perfect balance).
         """

@@ -1,7 +1,7 @@
 """Real handwritten digits as 16x16 training images.
 
-The source is the UCI "Optical Recognition of Handwritten Digits" test set that ships inside scikit-learn: 1797 images
-of 8x8 pixels, each pixel the ink count (0..16) of a 4x4 cell of a 32x32 scan.
+The source is the UCI "Optical Recognition of Handwritten Digits" test set that ships inside scikit-learn. It has 1797
+images of 8x8 pixels. Each pixel is the ink count (0..16) of a 4x4 cell of a 32x32 scan.
 
 Shape suffixes: N images, C channels (1), H and W pixels.
 """
@@ -36,8 +36,9 @@ _MAX_SHIFT = 0.05  # in half image widths: 0.4 pixels of 16
 class Digits:
     """Source digits and their labels.
 
-    ``ink_NHW``: float32 [N, 8, 8] in [0, 1], 1 is full ink. ``labels_N``: int64 in 0..9. ``ids_N``: int64, the index of
-    each digit in scikit-learn's data set.
+    - ``ink_NHW``: float32 [N, 8, 8] in [0, 1]. 1 is full ink.
+    - ``labels_N``: int64 in 0..9.
+    - ``ids_N``: int64, the index of each digit in scikit-learn's data set.
     """
 
     ink_NHW: Tensor
@@ -49,7 +50,7 @@ class Digits:
 
 
 def load_split(seed: int = 0) -> tuple[Digits, Digits]:
-    """The (training, held-out) parts: 1500 and 297 digits, disjoint, the same for the same seed."""
+    """Load the training and the held-out part: 1500 and 297 digits, disjoint, the same for the same seed."""
     source = load_digits()
     ink_NHW = torch.tensor(source.images, dtype=torch.float32) / 16
     labels_N = torch.tensor(source.target, dtype=torch.int64)
@@ -59,10 +60,14 @@ def load_split(seed: int = 0) -> tuple[Digits, Digits]:
 
 
 def render(ink_NHW: Tensor, warp_N23: Tensor | None = None) -> Tensor:
-    """Draws 8x8 digits at 16x16, optionally moved by one affine map each.
+    """Draw 8x8 digits at 16x16, optionally moved by one affine map each.
 
-    ``ink_NHW``: float32 [N, 8, 8] in [0, 1]. ``warp_N23``: float32 [N, 2, 3], maps output to source coordinates, both
-    in [-1, 1] over the image. Returns float32 [N, 1, 16, 16] in [-1, 1]; -1 is paper, 1 is full ink.
+    Args:
+        ink_NHW: float32 [N, 8, 8] in [0, 1].
+        warp_N23: float32 [N, 2, 3]. It maps output to source coordinates, both in [-1, 1] over the image.
+
+    Returns:
+        float32 [N, 1, 16, 16] in [-1, 1]. -1 is paper, 1 is full ink.
     """
     num_images = ink_NHW.shape[0]
     if warp_N23 is None:
@@ -82,10 +87,15 @@ def render(ink_NHW: Tensor, warp_N23: Tensor | None = None) -> Tensor:
 
 
 def augment(ink_NHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws each digit with its own small rotation, shear, scale, aspect and subpixel shift.
+    """Draw each digit with its own small rotation, shear, scale, aspect and subpixel shift.
 
-    ``ink_NHW``: float32 [N, 8, 8] in [0, 1]. Returns float32 [N, 1, 16, 16] in [-1, 1], a function of the input and the
-    generator's state alone.
+    The result depends on the input and the generator's state alone.
+
+    Args:
+        ink_NHW: float32 [N, 8, 8] in [0, 1].
+
+    Returns:
+        float32 [N, 1, 16, 16] in [-1, 1].
     """
     uniform_N6 = torch.rand(ink_NHW.shape[0], 6, generator=generator) * 2 - 1
     angle_N = uniform_N6[:, 0] * _MAX_ROTATION_RAD
@@ -102,11 +112,11 @@ def augment(ink_NHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def to_uint8(x_NCHW: Tensor) -> Tensor:
-    """Images in [-1, 1] (values outside are clipped) as uint8 [N, H, W, C], the layout of ``samples.npz``."""
+    """Convert images in [-1, 1] to uint8 [N, H, W, C], the layout of ``samples.npz``. Values outside are clipped."""
     return ((x_NCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def real_digits() -> NDArray[np.uint8]:
-    """All real digits, each drawn once as the training images are: uint8 [1797, 16, 16, 1]."""
+    """Return all real digits, each drawn once in the way of the training images: uint8 [1797, 16, 16, 1]."""
     ink_NHW = torch.tensor(load_digits().images, dtype=torch.float32) / 16
     return np.asarray(to_uint8(augment(ink_NHW, torch.Generator().manual_seed(0))))

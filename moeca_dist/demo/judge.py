@@ -1,4 +1,4 @@
-"""An independent reader of digits: it never sees a generated image, nor any augmented one, before it is asked.
+"""An independent reader of digits. It sees no generated and no augmented image before it is asked.
 
 Shape suffixes: N images, H and W pixels, C channels, P pixels of a flattened 8x8 image.
 """
@@ -22,7 +22,7 @@ MIN_HELD_OUT_ACCURACY = 0.97
 
 @dataclass(frozen=True)
 class Judge:
-    """A support vector machine (RBF kernel) over 8x8 pixels, fitted to real digits as scikit-learn ships them.
+    """A support vector machine (RBF kernel) over 8x8 pixels, fitted to scikit-learn's real digits.
 
     ``held_out_accuracy`` is measured on real digits that were not fitted.
     """
@@ -32,7 +32,7 @@ class Judge:
 
     @classmethod
     def train(cls, seed: int = 0) -> "Judge":
-        """Fits to the training part of ``load_split(seed)``; the same seed gives the same judge."""
+        """Fit a judge to the training part of ``load_split(seed)``. The same seed gives the same judge."""
         training, held_out = load_split(seed)
         classifier = SVC(C=10.0, gamma="scale").fit(training.ink_NHW.flatten(1).numpy(), training.labels_N.numpy())
         accuracy = float(classifier.score(held_out.ink_NHW.flatten(1).numpy(), held_out.labels_N.numpy()))
@@ -40,21 +40,23 @@ class Judge:
         return cls(classifier, accuracy)
 
     def read(self, images_NHWC: NDArray[np.uint8] | Tensor) -> NDArray[np.int64]:
-        """The digit seen in each image: uint8 [N, 16, 16, 1] to int64 [N]."""
+        """Read the digit in each image: uint8 [N, 16, 16, 1] to int64 [N]."""
         return self.classifier.predict(features(images_NHWC)).astype(np.int64)
 
     def accuracy(self, images_NHWC: NDArray[np.uint8] | Tensor, labels_N: NDArray[np.int64] | Tensor) -> float:
-        """The share of images (uint8 [N, 16, 16, 1]) that are read as their label."""
+        """Return the share of images (uint8 [N, 16, 16, 1]) that are read as their label."""
         return float((self.read(images_NHWC) == np.asarray(labels_N)).mean())
 
 
 @dataclass(frozen=True)
 class DigitNetwork:
-    """What the Inception network is to photographs, for the demo's digits: no learned layer but the last.
+    """The demo's feature network, in the role of the Inception network. Only its last layer is learned.
 
-    ``pooled``: ink in 8x8 cells, the judge's features. ``spatial``: the 16x16 pixels before that pooling.
-    ``probabilities``: of the ten digits, by a logistic regression on the pooled features, fitted to real digits; unlike
-    the judge's, its confidence is calibrated (mean confidence within 1% of the accuracy on held-out digits).
+    - ``pooled``: ink in 8x8 cells, the judge's features.
+    - ``spatial``: the 16x16 pixels before that pooling.
+    - ``probabilities``: those of the ten digits, by a logistic regression on the pooled features, fitted to real
+      digits. Unlike the judge's, its confidence is calibrated: the mean is within 1% of the accuracy on held-out
+      digits.
     """
 
     shape_HWC: ClassVar[tuple[int, int, int]] = (IMAGE_SIZE, IMAGE_SIZE, 1)
@@ -64,13 +66,13 @@ class DigitNetwork:
 
     @classmethod
     def train(cls, seed: int = 0) -> "DigitNetwork":
-        """Fits to the training part of ``load_split(seed)``; the same seed gives the same network."""
+        """Fit a network to the training part of ``load_split(seed)``. The same seed gives the same network."""
         training, _ = load_split(seed)
         classifier = LogisticRegression(C=10.0, max_iter=2000)
         return cls(classifier.fit(training.ink_NHW.flatten(1).numpy(), training.labels_N.numpy()))
 
     def features(self, images_NHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
-        """uint8 [N, 16, 16, 1] to float32 features of every layer, [N, width]."""
+        """Compute float32 features [N, width] of every layer from uint8 [N, 16, 16, 1]."""
         pooled_NF = features(images_NHWC)
         return {
             "pooled": pooled_NF,
@@ -80,7 +82,9 @@ class DigitNetwork:
 
 
 def features(images_NHWC: NDArray[np.uint8] | Tensor) -> NDArray[np.float32]:
-    """uint8 [N, 16, 16, 1] to float32 [N, 64]: the ink in each cell of 2x2 pixels, which undoes the upsampling."""
+    """Compute the ink in each cell of 2x2 pixels, which undoes the upsampling: uint8 [N, 16, 16, 1] to float32 [N,
+    64].
+    """
     images = torch.as_tensor(images_NHWC)
     if images.dtype != torch.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 1):
         raise ValueError(

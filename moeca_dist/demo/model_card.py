@@ -1,7 +1,7 @@
-"""Every figure of the demo's model card: ``python -m moeca_dist.demo.model_card``.
+"""The figures of the demo's model card: ``python -m moeca_dist.demo.model_card``.
 
-Shape suffixes: N images, B images of one batch, L MoE layers, E experts, T tokens of a batch, K experts per token,
-H and W pixels, C channels, P pixels of a flattened 8x8 image.
+Shape suffixes: N images, B images of one batch, L MoE layers, E experts, T tokens of a batch, K experts per token, H
+and W pixels, C channels, P pixels of a flattened 8x8 image.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _GRID_ROWS, _GRID_COLUMNS, _GRID_ZOOM = 10, 20, 4
 
 
 class RoutingWatcher:
-    """Counts which experts are chosen, and how many branches of a step were not there in the step before."""
+    """A counter of the chosen experts, and of the branches of a step that the step before did not have."""
 
     def __init__(self, model: nn.Module, num_experts: int) -> None:
         gates = [module for _, module in model.named_modules() if hasattr(module, "e_score_correction_bias")]
@@ -54,11 +54,11 @@ class RoutingWatcher:
         self._previous[layer] = ids_TK
 
     def next_batch(self) -> None:
-        """Forgets the last routing: other images are not the next step of these."""
+        """Forget the last routing: other images are not the next step of these."""
         self._previous = [None] * len(self._previous)
 
     def summary(self) -> dict[str, Any]:
-        """Per MoE layer: each expert's share of the branches, and the share of branches that are new in a step."""
+        """Return, per MoE layer, each expert's share of the branches and the share that is new in a step."""
         shares_LE = self.load_LE / self.load_LE.sum(1, keepdim=True)
         return {
             "expert_share": [[round(value, 4) for value in row] for row in shares_LE.tolist()],
@@ -70,7 +70,11 @@ class RoutingWatcher:
 def generate(
     model: nn.Module, labels_N: list[int], *, num_steps: int, cfg_scale: float, seed: int
 ) -> tuple[Tensor, RoutingWatcher]:
-    """Samples one image per label on the model's device: uint8 [N, H, W, C], and what its routers did meanwhile."""
+    """Sample one image per label on the model's device.
+
+    Returns:
+        The images, uint8 [N, H, W, C], and the counts of the routers.
+    """
     spec: Any = model.spec
     sampler = sampler_for(spec)
     watcher = RoutingWatcher(model, spec.num_experts)
@@ -90,10 +94,11 @@ def generate(
 
 
 def variety(images_NHWC: Tensor, labels_N: list[int], seed: int) -> dict[str, float]:
-    """Are the images new, and do they differ? Distances between 8x8 ink images (L2 over 64 values in [0, 1]).
+    """Measure how new the images are and how much they differ, by distances between 8x8 ink images.
 
-    Nearest training digit (median): augmented held-out digits show what a new image looks like, augmented training
-    digits what a copy looks like. Spread: the mean distance between two images of one class.
+    Distances are L2 over 64 values in [0, 1]. The nearest training digit (median) tells novelty. Augmented held-out
+    digits show the distance of new images, augmented training digits the distance of copies. Spread is the mean
+    distance between two images of one class.
     """
     training, held_out = load_split()
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +126,7 @@ def _spread(images_NP: Tensor, labels_N: Tensor) -> float:
 
 
 def legibility(images_NHWC: Tensor, labels_N: list[int]) -> dict[str, Any]:
-    """What the judge reads: overall, and per class how many of how many are read as their label."""
+    """Measure how many images the judge reads as their label, overall and per class."""
     judge = Judge.train()
     labels = np.array(labels_N)
     right: NDArray[np.bool_] = judge.read(images_NHWC) == labels
@@ -135,7 +140,10 @@ def legibility(images_NHWC: Tensor, labels_N: list[int]) -> dict[str, Any]:
 
 
 def save_grid(images_NHWC: Tensor, path: Path) -> None:
-    """Full rows of up to 200 images, enlarged by whole pixels; with labels 0..9 in turn a column shows one digit."""
+    """Save full rows of up to 200 images, enlarged by whole pixels.
+
+    If the labels are 0..9 in turn, a column shows one digit.
+    """
     rows = [images_NHWC[start : start + _GRID_COLUMNS, :, :, 0] for start in range(0, len(images_NHWC), _GRID_COLUMNS)]
     full = [torch.cat(list(row), dim=1) for row in rows[:_GRID_ROWS] if len(row) == _GRID_COLUMNS]
     grid = Image.fromarray(torch.cat(full).numpy())
@@ -159,7 +167,7 @@ def _one_line_per_figure(figures: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the figures as JSON and writes ``grid.png`` and ``evaluation.json``; exit code 2 for a mistake."""
+    """Print the figures as JSON, and write ``grid.png`` and ``evaluation.json``. The exit code is 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m moeca_dist.demo.model_card", description="Judge the demo model.")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--out", type=Path, required=True, help="folder for grid.png and evaluation.json")

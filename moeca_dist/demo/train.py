@@ -1,4 +1,4 @@
-"""Trains the demo model: a small DSMoE-family network on real handwritten digits, on a CPU, in under an hour.
+"""Training of the demo model: a small DSMoE-family network on real handwritten digits, on a CPU, in under an hour.
 
 Shape suffixes: B images, C channels, H and W pixels.
 """
@@ -48,7 +48,7 @@ DEMO_SPEC = ModelSpec(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything the result depends on, apart from the network itself."""
+    """The settings on which the result depends, apart from the network itself."""
 
     steps: int = 8000
     batch_size: int = 32
@@ -68,7 +68,9 @@ class TrainConfig:
             raise UserError(f"steps and batch size must be at least 1, not {self.steps} and {self.batch_size}")
 
     def schedule(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 0; scales the learning rate and the balancing rate."""
+        """Return the factor of the learning rate and the balancing rate: linear warm-up, then half a cosine down to
+        0.
+        """
         warmup = min(1.0, (step + 1) / self.warmup_steps)
         return warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -93,11 +95,11 @@ class OutputPaths:
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills a built network in place: DiT's initialisation (arXiv:2212.09748, adaLN-Zero) with larger embeddings.
+    """Fill a built network in place: DiT's initialisation (arXiv:2212.09748, adaLN-Zero) with larger embeddings.
 
-    Matrices are Xavier uniform (experts one by one), routers normal(0, 0.02), and every residual branch and the output
-    start at zero, so that the untrained network is the identity with zero velocity. DiT's normal(0, 0.02) time and
-    label embeddings leave a condition of about 0.02 at this width: labels were still ignored after 500 steps.
+    Matrices are Xavier uniform (experts one by one), and routers normal(0, 0.02). Every residual branch and the output
+    start at zero. So the untrained network is the identity with zero velocity. DiT's normal(0, 0.02) time and label
+    embeddings leave a condition of about 0.02 at this width. With them labels were still ignored after 500 steps.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -115,10 +117,11 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 
 def flow_loss(model: nn.Module, digits: Digits, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """The rectified-flow loss of one random batch: mean square error of v = data - noise at z_t = (1-t) noise + t data.
+    """Return the rectified-flow loss of one random batch.
 
-    t is logit-normal (arXiv:2403.03206, section 3.1), drawn in equal-probability strata to lower the gradient's
-    variance; labels are dropped to the null label for classifier-free guidance.
+    It is the mean square error of v = data - noise at z_t = (1-t) noise + t data. t is logit-normal (arXiv:2403.03206,
+    section 3.1), drawn in equal-probability strata to lower the gradient's variance. Labels are dropped to the null
+    label for classifier-free guidance.
     """
     num_images = config.batch_size
     ids_B = torch.randint(len(digits), (num_images,), generator=generator)
@@ -152,7 +155,10 @@ class Trainer:
         self.history: list[dict[str, float]] = []
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step. Its random numbers depend on (seed, step) alone, so a resumed run takes the same path."""
+        """Take one optimiser step.
+
+        Its random numbers depend on (seed, step) alone, so a resumed run takes the same path.
+        """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
@@ -202,7 +208,7 @@ class Trainer:
 
 
 def original_layout(model: nn.Module) -> dict[str, Tensor]:
-    """The network's state dict under the published key names, with one tensor per expert and projection."""
+    """Return the network's state dict under the published key names, with one tensor per expert and projection."""
     family = FAMILIES[DEMO_SPEC.family]
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     for block in DEMO_SPEC.moe_blocks:
@@ -214,7 +220,7 @@ def original_layout(model: nn.Module) -> dict[str, Tensor]:
 
 
 def export(trainer: Trainer, path: Path) -> None:
-    """Writes the averaged network as fp32 safetensors in the original layout, atomically."""
+    """Write the averaged network as fp32 safetensors in the original layout, atomically."""
     metadata = spec_metadata(DEMO_SPEC) | {
         "training": json.dumps(asdict(trainer.config) | {"finished_steps": trainer.step}),
         "data": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
@@ -226,10 +232,10 @@ def export(trainer: Trainer, path: Path) -> None:
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
-    """Runs (or finishes) a training and writes the checkpoint, the loss history and its plot.
+    """Run (or finish) a training and write the checkpoint, the loss history and its plot.
 
-    Raises UserError where there is nothing to resume, the settings differ from the interrupted run's, or the folder
-    cannot be written.
+    Raises UserError if there is nothing to resume, or if the folder cannot be written. Raises UserError also if the
+    settings differ from the interrupted run's.
     """
     paths = OutputPaths(out)
     try:
@@ -259,7 +265,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
 
 
 def write_history(trainer: Trainer, paths: OutputPaths) -> None:
-    """The loss curve as JSON and as a picture (training loss, and the load of the busiest expert)."""
+    """Write the loss curve as JSON and as a picture (training loss, and the load of the busiest expert)."""
     history = trainer.history
     columns = {key: [round(row[key], 4) for row in history] for key in history[0]} if history else {}
     facts = {"config": asdict(trainer.config), "model_spec": DEMO_SPEC.to_dict()}
@@ -275,7 +281,7 @@ def write_history(trainer: Trainer, paths: OutputPaths) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``launch/train_demo.py``: the exit code is 0 when done and 2 for a mistake of the user."""
+    """Run ``launch/train_demo.py``. The exit code is 0 when done and 2 for a mistake of the user."""
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(description="Train the demo model on real handwritten digits (CPU).")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write (.safetensors)")

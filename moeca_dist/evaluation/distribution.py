@@ -74,8 +74,8 @@ def _chunks(features_NF: Array, origin_F: NDArray[np.float64]) -> Iterator[tuple
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Return the squared Frechet distance of two Gaussians: FID and sFID (Heusel et al. 2017, section 2).
 
-    The trace of (AB)^(1/2) for A = R'R and B = S'S is the sum of the singular values of RS'. They are exact to rounding
-    even if the covariances are singular, unlike the eigenvalues of AB.
+    The trace of (AB)^(1/2) for A = R'R and B = S'S is the sum of the singular values of RS'. Unlike the eigenvalues of
+    AB they are exact to rounding, even if the covariances are singular.
     """
     apart_F = first.mean_F - second.mean_F
     cross_R = scipy.linalg.svdvals(first.factor_RF @ second.factor_RF.T)
@@ -134,7 +134,7 @@ def radii(features_NF: Array, *, workers: int = 1) -> NDArray[np.float64]:
 
 
 def inside(features_NF: Array, other_MF: Array, radii_M: NDArray[np.float64], *, workers: int = 1) -> NDArray[np.bool_]:
-    """Return which samples lie in the manifold of the other set, that is in the ball of any of its samples: bool [N].
+    """Return which samples lie in the manifold of the other set, that is in the ball of any sample: bool [N].
 
     The mean is precision for generated samples in the manifold of real ones. It is recall the other way round
     (Kynkaanniemi et al. 2019, equations 1 and 2).

@@ -116,7 +116,7 @@ class _Script(Inception):
 
 
 def tensorflow_resize(images_NCHW: Tensor) -> Tensor:
-    """Resize to 299 x 299 as TensorFlow 1 does, bilinearly: pixel i of the output is at i x scale of the input."""
+    """Scale to 299 x 299 as TensorFlow 1 does, bilinearly: pixel i of the output is at i x scale of the input."""
     height, width = images_NCHW.shape[2:]
     theta = torch.eye(2, 3, device=images_NCHW.device)
     # affine_grid puts pixel centres half a pixel in on either side; this moves them to the corner.

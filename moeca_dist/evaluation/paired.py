@@ -25,7 +25,7 @@ def unit_images(samples: Tensor | NDArray[np.generic]) -> Tensor:
     """Convert samples to float64 images [N, C, H, W] in [0, 1]. Values outside are clamped, as they are for display.
 
     Args:
-        samples: uint8 [N, H, W, C] as in ``samples.npz``, or float [N, C, H, W] in [-1, 1] as solvers return them.
+        samples: uint8 [N, H, W, C] as in ``samples.npz``, or float [N, C, H, W] in [-1, 1] as from solvers.
 
     Raises ValueError for other shapes and types.
     """
@@ -51,12 +51,12 @@ def psnr_db(squared_error_N: Tensor) -> Tensor:
 
 
 def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-    """Return the structural similarity of each image, float64 [N]: the mean of its SSIM map over positions and
-    channels.
+    """Return the structural similarity of each image, float64 [N].
 
-    The map follows Wang, Bovik, Sheikh & Simoncelli 2004, section III.B and C. The window is an 11 x 11 Gaussian with
-    sigma 1.5 and sum 1, with K1 = 0.01, K2 = 0.03 and dynamic range 1. Only positions count at which the window fits
-    into the image. Images with a side below 11 pixels get the largest odd window that fits, with the same sigma.
+    It is the mean of the SSIM map over positions and channels. The map follows Wang, Bovik, Sheikh & Simoncelli 2004,
+    section III.B and C. The window is an 11 x 11 Gaussian with sigma 1.5 and sum 1. K1 is 0.01, K2 is 0.03, and the
+    dynamic range is 1. Only positions count at which the window fits into the image. Images with a side below 11 pixels
+    get the largest odd window that fits, with the same sigma.
     """
     _check_pair(images_NCHW, reference_NCHW)
     x_NHW, y_NHW = (images.double().flatten(0, 1)[:, None] for images in (images_NCHW, reference_NCHW))
@@ -71,7 +71,7 @@ def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
 
 
 def gaussian_window(shortest_side: int) -> Tensor:
-    """One axis of the separable SSIM window, float64 [K]."""
+    """Return one axis of the separable SSIM window, float64 [K]."""
     side = min(SSIM_WINDOW, shortest_side - 1 + shortest_side % 2)
     offset_K = torch.arange(side, dtype=torch.float64) - side // 2
     window_K = (-(offset_K**2) / (2 * SSIM_SIGMA**2)).exp()

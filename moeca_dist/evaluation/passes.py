@@ -112,8 +112,8 @@ def paired_values(
     """Compute values per image of uint8 pairs, float64 [B], a few images at a time.
 
     Returns:
-        ``squared_error`` and ``energy`` (means over the image), ``ssim`` if it is among the metrics, and ``lpips`` if
-            there is a network for it.
+        The means ``squared_error`` and ``energy`` over the image. ``ssim`` is there if it is among the metrics, and
+            ``lpips`` if there is a network for it.
     """
     step = max(1, _PAIRED_VALUES // int(np.prod(images_BHWC.shape[1:])))
     found: dict[str, list[NDArray[np.float64]]] = {}

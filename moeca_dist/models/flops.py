@@ -16,7 +16,7 @@ class ForwardFlops:
     router: int
     embedding: int
     modulation: int
-    """Of the blocks; a part of ``embedding``."""
+    """FLOP of the blocks' modulation, which are a part of ``embedding``."""
 
     @property
     def blocks(self) -> int:

@@ -43,6 +43,8 @@ class ExpertModules(Experts):
         self.experts = nn.ModuleList(experts)
 
     def forward(self, rows_RD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
+        if rows_RD.shape[0] == 0:
+            return rows_RD  # also of a rank without experts
         # NOTE: a host synchronisation on CUDA: each expert gets a tensor of its own.
         groups = rows_RD.split(rows_per_expert_L.tolist())
         return torch.cat([expert(rows) for expert, rows in zip(self.experts, groups, strict=True)])

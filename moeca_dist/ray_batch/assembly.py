@@ -1,4 +1,7 @@
-"""From a finished manifest to the array of all samples, the grid and the report; streams, holds no images."""
+"""Assembly of a finished batch from its manifest: the array of all samples, the grid and the report.
+
+Images are streamed and never held.
+"""
 
 import statistics
 from array import array
@@ -18,7 +21,7 @@ _ABSENT = -1
 
 @dataclass
 class History:
-    """What happened to a batch over all its runs, read from the manifest."""
+    """The events of a batch over all its runs, read from the manifest."""
 
     plan: Plan
     offsets: "array[int]"
@@ -33,7 +36,7 @@ class History:
 
     @classmethod
     def read(cls, plan: Plan) -> "History":
-        """One pass; eight bytes for each chunk are kept."""
+        """Read the manifest once, keeping eight bytes for each chunk."""
         history = cls(plan, array("q", [_ABSENT]) * plan.num_chunks)
         for offset, record in read_records_at(plan.folder / MANIFEST):
             history._note(offset, record)
@@ -63,7 +66,7 @@ class History:
         self._run_ended = record["time"]
 
     def chunks(self) -> Iterator[Mapping[str, Any]]:
-        """The records of all chunks in order of their images."""
+        """Yield the records of all chunks in order of their images."""
         with (self.plan.folder / MANIFEST).open("rb") as file:
             for offset in self.offsets:
                 if offset != _ABSENT:
@@ -74,11 +77,11 @@ class History:
                     yield record
 
     def is_done(self, index: int) -> bool:
-        """Whether image ``index`` is recorded."""
+        """Return whether image ``index`` is recorded."""
         return self.offsets[index // self.plan.chunk_size] != _ABSENT
 
     def facts(self, gangs: int, gang_size: int) -> dict[str, Any]:
-        """The ``batch`` section of the report."""
+        """Return the ``batch`` section of the report."""
         seconds = [record["seconds"] for record in self.rebuilt]
         return {
             "gangs": gangs,
@@ -101,10 +104,13 @@ class History:
 
 
 def assemble(plan: Plan, config: Config, gangs: int, gang_size: int) -> Report | None:
-    """Write ``samples.npz`` (or ``latents.npz``), ``grid.png``, ``config.yaml`` and ``report.json``; the report.
+    """Write ``samples.npz`` (or ``latents.npz``), ``grid.png``, ``config.yaml`` and ``report.json``.
 
-    Chunks that were given up are missing; None where there is no image at all. Raises ValueError or OSError where a
-    file is missing or differs from its checksum: nothing assembled appears then.
+    Chunks that were given up are missing. Raises ValueError or OSError if a file is missing or differs from its
+    checksum. Then nothing assembled appears.
+
+    Returns:
+        The report, or None if there is no image at all.
     """
     history, total, num_images = History.read(plan), ReportTotal(), 0
     for record in history.chunks():

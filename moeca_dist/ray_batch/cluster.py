@@ -1,4 +1,4 @@
-"""The Ray cluster a batch runs on: joined, or started on this machine; and what it can hold."""
+"""The Ray cluster of a batch, joined or started on this machine, and its capacity."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ LOCAL_OBJECT_STORE_BYTES = 200_000_000
 
 @dataclass(frozen=True)
 class GangShape:
-    """``bundles``: how many ranks each bundle of the placement group holds; a bundle lies on one node."""
+    """The ranks of a gang by bundle of its placement group. A bundle lies on one node."""
 
     bundles: tuple[int, ...]
     strategy: Strategy
@@ -35,7 +35,7 @@ class GangShape:
 
     @property
     def resources(self) -> list[dict[str, float]]:
-        """What each bundle reserves: one CPU per rank, and one GPU where there are any."""
+        """Return the resources of each bundle: one CPU per rank, and one GPU per rank if ranks run on GPUs."""
         return [{"CPU": float(ranks)} | ({"GPU": float(ranks)} if self.on_gpu else {}) for ranks in self.bundles]
 
     @property
@@ -50,9 +50,10 @@ class GangShape:
 
 
 def connect(address: str, gangs: int, gang_size: int, *, dashboard: bool) -> bool:
-    """Join the cluster at ``address``; True where a local one was started (``local``, or ``auto`` and none was found).
+    """Join the cluster at ``address`` and return whether a local one was started instead.
 
-    Raises UserError where nothing answers at an explicit address, or more is asked for than this machine can hold.
+    A local cluster is started for ``local``, and for ``auto`` if no cluster is found. Raises UserError if nothing
+    answers at an explicit address, or if this machine cannot hold the ranks.
     """
     # Ranks that lost a peer raise too; the gang reports the one that is the cause.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -106,7 +107,7 @@ def _start_local(gangs: int, gang_size: int, dashboard: bool) -> None:
 
 
 def actor_class(cls: type, group: str) -> Any:
-    """``cls`` as an actor with one thread for its methods in general and one for those of ``group``."""
+    """Return ``cls`` as an actor with one thread for its methods in general and one for those of ``group``."""
     remote: Any = ray.remote  # its type does not know of groups
     return remote(concurrency_groups={group: 1})(cls)
 
@@ -120,7 +121,7 @@ def dead_nodes() -> set[str]:
 
 
 def gangs_that_fit(shape: GangShape, limit: int, nodes: Sequence[Mapping[str, Any]] | None = None) -> int:
-    """How many gangs, at most ``limit``, the nodes could hold if they held nothing else."""
+    """Return how many gangs, at most ``limit``, the nodes could hold if they held nothing else."""
     free = [dict(node["Resources"]) for node in (ray.nodes() if nodes is None else nodes) if node["Alive"]]
     for placed in range(limit):
         if not _place(shape, free):
@@ -148,7 +149,7 @@ def _place(shape: GangShape, free: list[dict[str, float]]) -> bool:
 
 
 def describe_nodes() -> str:
-    """What the living nodes have, for people."""
+    """Return the resources of the living nodes, for people."""
     parts = []
     for node in ray.nodes():
         if node["Alive"]:

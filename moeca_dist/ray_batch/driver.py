@@ -1,4 +1,4 @@
-"""A batch from start to end: supervisor, gangs, progress, signals, and what is assembled when all is done."""
+"""The driver of a batch from start to end: supervisor, gangs, progress, signals, and the final assembly."""
 
 import asyncio
 import logging
@@ -33,9 +33,10 @@ VERIFY_TIMEOUT_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything about a batch. ``fixed_cluster``: no node can join, so what does not fit now never will.
+    """The plan of a batch.
 
-    ``config`` is the one that is saved with the results; that of ``gang_plan`` says on which device.
+    ``config`` is saved with the results. The configuration in ``gang_plan`` also names the device. With
+    ``fixed_cluster`` no node can join, so gangs that do not fit now never will.
     """
 
     config: Config
@@ -47,7 +48,7 @@ class Batch:
 
 
 class SupervisorHandle:
-    """Calls to the supervisor, which Ray restarts when it dies and this restarts when it hangs."""
+    """A handle for calls to the supervisor. Ray restarts a supervisor that dies, this handle one that hangs."""
 
     def __init__(self, plan: Plan) -> None:
         # On the driver's node: that is where the output folder is known to be.
@@ -58,7 +59,10 @@ class SupervisorHandle:
         )
 
     async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """The answer; raises what the supervisor raised, and PeerLostError where it does not answer."""
+        """Call a method of the supervisor and return its answer.
+
+        Raises the supervisor's own errors, and PeerLostError if it does not answer.
+        """
         timeout_s = VERIFY_TIMEOUT_S if method == "verify" else CALL_TIMEOUT_S
         for _ in range(SUPERVISOR_TRIES):
             call = getattr(self._actor, method).remote(*args, **kwargs)
@@ -80,10 +84,11 @@ class SupervisorHandle:
 
 
 def run_batch(batch: Batch) -> Report:
-    """Generate what is not yet recorded and assemble the results; needs a connection to Ray.
+    """Generate the images that are not yet recorded and assemble the results. Needs a connection to Ray.
 
-    Raises UserError for a batch that cannot run, IncompleteError where chunks were given up or the disk is full (what
-    is recorded stays), PeerLostError where no gang is left, and KeyboardInterrupt or SystemExit after a signal.
+    Raises UserError for a batch that cannot run. Raises IncompleteError if chunks were given up or the disk is full.
+    Recorded images stay then. Raises PeerLostError if no gang is left, and KeyboardInterrupt or SystemExit after a
+    signal.
     """
     supervisor = SupervisorHandle(batch.plan)
     try:

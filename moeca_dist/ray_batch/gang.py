@@ -1,7 +1,7 @@
-"""One gang as the driver sees it: placed, formed, fed with chunks, watched, and formed anew as a whole when it is lost.
+"""A gang as the driver sees it: placed, formed, fed with chunks, watched, and formed anew if it is lost.
 
-A gang is a placement group with one actor per rank. Whatever happens to one of its ranks ends all of them: their
-collectives can no longer complete. The next ones are new processes that join a new group of ranks.
+A gang is a placement group with one actor per rank. If one of its ranks is lost, all of them end: their collectives can
+no longer complete. The next ranks are new processes that join a new group.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ PLACE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class GangPlan:
-    """What all gangs of a batch have in common. Times in seconds."""
+    """The settings that all gangs of a batch share. Times are in seconds."""
 
     config: Config
     shape: GangShape
@@ -48,7 +48,10 @@ class GangPlan:
 
 
 class GangLostError(Exception):
-    """A rank failed, died or hung; the message says which and how. ``innocent``: a node was lost."""
+    """The loss of a gang: a rank failed, died or hung. The message names the rank and the cause.
+
+    ``innocent`` is True if a node was lost.
+    """
 
     def __init__(self, message: str, *, innocent: bool = False) -> None:
         super().__init__(message)
@@ -59,7 +62,7 @@ Call = Callable[..., Awaitable[Any]]
 
 
 class Gang:
-    """Runs until no chunk remains, or until it cannot be started."""
+    """A gang that runs until no chunk remains, or until it cannot be started."""
 
     def __init__(self, number: int, plan: GangPlan, supervisor: Call, board: Board) -> None:
         self._number = number
@@ -75,7 +78,10 @@ class Gang:
         self._note: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
-        """Raises UserError where the gang can never start, PeerLostError where it failed to too often."""
+        """Run the gang to its end.
+
+        Raises UserError if the gang can never start, and PeerLostError if it failed to start too often.
+        """
         failed_starts = 0
         try:
             while True:

@@ -1,4 +1,7 @@
-"""What makes two runs parts of the same batch: everything that an image's bytes depend on."""
+"""The identity of a batch: everything on which an image's bytes depend.
+
+Runs with the same identity are parts of one batch.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -25,9 +28,12 @@ _NEUTRAL = (
 
 
 def batch_identity(config: Config, source: Source, num_images: int, gang_size: int, device: str) -> dict[str, Any]:
-    """As JSON, for the manifest. ``config`` is resolved; reads the whole checkpoint once.
+    """Return the identity as JSON, for the manifest. Reads the whole checkpoint once.
 
-    The gang's size counts because a round is shared by its ranks, and sums in another order differ in the last bits.
+    The gang's size is part of it. Ranks share a round, and sums in another order differ in the last bits.
+
+    Args:
+        config: the resolved configuration.
     """
     settings = dict(_flat(config.model_dump(mode="json"), ""))
     return {
@@ -46,7 +52,7 @@ def batch_identity(config: Config, source: Source, num_images: int, gang_size: i
 
 
 def check_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError, naming every difference, unless the batch in the manifest is the one that is wanted."""
+    """Raise UserError, naming every difference, unless the batch in the manifest is the wanted one."""
     before, now = dict(_flat(recorded, "")), dict(_flat(wanted, ""))
     differing = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     if differing:
@@ -58,7 +64,7 @@ def check_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def checkpoint_digest(checkpoint: Path | None) -> str | None:
-    """SHA-256 of a file, or of all files of a folder with their names; None where there is none."""
+    """Return the SHA-256 of a file, or of all files of a folder with their names. Returns None without a checkpoint."""
     if checkpoint is None:
         return None
     if checkpoint.is_file():

@@ -1,4 +1,4 @@
-"""What a batch is asked for: a stream of requests, numbered in order, of which only a chunk is held at a time."""
+"""The requests of a batch: a stream, numbered in order, of which only a chunk is held at a time."""
 
 import csv
 import hashlib
@@ -17,17 +17,17 @@ INDEX_LIMIT = 2**32  # what sampling.noise can tell apart
 
 
 class Source(Protocol):
-    """Requests 0, 1, 2, ... in order, the same ones at every pass."""
+    """A source of requests 0, 1, 2, ... in order, the same at every pass."""
 
     def __iter__(self) -> Iterator[Request]: ...
 
     def identity(self) -> dict[str, Any]:
-        """What makes the requests these and no others, as JSON."""
+        """Return the identity of the requests as JSON: equal identities mean equal requests."""
 
 
 @dataclass(frozen=True)
 class LabelCycle:
-    """``num_images`` requests whose labels take turns, as ``moeca generate`` draws them."""
+    """A source of ``num_images`` requests whose labels take turns, as in ``moeca generate``."""
 
     num_images: int
     labels: Sequence[range]
@@ -57,7 +57,7 @@ class _Job(BaseModel):
 class JobsFile:
     """A file of ``{label, seed, count}``, JSON Lines (``.jsonl``) or CSV with a header (``.csv``).
 
-    ``seed`` (0) and ``count`` (1) may be left away; empty lines are skipped. Images are numbered through the file.
+    ``seed`` (0) and ``count`` (1) may be left out. Empty lines are skipped. Images are numbered through the file.
     """
 
     path: Path
@@ -74,9 +74,9 @@ class JobsFile:
             return {"jobs_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def count_images(self, num_classes: int) -> int:
-        """How many images the file asks for; reads it line by line.
+        """Count the images of the file, reading line by line.
 
-        Raises UserError, naming the line, for anything that is no job of a model with ``num_classes`` classes.
+        Raises UserError, naming the line, for a line that is no job of a model with ``num_classes`` classes.
         """
         total = 0
         for line, job in _jobs(self.path):

@@ -1,4 +1,4 @@
-"""What the manifest of a batch adds up to: which chunks are recorded, failed or given up."""
+"""The state of a batch that follows from its manifest: which chunks are recorded, failed or given up."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ LOCK_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a supervisor serves. ``chunk_size``: images per chunk, one round of a gang.
+    """The plan of a batch, as the supervisor gets it.
 
-    ``identity``: what the images depend on, see ``identity.batch_identity``.
+    ``chunk_size`` is the number of images per chunk, one round of a gang. ``identity`` is that of
+    ``identity.batch_identity``.
     """
 
     folder: Path
@@ -31,13 +32,13 @@ class Plan:
         return -(-self.num_images // self.chunk_size)
 
     def extent(self, chunk: int) -> tuple[int, int]:
-        """First image and number of images of a chunk."""
+        """Return the first image of a chunk and its number of images."""
         first = chunk * self.chunk_size
         return first, min(self.chunk_size, self.num_images - first)
 
 
 class Ledger:
-    """The manifest and what follows from it, in one byte per chunk."""
+    """The manifest and the state that follows from it, in one byte per chunk."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -89,7 +90,7 @@ class Ledger:
             self.retries += 1
 
     def forget_failures(self) -> None:
-        """A new run tries again what an earlier one gave up."""
+        """Forget all failures, so that a new run tries again the chunks that an earlier run gave up."""
         self.remaining += len(self.quarantined)
         self.quarantined.clear()
         self.tries.clear()

@@ -1,8 +1,12 @@
 """The record of a batch: an append-only file of JSON lines, each with a checksum of itself.
 
-The first line says what the batch is (``kind: job``); after it come ``run`` (a start of the driver), ``chunk`` (images
-that are durable, with the SHA-256 of every file), ``failed`` (a try that failed, with ``quarantined`` for the last),
-``void`` (a recorded chunk whose files were found damaged), ``rebuilt`` (a gang that was formed anew). Later lines win.
+The first line describes the batch (``kind: job``). Later lines win over earlier ones. Their kinds are:
+
+- ``run``: a start of the driver.
+- ``chunk``: images that are durable, with the SHA-256 of every file.
+- ``failed``: a failed try, with ``quarantined`` for the last.
+- ``void``: a recorded chunk whose files were found damaged.
+- ``rebuilt``: a gang that was formed anew.
 """
 
 import fcntl
@@ -22,13 +26,13 @@ VERSION = 1
 
 
 def seal(record: Mapping[str, Any]) -> bytes:
-    """One line of the file: the record with the CRC-32 of its canonical JSON."""
+    """Return one line of the file: the record with the CRC-32 of its canonical JSON."""
     body = _canonical(record)
     return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}\n'.encode()
 
 
 def unseal(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None for a line that is incomplete or damaged."""
+    """Return the record of a line, or None for a line that is incomplete or damaged."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -40,14 +44,14 @@ def unseal(line: bytes) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records up to the first damaged line."""
+    """Yield the records up to the first damaged line."""
     with path.open("rb") as file:
         for _, record in _good_lines(file):
             yield record
 
 
 def read_records_at(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The same with the offset at which each line begins."""
+    """Yield the records up to the first damaged line, with the offset at which each line begins."""
     begin = 0
     with path.open("rb") as file:
         for end, record in _good_lines(file):
@@ -71,7 +75,11 @@ def _canonical(record: Mapping[str, Any]) -> str:
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What the batch in ``folder`` is; None where there is none, or none that got as far as its first line."""
+    """Return the first record of the batch in ``folder``.
+
+    It is None if there is no manifest, or none with a complete first line. Raises UserError for a manifest of another
+    version.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -85,9 +93,10 @@ class Manifest:
     """The manifest, open for appending by one process at a time."""
 
     def __init__(self, folder: Path, lock_timeout_s: float) -> None:
-        """Open or create it, and cut off what follows the last good record (``repair`` then says so).
+        """Open or create the manifest, and cut off everything after the last good record.
 
-        Raises UserError where another process holds it for longer than ``lock_timeout_s``.
+        ``repair`` describes such a cut. Raises UserError if another process holds the manifest for longer than
+        ``lock_timeout_s``.
         """
         self.path = folder / MANIFEST
         # Unbuffered: a record is in the kernel's hands when append returns, or not at all.
@@ -97,7 +106,7 @@ class Manifest:
         self.repair = self._repair()
 
     def append(self, kind: str, **content: Any) -> None:
-        """Add a record; durable when this returns. Raises OSError (a full disk), and then has added nothing."""
+        """Add a record. It is durable when this returns. Raises OSError (a full disk), and then has added nothing."""
         before = os.fstat(self._file.fileno()).st_size
         try:
             line = seal({"kind": kind, "time": round(time.time(), 3)} | content)

@@ -1,4 +1,4 @@
-"""Figures for Ray's dashboard and its Prometheus endpoint; names start with ``ray_moeca_`` there."""
+"""Figures for Ray's dashboard and its Prometheus endpoint. Their names start with ``ray_moeca_`` there."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobMetrics:
-    """What the supervisor knows of the whole job."""
+    """The supervisor's figures of the whole job."""
 
     def __init__(self) -> None:
         self._images = Counter("moeca_images", "Images that are durable and recorded.")
@@ -28,7 +28,7 @@ class JobMetrics:
 
 
 class RankMetrics:
-    """What one rank does: exchange and cache of its gang (on rank 0), memory and power of its GPU."""
+    """Figures of one rank: exchange and cache of its gang (on rank 0), memory and power of its GPU."""
 
     def __init__(self, gang: int, rank: int, device: torch.device) -> None:
         tags = {"gang": str(gang), "rank": str(rank)}
@@ -47,7 +47,7 @@ class RankMetrics:
         """Count a finished chunk from its report."""
         exchange = report["exchange"]
         sent, full = exchange["bytes_sent"], exchange["bytes_full"]
-        # RunCounters refuse zero.
+        # Counters refuse zero.
         if sent:
             self._bytes_sent.inc(sent, self._tags)
         if full > sent:
@@ -55,7 +55,7 @@ class RankMetrics:
         self._reuse_ratio.set(report["branches"]["reuse_ratio"], self._tags)
 
     def note_gpu(self) -> None:
-        """Read memory and power, where there is a driver."""
+        """Read memory and power of the GPU if there is a driver."""
         if self._gpu is None:
             return
         try:

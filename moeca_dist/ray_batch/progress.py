@@ -1,4 +1,4 @@
-"""What people see of a running batch: a bar on a terminal, a line now and then in a log file."""
+"""The progress of a running batch for people: a bar on a terminal, a line now and then in a log file."""
 
 import logging
 import time
@@ -18,14 +18,14 @@ LINE_INTERVAL_S = 30.0
 
 @dataclass
 class Board:
-    """What the gangs are at: each writes its own entries, the driver reads them."""
+    """The states of the gangs. Each gang writes its own entries, and the driver reads them."""
 
     states: dict[int, GangState] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
     in_flight: set[int] = field(default_factory=set)
 
     def summary(self) -> str:
-        """``2 generating (step 31, 7), 1 waiting``."""
+        """Return a line such as ``2 generating (step 31, 7), 1 waiting``."""
         counts = Counter(self.states.values())
         parts = []
         for state, count in counts.items():
@@ -36,7 +36,7 @@ class Board:
 
 
 class ProgressBar:
-    """Images of the whole job; the rate is that of this run."""
+    """A bar over the images of the whole job. The rate is that of this run."""
 
     def __init__(self, total: int, done: int) -> None:
         self._total = total

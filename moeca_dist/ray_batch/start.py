@@ -1,4 +1,4 @@
-"""From options to a running batch: check everything that can be checked, connect to Ray, generate."""
+"""The start of a batch from its options: check everything that can be checked, connect to Ray, generate."""
 
 import logging
 from collections.abc import Sequence
@@ -29,9 +29,10 @@ MAX_TRIES = 3
 
 @dataclass(frozen=True)
 class Options:
-    """What a batch is asked to be. ``bundles``: ranks per bundle of a gang. Times in seconds.
+    """The options of a batch. Times are in seconds.
 
-    ``jobs`` takes the place of ``num_images``, ``labels`` (None: all classes) and ``seed``.
+    ``bundles`` is the number of ranks of each bundle of a gang. ``jobs`` takes the place of ``num_images``, ``labels``
+    (None: all classes) and ``seed``.
     """
 
     config: Config
@@ -55,7 +56,7 @@ class Options:
 def start_batch(options: Options) -> Report:
     """Check, connect, generate, assemble, and leave Ray.
 
-    Raises UserError for whatever is wrong with the options, before any work, and as ``driver.run_batch`` does.
+    Raises UserError for wrong options, before any work, and the errors of ``driver.run_batch``.
     """
     _check_folder(options.folder, options.resume)
     recorded = read_identity(options.folder) if options.resume else None

@@ -1,7 +1,7 @@
 """The files of a batch: durable before they are recorded, checked against the record, assembled at the end.
 
-A chunk's files are written into ``.pending/`` inside the output folder, flushed to the disk and renamed; whoever dies
-in between leaves temporary files in that one place, where the next opening removes them.
+A chunk's files are written into ``.pending/`` inside the output folder, flushed to the disk and renamed. A writer that
+dies in between leaves temporary files only there. The next opening removes them.
 """
 
 import hashlib
@@ -24,7 +24,10 @@ ASSEMBLED = ("samples.npz", "latents.npz", "grid.png", "report.json")
 
 
 def encode(sample: NDArray[np.generic]) -> bytes:
-    """One sample as the content of its file: PNG for a uint8 picture [H, W, C], .npy for float32 latents [C, H, W]."""
+    """Encode one sample as the content of its file.
+
+    This is PNG for a uint8 picture [H, W, C] and .npy for float32 latents [C, H, W].
+    """
     content = io.BytesIO()
     if sample.dtype == np.uint8:
         picture(sample).save(content, format="png")
@@ -34,7 +37,7 @@ def encode(sample: NDArray[np.generic]) -> bytes:
 
 
 def decode(content: bytes) -> NDArray[np.generic]:
-    """The sample that ``encode`` was given."""
+    """Return the sample that ``encode`` was given."""
     if content.startswith(b"\x93NUMPY"):
         latents: NDArray[np.generic] = np.load(io.BytesIO(content))
         return latents
@@ -43,7 +46,7 @@ def decode(content: bytes) -> NDArray[np.generic]:
 
 
 def file_name(index: int, content: bytes) -> str:
-    """Where image ``index`` lies in the output folder."""
+    """Return the path of image ``index`` in the output folder."""
     return f"latents/{index:06d}.npy" if content.startswith(b"\x93NUMPY") else f"images/{index:06d}.png"
 
 
@@ -56,7 +59,7 @@ class Store:
         shutil.rmtree(self._pending, ignore_errors=True)
 
     def write(self, contents: Mapping[str, bytes]) -> list[str]:
-        """Put files in place, durable when this returns; their SHA-256 in order. Raises OSError."""
+        """Put files in place and return their SHA-256 in order. They are durable when this returns. Raises OSError."""
         self._pending.mkdir(exist_ok=True)
         try:
             for name, content in contents.items():
@@ -73,7 +76,7 @@ class Store:
         return [hashlib.sha256(content).hexdigest() for content in contents.values()]
 
     def problem(self, chunk: Mapping[str, Any]) -> str | None:
-        """What is wrong with the files of a recorded chunk, or None."""
+        """Return the first fault in the files of a recorded chunk, or None."""
         try:
             for _ in self.samples(chunk):
                 pass
@@ -82,7 +85,10 @@ class Store:
         return None
 
     def samples(self, chunk: Mapping[str, Any]) -> Iterator[bytes]:
-        """The contents of a recorded chunk's files; raises OSError or ValueError where one is missing or differs."""
+        """Yield the contents of a recorded chunk's files.
+
+        Raises OSError or ValueError if a file is missing or differs from its checksum.
+        """
         for name, checksum in zip(chunk["files"], chunk["sha256"], strict=True):
             try:
                 content = (self.folder / name).read_bytes()
@@ -93,20 +99,20 @@ class Store:
             yield content
 
     def remove_unrecorded(self, first: int, count: int) -> None:
-        """Remove files of a chunk that was given up: a commit may have been cut short between them and the record."""
+        """Remove files of a chunk that was given up. A commit may have ended between the files and the record."""
         for index in range(first, first + count):
             for name in (f"images/{index:06d}.png", f"latents/{index:06d}.npy"):
                 (self.folder / name).unlink(missing_ok=True)
 
     def remove_assembled(self) -> None:
-        """Remove what was made from a manifest that is about to grow."""
+        """Remove the assembled files of a manifest that is about to grow."""
         for name in ASSEMBLED:
             (self.folder / name).unlink(missing_ok=True)
 
     def assemble(self, chunks: Iterator[Mapping[str, Any]], num_images: int) -> None:
         """Write the array of all samples and the grid from the recorded chunks, given in order of their images.
 
-        Raises OSError or ValueError where a file is missing or differs from its record.
+        Raises OSError or ValueError if a file is missing or differs from its record.
         """
         self._pending.mkdir(exist_ok=True)
         try:
@@ -119,7 +125,7 @@ class Store:
             shutil.rmtree(self._pending, ignore_errors=True)
 
     def publish(self, texts: Mapping[str, str] | None = None) -> None:
-        """Move everything pending, and ``texts`` by name, into place; durable when this returns."""
+        """Move all pending files, and ``texts`` by name, into place. They are durable when this returns."""
         self._pending.mkdir(exist_ok=True)
         for name, text in (texts or {}).items():
             (self._pending / name).write_text(text, encoding="utf-8")
@@ -132,6 +138,6 @@ class Store:
 
 
 def encode_all(indices: Sequence[int], samples: NDArray[np.generic]) -> dict[str, bytes]:
-    """File names and contents of samples in the order of ``indices``."""
+    """Return file names and contents of samples in the order of ``indices``."""
     contents = (encode(sample) for sample in samples)
     return {file_name(index, content): content for index, content in zip(indices, contents, strict=True)}

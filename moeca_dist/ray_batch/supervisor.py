@@ -1,7 +1,8 @@
-"""The one writer of a batch: gives out chunks of requests, makes their images durable, records them.
+"""The one writer of a batch: it gives out chunks of requests, makes their images durable and records them.
 
-It holds what is in flight and one byte per chunk, never the requests themselves. What it must not forget is in the
-manifest, so Ray may restart it at any time; leases are not: the driver says with every call what its gangs are at.
+It holds the chunks in flight and one byte per chunk, never the requests themselves. Its lasting state is in the
+manifest, so Ray may restart it at any time. Leases are not in the manifest: the driver names the chunks in flight with
+every call.
 """
 
 import threading
@@ -31,7 +32,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Status:
-    """Counts of the whole job, earlier runs included; ``remaining`` chunks are neither recorded nor given up."""
+    """Counts of the whole job, earlier runs included. ``remaining`` chunks are neither recorded nor given up."""
 
     images: int
     remaining: int
@@ -52,9 +53,9 @@ class Supervisor:
 
     @ray.method(concurrency_group="files")
     def begin(self, **run: Any) -> str | None:
-        """Open the manifest for a new run; says what had to be repaired.
+        """Open the manifest for a new run. Returns a description of its repair, or None.
 
-        Raises UserError where another run holds the folder.
+        Raises UserError if another run holds the folder.
         """
         ledger = self._ledger
         if ledger.empty:
@@ -65,7 +66,10 @@ class Supervisor:
 
     @ray.method(concurrency_group="files")
     def verify(self) -> list[str]:
-        """Check every recorded file against its checksum; chunks that fail are generated anew. What was wrong."""
+        """Check every recorded file against its checksum, and return the faults.
+
+        Chunks with a fault are generated anew.
+        """
         ledger, problems = self._ledger, []
         for record in read_records(ledger.manifest.path):
             if record["kind"] == "chunk" and ledger.done[record["chunk"]]:
@@ -79,7 +83,7 @@ class Supervisor:
         return problems
 
     def lease(self, in_flight: frozenset[int]) -> Chunk | None:
-        """The next chunk that nobody works on, failed ones last; None where there is none at present."""
+        """Return the next chunk that nobody works on, failed ones last, or None if there is none at present."""
         with self._lock:
             chunk = self._next_fresh(in_flight)
             if chunk is None and self._retry:
@@ -88,9 +92,9 @@ class Supervisor:
 
     @ray.method(concurrency_group="files")
     def commit(self, chunk: int, contents: Mapping[str, bytes], gang: int, report: Mapping[str, Any]) -> bool:
-        """Make a chunk's files durable, then record it; False where it was recorded before.
+        """Make a chunk's files durable, then record the chunk. Returns False if it was recorded before.
 
-        Raises OSError where the disk is full; the chunk is then not recorded.
+        Raises OSError if the disk is full. Then the chunk is not recorded.
         """
         ledger = self._ledger
         first, count = self._plan.extent(chunk)
@@ -116,9 +120,10 @@ class Supervisor:
 
     @ray.method(concurrency_group="files")
     def fail(self, chunk: Chunk, problem: str, counts: bool) -> bool:
-        """Take a chunk back after a try that failed; True where it is given up.
+        """Take a chunk back after a failed try, and return whether it is given up.
 
-        ``counts``: whether the chunk may be to blame; a node that was lost says nothing about it.
+        Args:
+            counts: whether the chunk may be to blame. It is not if a node was lost.
         """
         ledger = self._ledger
         if ledger.done[chunk.id] or chunk.id in ledger.quarantined:
@@ -140,7 +145,7 @@ class Supervisor:
 
     @ray.method(concurrency_group="files")
     def note(self, kind: str, **content: Any) -> None:
-        """Record something that happened to the run."""
+        """Record an event of the run."""
         self._ledger.manifest.append(kind, **content)
 
     def status(self) -> Status:

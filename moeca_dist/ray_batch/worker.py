@@ -1,4 +1,7 @@
-"""One rank of a gang, as a Ray actor. DeepSpeed is imported after the environment that it reads is set, in ``join``."""
+"""One rank of a gang, as a Ray actor.
+
+``join`` imports DeepSpeed after it has set the environment that DeepSpeed reads.
+"""
 
 import logging
 import os
@@ -28,7 +31,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs, with a port that is free there."""
+    """The node and process of an actor, with a port that is free on that node."""
 
     node_id: str
     address: str
@@ -38,14 +41,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rank is: it hangs when nothing in here changes while it has work."""
+    """The progress of a rank. A rank hangs if nothing in here changes while the rank has work."""
 
     chunk: int | None
     steps: int
 
 
 class Worker:
-    """The rank's network, and its part in what the gang generates."""
+    """The rank's network, and its part in the work of the gang."""
 
     def __init__(self, gang: int, rank: int) -> None:
         self._gang = gang
@@ -61,7 +64,7 @@ class Worker:
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
     def __repr__(self) -> str:
-        """Ray puts it before every line of the process that the driver prints."""
+        """Return the name that Ray puts before every line of the process that the driver prints."""
         return f"gang {self._gang} rank {self._rank}"
 
     def place(self) -> Place:
@@ -72,9 +75,9 @@ class Worker:
         return Place(context.get_node_id(), ray.util.get_node_ip_address(), port, os.getpid())
 
     def join(self, config: Config, places: Sequence[Place]) -> str:
-        """Meet the other ranks and load this rank's part of the model; the name of its device.
+        """Meet the other ranks and load this rank's part of the model. Returns the name of the rank's device.
 
-        Raises UserError where the checkpoint or the device is not there, and PeerLostError where a rank is missing.
+        Raises UserError if the checkpoint or the device does not exist, and PeerLostError if a rank is missing.
         """
         _tell_launcher_variables(self._rank, places, on_cpu=config.model.device == "cpu")
         import torch
@@ -91,7 +94,11 @@ class Worker:
 
     @ray.method(num_returns=2)
     def generate(self, chunk: int, requests: Sequence[Request]) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """With all ranks of the gang: the chunk's report, and on rank 0 its files by name."""
+        """Generate a chunk together with all ranks of the gang.
+
+        Returns:
+            The chunk's report and its files by name. On ranks other than 0 there are no files.
+        """
         assert self._engine is not None and self._metrics is not None
         self._progress = Progress(chunk, 0)
         files: dict[str, bytes] = {}
@@ -107,7 +114,7 @@ class Worker:
 
     @ray.method(concurrency_group="watch")
     def progress(self) -> Progress:
-        """Answered beside the work: a process that cannot even do this is gone or stopped."""
+        """Return the progress of this rank, even while it works. A process that cannot answer is gone or stopped."""
         if self._metrics is not None:
             self._metrics.note_gpu()
         return self._progress

@@ -23,7 +23,7 @@ class FlopsReport:
 class BranchReport:
     """Branches (token x routed expert) of all ranks and steps.
 
-    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced``: see ``cache.statistics.Reason``.
+    ``refreshed`` divides into ``full_step``, ``unmatched``, ``score`` and ``forced`` (see ``cache.statistics.Reason``).
     """
 
     routed: int
@@ -41,15 +41,16 @@ class BranchReport:
 class ExchangeReport:
     """Payload of the expert all-to-all that left its rank, all ranks together. Collectives are counted per rank.
 
-    ``mode`` is ``local`` where every rank holds all experts and nothing travels, else ``exact``.
-    ``placement``: which side keeps branch values, ``home`` or ``owner``; None without a branch cache or where every
-    rank holds all experts. Collectives are counted per rank.
-
-    ``bytes_full``: what the exact path sends. Counted from the routing of every step where the routers run in every
-    step: without a cache and with policies of single branches. Policies of whole modules route in full steps only, and
-    there it is extrapolated: what those steps' routing would send, per step, for all steps. ``bytes_per_step``
-    divides ``bytes_sent``. ``count_exchanges``: how often each rank's row counts were gathered, which tells all ranks
-    what travels; their few bytes are not counted. ``row_dtype``: how they travelled, ``exact`` also where nothing did.
+    - ``mode``: ``local`` if every rank holds all experts and nothing travels, else ``exact``.
+    - ``location``: the side that keeps branch values, ``home`` or ``owner``. It is None without a branch cache, or if
+      every rank holds all experts.
+    - ``bytes_full``: bytes of the exact path. If the routers run in every step, this is counted from their routing.
+      They do so without a cache and with policies of single branches. Policies of whole modules route in full steps
+      only. The bytes of the other steps are extrapolated from these.
+    - ``bytes_per_step``: ``bytes_sent`` by denoising step.
+    - ``count_exchanges``: times that each rank's row counts were gathered. The few bytes of these counts are not
+      included.
+    - ``row_dtype``: the format of the rows. It is ``exact`` also if nothing travels.
     """
 
     mode: str
@@ -83,9 +84,11 @@ class CacheReport:
 class Report:
     """The figures of one run.
 
-    ``seconds`` divides ``denoise_s`` into sections. ``wall_speedup`` (the ratio of ``denoise_s``) and ``quality``
-    (against the uncached images) are there where the uncached run was made as well. ``requests`` tells which images
-    they are, see ``describe_requests``.
+    - ``wall_s``: seconds from the first request to the last image.
+    - ``denoise_s``: seconds of denoising on the slowest rank. ``seconds`` divides them into sections.
+    - ``wall_speedup``: ratio of the uncached run's ``denoise_s`` to this one. It is None without an uncached run.
+    - ``quality``: image quality against the uncached images. It is None without an uncached run, and for latents.
+    - ``requests``: a description of the images (see ``describe_requests``).
     """
 
     num_images: int

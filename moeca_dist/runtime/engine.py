@@ -4,10 +4,8 @@ Shape suffixes: B images of this rank in a round, C channels, H and W pixels.
 """
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,8 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeca_dist.cache.policy import Policy
-from moeca_dist.cache.session import CacheSession
-from moeca_dist.calibration.correction import Corrected
 from moeca_dist.calibration.file import Calibration, FittedFor
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
@@ -29,16 +25,15 @@ from moeca_dist.report.schema import FlopsReport, Report
 from moeca_dist.runtime.cache_memory import check_memory
 from moeca_dist.runtime.collect_report import RunCounters, collect_report
 from moeca_dist.runtime.cuda_graphs import graphed_model
+from moeca_dist.runtime.denoise import denoise_batch
+from moeca_dist.runtime.rounds import Sink, deliver, shares_by_round
 from moeca_dist.runtime.run_plan import RunPlan
 from moeca_dist.sampling.denoiser import OnStep
-from moeca_dist.sampling.guidance import Combine, Network, cached, exact
+from moeca_dist.sampling.guidance import Combine
 from moeca_dist.sampling.latent_decoder import LatentDecoder, to_uint8
 from moeca_dist.sampling.sampler import Sampler, sampler_for
 from moeca_dist.telemetry.observer import RunObserver, TraceSink, open_gpu_monitor
-from moeca_dist.timing import Timer
 from moeca_dist.types import Request, StepContext
-
-Sink = Callable[[Sequence[Request], NDArray[np.generic]], None]
 
 
 class Engine:
@@ -109,7 +104,7 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
     ) -> tuple[NDArray[np.generic], Report]:
-        """All images of ``requests`` in their order on rank 0, none on the other ranks; and the report, on all."""
+        """Return all images of ``requests`` in order on rank 0, none on other ranks; and the report, on all of them."""
         batches: list[NDArray[np.generic]] = []
         report = self.generate_into(
             lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
@@ -139,8 +134,8 @@ class Engine:
         self.check_memory(len(requests))
         observer = RunObserver(self.config.telemetry, self._gpu, self.mesh, trace_sink)
         counters = self._start(observer)
-        rounds = _rounds(requests, self.mesh.world_size, self.config.sampling.batch_size)
-        num_steps, silent = len(rounds) * self.num_steps, not (progress and self._is_first)
+        rounds = shares_by_round(requests, self.mesh.world_size, self.config.sampling.batch_size)
+        num_steps, silent = len(rounds) * self.num_steps, not (progress and self.mesh.rank == 0)
         with observer, tqdm(total=num_steps, unit="step", desc="denoising", disable=silent) as bar:
 
             def on_step(step: StepContext) -> None:
@@ -150,7 +145,7 @@ class Engine:
 
             for shares in rounds:
                 samples_BCHW = self._denoise(shares[self.mesh.rank], counters, on_step, self.plan.combine())
-                self._deliver(sink, shares, self._to_samples(samples_BCHW))
+                deliver(sink, self.mesh, shares, self._to_samples(samples_BCHW))
         observer.deliver_trace()
         return collect_report(self.plan, self.mesh, requests, counters)
 
@@ -163,7 +158,7 @@ class Engine:
             on_all_ranks(self.mesh, partial(self.plan.check_memory, num_images, self.mesh.device))
 
     def without_cache(self) -> "Engine":
-        """The exact path over the same network and ranks, without telemetry: the reference for this engine's images."""
+        """Return the exact path over the same network and ranks: the reference for this engine's images."""
         return self.with_cache(CacheConfig())
 
     def with_cache(self, cache: CacheConfig, calibration: Calibration | None = None) -> "Engine":
@@ -178,10 +173,10 @@ class Engine:
         return Engine(self.config.model_copy(update=changes), self.mesh, self.model, self.decoder, calibration)
 
     def denoise(self, share: Sequence[Request], combine: Combine | None = None) -> Tensor:
-        """This rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
+        """Return this rank's part of one batch as the solver leaves it: float32 [B, C, H, W] on the model's device.
 
         ``combine`` takes the place of guidance and of a configured calibration. A collective of the world: all ranks
-        call it together, those without images with an empty share. Raises UserError, on all of them, where the cache
+        call it together, those without images with an empty share. Raises UserError, on all of them, if the cache
         would exceed ``cache.memory_limit``.
         """
         return self.denoise_counting(share, combine)[0]
@@ -207,60 +202,16 @@ class Engine:
             self._gpu.close()
         self.mesh.close()
 
-    @property
-    def _is_first(self) -> bool:
-        return self.mesh.rank == 0
-
     def _denoise(
         self, share: Sequence[Request], counters: RunCounters, watcher: OnStep | None, combine: Combine | None
     ) -> Tensor:
-        """Denoise one batch; ``watcher`` is called after every step, when its counts are in."""
-        timer = counters.observer.timer
-        session = self.plan.open_session(share, self.model, counters.cache, timer)
-        memory = combine.memory if isinstance(combine, Corrected) else None
-
-        def on_step(step: StepContext) -> None:
-            counters.end_step(step, session, memory, self.mesh.expert_group)
-            if watcher is not None:
-                watcher(step)
-
-        started = time.perf_counter()
-        with timer.section("other"):
-            samples_BCHW = self.sampler.sample(
-                self._network(share, session, timer),
-                share,
-                cfg_scale=self.config.sampling.cfg_scale,
-                num_steps=self.num_steps,
-                device=self.mesh.device,
-                on_step=on_step,
-                combine=combine,
-            )
-        if samples_BCHW.is_cuda:
-            # NOTE: a host synchronisation, once per round, so that the time is that of the work.
-            torch.cuda.synchronize(samples_BCHW.device)
-        counters.denoise_s += time.perf_counter() - started
-        return samples_BCHW
-
-    def _network(self, share: Sequence[Request], session: CacheSession | None, timer: Timer) -> Network:
-        """Return what the sampler evaluates in one round."""
-        if session is not None:
-            return cached(partial(self.model, timer=timer), session)
-        if self.graphed_model is not None and share:
-            return exact(partial(self.graphed_model, timer=timer))
-        return exact(partial(self.model, timer=timer))
+        graphed = self.graphed_model if share else None
+        return denoise_batch(self.plan, self.model, graphed, self.mesh, share, counters, watcher, combine)
 
     def _to_samples(self, samples_BCHW: Tensor) -> Tensor:
         if self.decoder is not None:
             return self.decoder.decode(samples_BCHW)
         return samples_BCHW.cpu() if self.model.spec.is_latent else to_uint8(samples_BCHW)
-
-    def _deliver(self, sink: Sink, shares: list[Sequence[Request]], samples: Tensor) -> None:
-        if self.mesh.world is None:
-            sink(shares[0], samples.numpy())
-            return
-        parts = self.mesh.world.gather_to_first(samples, [len(share) for share in shares])
-        if parts is not None:
-            sink([request for share in shares for request in share], torch.cat(parts).cpu().numpy())
 
     def _start(self, observer: RunObserver) -> RunCounters:
         if self.mesh.expert_group is not None:
@@ -269,7 +220,7 @@ class Engine:
 
 
 def join(config: Config) -> Mesh:
-    """The mesh of the ranks that the launcher started, as ``config`` wants it."""
+    """Return the mesh of the ranks that the launcher started, as ``config`` wants it."""
     launcher = LauncherEnv.read()
     validate_world(config, launcher.world_size)
     return Mesh.create(
@@ -279,19 +230,6 @@ def join(config: Config) -> Mesh:
         backend=config.parallel.backend,
         timeout_s=config.parallel.timeout_s,
     )
-
-
-def _rounds(requests: Sequence[Request], world_size: int, batch_size: int) -> list[list[Sequence[Request]]]:
-    """Per round the share of every rank: at most ``batch_size`` each, as even as can be, some perhaps empty.
-
-    It follows from the arguments alone, so all ranks make the same number of network evaluations.
-    """
-    rounds = []
-    for start in range(0, len(requests), world_size * batch_size):
-        block = requests[start : start + world_size * batch_size]
-        bounds = [rank * len(block) // world_size for rank in range(world_size + 1)]
-        rounds.append([block[low:high] for low, high in pairwise(bounds)])
-    return rounds
 
 
 def _decoder(config: Config, mesh: Mesh) -> LatentDecoder | None:

@@ -19,7 +19,7 @@ from moeca_dist.sampling.noise import NoiseSource
 from moeca_dist.types import Request
 
 Gains = Callable[[int, int], tuple[float, float]]
-"""(step index, number of steps) -> a and b where the solver's next state is a * state + b * output + noise."""
+"""(step index, number of steps) -> a and b such that the solver's next state is a * state + b * output + noise."""
 
 
 class Solver(Protocol):

@@ -23,11 +23,12 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report.figures import RunFigures
 from moeca_dist.sampling.guidance import cached, exact
 from moeca_dist.sampling.sampler import sampler_for
-from moeca_dist.types import Request
+from moeca_dist.types import Request, Routing, StepContext
 from tests.helpers.golden_files import load_golden
 
 NUM_STEPS, CFG = 8, 1.5
 FULL_STEPS = [0, 1, 4]
+APART = HalvesConfig(conditional=[0, 1, 3, 5], unconditional=[0, 4])
 
 
 @pytest.fixture(params=["dsmoe_e8", "dsmoe_e12", "dit_moe_flash"])
@@ -117,15 +118,35 @@ def test_consecutive_requests_share_nothing(policy: str, tmp_path: Path) -> None
     assert torch.equal(first, again)
 
 
-def test_guidance_halves_share_nothing(tmp_path: Path) -> None:
+def test_guidance_halves_with_schedules_of_their_own_share_nothing(tmp_path: Path) -> None:
     """The conditional half's schedule cannot change what the unconditional half's caches hold."""
     model = load("dsmoe_e8", tmp_path)
-    session = open_session(model, scheduled("moeca_forecast"), requests(2))
+    session = open_session(model, CacheConfig(policy="moeca_forecast", full_steps=APART), requests(2))
     sampler_for(model.spec).sample(cached(model, session), requests(2), cfg_scale=CFG, num_steps=NUM_STEPS)
+    assert [part.images for part in session.parts] == [slice(0, 2), slice(2, 4)]
     for index in range(model.spec.depth):
-        conditional, unconditional = session.block(index)
+        conditional, unconditional = (part.blocks[index] for part in session.parts)
         assert conditional is not unconditional and conditional.branches is not unconditional.branches
         assert set(conditional.modules) == set(unconditional.modules)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_guidance_halves_in_one_part_share_nothing(policy: str, tmp_path: Path) -> None:
+    """Halves that are full in the same steps lie in the same caches, and still know nothing of each other."""
+    model = load("dsmoe_e8", tmp_path)
+    spec, found = model.spec, []
+    for conditional in (1, 2):
+        session = open_session(model, scheduled(policy), requests(2))
+        assert len(session.parts) == (0 if policy in ("teacache", "network_forecast") else 1)
+        labels = torch.tensor([conditional, conditional, spec.null_label, spec.null_label])
+        draw = torch.Generator().manual_seed(0)
+        for index in range(NUM_STEPS):
+            x = torch.randn(4, spec.in_channels, spec.input_size, spec.input_size, generator=draw)
+            out = model(x, torch.full((4,), index / 10), labels, session.at(StepContext(index, NUM_STEPS, index / 10)))
+            found.append(out)
+    for one, other in zip(found[:NUM_STEPS], found[NUM_STEPS:], strict=True):
+        torch.testing.assert_close(one[2:], other[2:], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(one[:2], other[:2], rtol=1e-5, atol=1e-5)
 
 
 def test_halves_may_have_different_schedules(tmp_path: Path) -> None:
@@ -153,10 +174,10 @@ class ForcedRouter(torch.nn.Module):
         routing = self.router(x_TD * 0 + 1)  # the same experts for all tokens, in all steps
         if self.swap_T is None:
             return routing
-        ids_TK = routing.expert_ids_TK.clone()
+        ids_TK = routing.expert_N.clone().view(routing.num_tokens, -1)
         unused = next(expert for expert in range(8) if expert not in ids_TK[0].tolist())
         ids_TK[self.swap_T, 0] = unused
-        return type(routing)(ids_TK, routing.gates_TK)
+        return Routing.top_k(ids_TK, routing.gate_N.view_as(ids_TK))
 
 
 def test_a_routing_change_refreshes_exactly_the_changed_branches(tmp_path: Path) -> None:
@@ -219,7 +240,6 @@ def test_module_policies_issue_no_collective_in_cache_steps(two_ranks, tmp_path:
         assert result["traffic"].collectives_skipped == 0
 
 
-APART = HalvesConfig(conditional=[0, 1, 3, 5], unconditional=[0, 4])
 COUNTED = [
     *(scheduled(policy) for policy in POLICIES),
     *(
@@ -294,8 +314,8 @@ def count_products(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch)
         ({"policy": "fora", "full_steps": [1, 2]}, "must contain 0"),
         ({"policy": "fora", "full_steps": [0, 8]}, r"names 8, but the steps are 0\.\.7"),
         ({"policy": "moeca_forecast", "order": 2}, "forecasts branches with order 0 or 1"),
-        ({"policy": "moeca", "placement": "owner"}, "policy moeca scores stored branches at home; use home"),
-        ({"policy": "teacache", "placement": "owner"}, "teacache, which keeps no branches"),
+        ({"policy": "moeca", "location": "owner"}, "policy moeca scores stored branches at home; use home"),
+        ({"policy": "teacache", "location": "owner"}, "teacache, which keeps no branches"),
     ],
 )
 def test_contradicting_knobs_are_refused(options: dict[str, Any], message: str) -> None:

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from moeca_dist.runtime.checks import check_cache_fits
 
 from moeca_dist import Engine, Report, Request, UserError
 from moeca_dist.cache.policies import POLICIES
 from moeca_dist.cli import main
 from moeca_dist.config import Config, parse_size
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.runtime.cache_memory import cache_size
+from moeca_dist.runtime.run_plan import RunPlan
 from moeca_dist.tuning.calibrate import calibrate
 from tests.helpers.golden_files import load_golden
 
@@ -51,7 +50,7 @@ def generate(config: Config, count: int) -> tuple[Report, list[int]]:
     mesh = Mesh.create(LauncherEnv.read(), device_type="cpu", timeout_s=60)
     engine = Engine.from_config(config, mesh=mesh)
     _, report = engine.generate([Request(index, index % 10) for index in range(count)])
-    size = cache_size(config, engine.model.spec, NUM_STEPS, mesh.ep_size)
+    size = engine.plan.cache_size()
     assert size is not None
     return report, [size.of(images) for images in range(4)]
 
@@ -109,7 +108,7 @@ def test_ranks_keep_what_one_is_predicted_to(two_ranks: Any, policy: str, tmp_pa
 )
 def test_owners_keep_no_more_than_predicted(request: Any, knobs: dict[str, Any], ranks: int, tmp_path: Path) -> None:
     pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])
-    report, predicted = pool.run(generate, make_config(tmp_path, placement="owner", **knobs), 2 * ranks)[0]
+    report, predicted = pool.run(generate, make_config(tmp_path, location="owner", **knobs), 2 * ranks)[0]
     assert 0.2 * ranks * predicted[2] < report.cache.bytes_peak <= ranks * predicted[2]
 
 
@@ -160,18 +159,17 @@ def test_the_command_refuses_with_code_2(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_share_is_one_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, policy="moeca_forecast", memory_limit=1e-9)
-    spec = Engine.from_config(config).model.spec
-    mesh = Mesh.single()
+    plan = RunPlan.resolve(config, 1)
     with pytest.raises(UserError, match=r"over cache\.memory_limit 1e-09"):
-        check_cache_fits(config, spec, mesh, 1)
-    size = cache_size(config, spec, NUM_STEPS, 1)
+        plan.check_memory(1, torch.device("cpu"))
+    size = plan.cache_size()
     assert size is not None
     memory = type("Properties", (), {"total_memory": size.of(1) * 10**9})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
-    on_gpu = Mesh.single(torch.device("cuda", 0))
-    check_cache_fits(config, spec, on_gpu, 1)
+    on_gpu = torch.device("cuda", 0)
+    plan.check_memory(1, on_gpu)
     with pytest.raises(UserError, match="a rank with 2 images"):
-        check_cache_fits(config, spec, on_gpu, 2)
+        plan.check_memory(2, on_gpu)
 
 
 def test_a_batch_to_calibrate_on_is_limited_too(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The rules of single policies, each against a slow loop over its definition.
 
-Shape suffixes: B images, T tokens (of one image with B, else of all), K routed experts per token, E experts, D hidden
-size.
+Shape suffixes: B images, T tokens (of one image with B, else of all), K routed experts per token, N branches, E
+experts, D hidden size.
 """
 
 import math
@@ -22,6 +22,7 @@ from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.statistics import CacheStatistics, Reason
 from moeca_dist.config import CacheConfig, HalvesConfig
 from moeca_dist.errors import UserError
+from moeca_dist.kernels.reference import REFERENCE
 from moeca_dist.types import Routing, StepContext
 from tests.cache.test_contract import CFG, NUM_STEPS, ForcedRouter, load, open_session, requests, sample
 
@@ -36,7 +37,7 @@ def make_policy(**options: Any) -> Any:
 
 def draw_routing(draw: torch.Generator) -> Routing:
     order = torch.rand(IMAGES * TOKENS, EXPERTS, generator=draw).argsort(-1)[:, :K]
-    return Routing(order, torch.rand(IMAGES * TOKENS, K, generator=draw) + 0.1)
+    return Routing.top_k(order, torch.rand(IMAGES * TOKENS, K, generator=draw) + 0.1)
 
 
 class Slow:
@@ -48,20 +49,21 @@ class Slow:
         self.usage = [[[0.0] * TOKENS for _ in range(EXPERTS)] for _ in range(IMAGES)]
 
     def gates(self, routing: Routing, token: int) -> dict[int, float]:
-        ids, gates = routing.expert_ids_TK[token].tolist(), routing.gates_TK[token].tolist()
-        return dict(zip(ids, gates, strict=True))
+        mine_N = routing.token_N == token
+        return dict(zip(routing.expert_N[mine_N].tolist(), routing.gate_N[mine_N].tolist(), strict=True))
 
     def observe(self, routing: Routing) -> None:
-        for token, ids in enumerate(routing.expert_ids_TK.tolist()):
+        for token in range(routing.num_tokens):
+            ids = self.gates(routing, token)
             for expert in range(EXPERTS):
                 of = self.usage[token // TOKENS][expert]
                 of[token % TOKENS] = 0.65 * of[token % TOKENS] + 0.35 * (expert in ids)
 
-    def store(self, routing: Routing, values_TKD: Tensor) -> None:
-        for token, kept in enumerate(self.entries):
+    def store(self, routing: Routing, values_ND: Tensor) -> None:
+        for kept in self.entries:
             kept.clear()
-            for slot, (expert, gate) in enumerate(self.gates(routing, token).items()):
-                kept[expert] = (gate, values_TKD[token, slot].norm().item())
+        for token, expert, value_D in zip(routing.token_N.tolist(), routing.expert_N.tolist(), values_ND, strict=True):
+            self.entries[token][expert] = (self.gates(routing, token)[expert], value_D.norm().item())
 
     def spread(self, image: int) -> list[float]:
         entropy: dict[int, float] = {}
@@ -89,54 +91,59 @@ def moeca_case(drift: str, seed: int, **options: Any) -> tuple[Slow, Routing, La
     """Full steps, then a routing to decide on."""
     policy = make_policy(policy="moeca", drift=drift, **options)
     draw = torch.Generator().manual_seed(seed)
-    slow, cache, usage = Slow(drift), BranchCache(forecast=False), UsageHistory(policy.usage_decay, EXPERTS)
+    slow, usage = Slow(drift), UsageHistory(policy.usage_decay, EXPERTS)
+    cache = BranchCache(EXPERTS, REFERENCE, forecast=False, scored=True)
     for step in range(3):
         routing = draw_routing(draw)
-        values_TKD = torch.randn(IMAGES * TOKENS, K, HIDDEN, generator=draw)
-        usage.observe(routing.expert_ids_TK, IMAGES)
-        match = cache.match(routing.expert_ids_TK)
-        cache.store_all(routing.expert_ids_TK, values_TKD, match, step, policy.reference_gates(routing))
+        values_ND = torch.randn(IMAGES * TOKENS * K, HIDDEN, generator=draw)
+        usage.observe(routing, IMAGES)
+        cache.store_all(routing, cache.match(routing), values_ND, step)
         slow.observe(routing)
-        slow.store(routing, values_TKD)
+        slow.store(routing, values_ND)
     routing = draw_routing(draw)
     slow.observe(routing)
-    usage.observe(routing.expert_ids_TK, IMAGES)
-    match = cache.match(routing.expert_ids_TK)
-    where = torch.arange(IMAGES * TOKENS)
-    view = LayerView(
-        1, "conditional", routing, match, where // TOKENS, where % TOKENS, IMAGES, cache.reference(match),
-        usage.usage_BTE,
-    )  # fmt: skip
+    usage.observe(routing, IMAGES)
+    match = cache.match(routing)
+    view = view_of(routing, match.found_N, IMAGES, scores=cache.scores(routing, match), usage_BTE=usage.usage_BTE)
     return slow, routing, view, policy
+
+
+def view_of(routing: Routing, found_N: Tensor, num_images: int = 1, **seen: Any) -> LayerView:
+    image_ids_B = torch.arange(num_images)
+    return LayerView(1, routing, found_N, image_ids_B, torch.zeros_like(image_ids_B), **seen)
+
+
+def refreshed(policy: Any, view: LayerView) -> Tensor:
+    """Bool [N]: what a cached step computes, unmatched branches and the policy's choice."""
+    chosen_N = policy.refresh(STEP, view)
+    return ~view.found_N if chosen_N is None else ~view.found_N | chosen_N
 
 
 @given(drift=DRIFTS, seed=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_moeca_scores_branches_and_experts_as_the_paper_defines(drift: str, seed: int) -> None:
     slow, routing, view, policy = moeca_case(drift, seed)
-    refresh_TK = policy.plan(STEP, view).refresh_TK
-    for token, ids in enumerate(routing.expert_ids_TK.tolist()):
-        for slot, expert in enumerate(ids):
-            if expert not in slow.entries[token]:
-                assert refresh_TK[token, slot]
-                continue
-            score, unit = slow.score_and_threshold(routing, token, expert)
-            assert policy.score(view)[token, slot].item() == pytest.approx(score, rel=1e-4, abs=1e-5)
-            assert policy.leniency(view)[token, slot].item() == pytest.approx(unit, rel=1e-3)
+    refresh_N = refreshed(policy, view)
+    for branch, (token, expert) in enumerate(zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True)):
+        if expert not in slow.entries[token]:
+            assert refresh_N[branch]
+            continue
+        score, unit = slow.score_and_threshold(routing, token, expert)
+        assert policy.score(view)[branch].item() == pytest.approx(score, rel=1e-4, abs=1e-5)
+        assert policy.leniency(view)[branch].item() == pytest.approx(unit, rel=1e-3)
 
 
 @given(drift=DRIFTS, ratio=st.sampled_from([0.0, 0.25, 0.5, 1.0]), seed=st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_a_refresh_ratio_takes_the_highest_scores_of_each_image(drift: str, ratio: float, seed: int) -> None:
     slow, routing, view, policy = moeca_case(drift, seed, refresh_ratio=ratio)
-    refresh_TK = policy.plan(STEP, view).refresh_TK
+    refresh_N = refreshed(policy, view)
     for image in range(IMAGES):
         matched: list[tuple[float, bool]] = []
-        for token in range(image * TOKENS, (image + 1) * TOKENS):
-            for slot, expert in enumerate(routing.expert_ids_TK[token].tolist()):
-                if expert in slow.entries[token]:
-                    score, unit = slow.score_and_threshold(routing, token, expert)
-                    matched.append((score / unit, bool(refresh_TK[token, slot])))
+        for branch, (token, expert) in enumerate(zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True)):
+            if token // TOKENS == image and expert in slow.entries[token]:
+                score, unit = slow.score_and_threshold(routing, token, expert)
+                matched.append((score / unit, bool(refresh_N[branch])))
         chosen = [relative for relative, refreshed in matched if refreshed]
         left = [relative for relative, refreshed in matched if not refreshed]
         assert len(chosen) == min(len(matched), round(ratio * TOKENS * K))
@@ -146,14 +153,18 @@ def test_a_refresh_ratio_takes_the_highest_scores_of_each_image(drift: str, rati
 def test_local_experts_get_lower_thresholds() -> None:
     usage = UsageHistory(0.65, 3)
     # Expert 0 serves one position, expert 1 all of them; expert 2 is never used.
-    usage.observe(torch.tensor([[0, 1], [1, 1], [1, 1], [1, 1]]), 1)
-    usage_BTE = usage.usage_BTE
-    assert usage_BTE is not None
-    policy = make_policy(policy="moeca")
-    ids_TK = torch.tensor([[0, 1, 2]])
-    routing, match = Routing(ids_TK, torch.ones(1, 3)), BranchCache(forecast=False).match(ids_TK)
-    view = LayerView(0, "conditional", routing, match, ids_TK[0], ids_TK[0], 1, None, usage_BTE)
-    assert policy.leniency(view).flatten().tolist() == pytest.approx([0.4, 1.6, 1.0])
+    usage.observe(listed([[0, 1], [1], [1], [1]]), 1)
+    policy, routing = make_policy(policy="moeca"), listed([[0, 1, 2]])
+    view = view_of(routing, torch.ones(3, dtype=torch.bool), usage_BTE=usage.usage_BTE)
+    assert policy.leniency(view).tolist() == pytest.approx([0.4, 1.6, 1.0])
+
+
+def listed(experts_of_tokens: list[list[int]], gates: list[float] | None = None) -> Routing:
+    """The routing in which each token has the given experts, with gates of 1 unless stated."""
+    token_N = torch.tensor([token for token, experts in enumerate(experts_of_tokens) for _ in experts])
+    expert_N = torch.tensor([expert for experts in experts_of_tokens for expert in experts])
+    gate_N = torch.ones(len(token_N)) if gates is None else torch.tensor(gates)
+    return Routing.listed(token_N, expert_N, gate_N, len(experts_of_tokens))
 
 
 @pytest.mark.parametrize("name", ["dit_moe_flash", "dsmoe_e8"])
@@ -211,7 +222,7 @@ def test_toca_scores_by_norm_age_and_place(ratio: float, side: int, seed: int) -
     value_BTD = torch.randn(2, side * side, HIDDEN, generator=draw)
     age_BT = torch.randint(1, 6, (2, side * side), generator=draw, dtype=torch.int32)
     view = ModuleView(value_BTD, age_BT)
-    chosen_BT = policy.rows(STEP, view)
+    chosen_BT = policy.tokens(view)
     for image in range(2):
         norms = [row.norm().item() for row in value_BTD[image]]
         total = math.sqrt(sum(norm**2 for norm in norms))
@@ -252,6 +263,32 @@ def test_dice_serves_only_the_lowest_gates(tmp_path: Path) -> None:
                 assert statistics.per_step(Reason.SCORE)[step, block] == 0
                 assert statistics.per_step(Reason.FORCED)[step, block] > 0
     assert statistics.modules["attention"] == NUM_STEPS * 2 * 2 * model.spec.num_tokens * model.spec.depth
+
+
+def test_dice_serves_one_branch_of_equal_gates() -> None:
+    """The first of the lowest ones, and of a token with one branch that one."""
+    policy = make_policy(policy="dice_skip")
+    routing = listed(
+        [[3, 1, 2], [], [0, 4], [2], [4, 0, 1, 3]], [0.5, 0.25, 0.25, 1.0, 1.0, 0.5, 0.25, 0.5, 0.25, 0.25]
+    )
+    refresh_N = policy.refresh(STEP, view_of(routing, torch.ones(10, dtype=torch.bool)))
+    assert (~refresh_N).nonzero().flatten().tolist() == [1, 3, 5, 6]
+
+
+@given(seed=st.integers(0, 10**6), tokens=st.integers(0, 6))
+@settings(max_examples=60, deadline=None)
+def test_dice_serves_the_first_of_the_lowest_gates_of_any_routing(seed: int, tokens: int) -> None:
+    """Gates of few values, so that many are equal; against a loop over the tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    token_N = torch.arange(tokens).repeat_interleave(torch.randint(0, EXPERTS + 1, (tokens,), generator=draw))
+    gate_N = torch.randint(1, 4, token_N.shape, generator=draw) / 4
+    routing = Routing.listed(token_N, torch.zeros_like(token_N), gate_N, tokens)
+    expected = []
+    for token in range(tokens):
+        mine = (token_N == token).nonzero().flatten().tolist()
+        expected += [min(mine, key=lambda branch: gate_N[branch].item())] if mine else []
+    refresh_N = make_policy(policy="dice_skip").refresh(STEP, view_of(routing, torch.ones_like(token_N).bool()))
+    assert (~refresh_N).nonzero().flatten().tolist() == expected
 
 
 def test_teacache_decides_from_the_time_alone(tmp_path: Path) -> None:

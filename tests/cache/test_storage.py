@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moeca_dist import Engine, Report, Request, UserError
-from moeca_dist.cache.module_cache import KeyValueCache, RowCache, Rows
+from moeca_dist.cache.module_cache import KeyValueCache, ModuleCache, TokenIndex
 from moeca_dist.cache.policies.registry import POLICIES, build_policy
 from moeca_dist.cache.storage import storage_of
 from moeca_dist.config import CacheConfig, Config
@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_tensors(dtype: str) -> None:
     assert storage.row_bytes(width, 4) == expected
     assert storage.zeros((3, 5, width), torch.zeros(1)).num_bytes == 15 * expected
     assert storage_of("model").row_bytes(width, 4) == storage_of("model").zeros((width,), torch.zeros(1)).num_bytes
-    cache = RowCache(1, storage)
+    cache = ModuleCache(1, storage)
     for step in range(2):
         cache.store(torch.randn(2, 5, width), step)
     assert cache.num_bytes == 2 * 10 * expected
@@ -66,10 +66,10 @@ def test_bytes_are_those_of_the_tensors(dtype: str) -> None:
 def test_a_forecast_goes_through_what_is_stored(dtype: str) -> None:
     draw = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 1, 3, 16, generator=draw)
-    cache, out = RowCache(1, storage_of(dtype)), torch.empty(1, 3, 16)
+    cache = ModuleCache(1, storage_of(dtype))
     cache.store(first.clone(), 0)
     cache.store(second.clone(), 2)
-    cache.forecast_into(out, 3)
+    out = cache.forecast(3).sum()
     largest = max(first.abs().max(), second.abs().max())
     torch.testing.assert_close(out, second + (second - first) / 2, atol=3 * ROUNDING[dtype] * float(largest), rtol=0)
 
@@ -77,11 +77,10 @@ def test_a_forecast_goes_through_what_is_stored(dtype: str) -> None:
 @SMALLER
 def test_fresh_keys_are_read_as_computed(dtype: str) -> None:
     draw = torch.Generator().manual_seed(0)
-    kept, rows = KeyValueCache(storage_of(dtype)), Rows(torch.tensor([1, 6]), 4)
+    kept, tokens = KeyValueCache(storage_of(dtype)), TokenIndex(torch.tensor([1, 6]), 4)
     kept.store(*torch.randn(2, 2, 3, 4, 8, generator=draw))
     fresh = torch.randn(2, 3, 2, 8, generator=draw)
-    kept.store_rows(rows, *fresh)
-    keys_BHTC, values_BHTC = kept.read(rows, *fresh)
+    keys_BHTC, values_BHTC = kept.refresh(tokens, *fresh)
     assert torch.equal(keys_BHTC[[0, 1], :, [1, 2]].transpose(0, 1), fresh[0])
     assert torch.equal(values_BHTC[[0, 1], :, [1, 2]].transpose(0, 1), fresh[1])
 
@@ -143,7 +142,7 @@ def test_quality_and_bytes(policy: str, dtype: str, tmp_path: Path) -> None:
 
 @SMALLER
 def test_owners_store_smaller_too(two_ranks: Any, dtype: str, tmp_path: Path) -> None:
-    common = {"policy": "moeca_forecast", "placement": "owner"}
+    common = {"policy": "moeca_forecast", "location": "owner"}
     expected, _ = two_ranks.run(generate, make_config(tmp_path, **common, full_steps=list(range(NUM_STEPS))))[0]
     same, _ = two_ranks.run(
         generate, make_config(tmp_path, **common, full_steps=list(range(NUM_STEPS)), dtype=dtype)

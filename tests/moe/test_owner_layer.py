@@ -1,28 +1,29 @@
-"""Placement ``owner``: against a loop over tokens, against placement ``home``, and its bytes against a recount.
+"""Branch values at the owners: against a loop over tokens, and the bytes against a recount.
 
-Shape suffixes: T tokens, K routed experts per token, D hidden size.
+Shape suffixes: T tokens, K routed experts per token, N branches, D hidden size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moeca_dist.moe.cached_layer import LayerPlan, decide, segment_parts
-from torch import Tensor
+from torch import Tensor, nn
 
-from moeca_dist.cache.policies.base import Defaults
-from moeca_dist.cache.policy import HALVES, Half, LayerView, RefreshPlan
+from moeca_dist.cache.owner_cache import OwnerCache
+from moeca_dist.cache.policy import HALVES, BranchPolicy, Half, LayerView
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
-from moeca_dist.moe.owner_layer import routed_at_owners
+from moeca_dist.moe.owner_layer import OwnerMoELayer
+from moeca_dist.moe.router import Router
+from moeca_dist.parallel.all_to_all import AllToAllDispatcher
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
-from moeca_dist.parallel.owner_exchange import HEADER_BYTES, OwnerExchange
+from moeca_dist.parallel.owner_exchange import HEADER_BYTES
 from moeca_dist.parallel.row_packing import _packed, _unpacked
 from moeca_dist.types import Request, Routing, StepContext
 from tests.parallel.test_dispatch import EXPERTS, HIDDEN, make_experts, make_weights
@@ -41,28 +42,50 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scripted(Defaults):
+class Scripted(BranchPolicy):
     """Refreshes what the script says, and whatever is unmatched."""
 
     steps: tuple[Step, ...]
 
     name: ClassVar[str] = "scripted"
-    unit: ClassVar[Literal["module", "branch"]] = "branch"
 
     def is_full(self, step: StepContext, half: Half) -> bool:
         return self.steps[step.index].full[HALVES.index(half)]
 
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
+    @property
+    def halves_agree(self) -> bool:
+        return all(conditional == unconditional for conditional, unconditional in (step.full for step in self.steps))
+
+    def refresh(self, step: StepContext, view: LayerView) -> Tensor:
         wanted_TK = torch.tensor(self.steps[step.index].wanted, dtype=torch.bool).view(-1, K)
-        mine_TK = wanted_TK.chunk(2)[HALVES.index(view.half)] if len(wanted_TK) else wanted_TK
-        return RefreshPlan(mine_TK | ~view.match.found_TK)
+        half_T = torch.arange(2).repeat_interleave(len(wanted_TK) // 2)
+        return wanted_TK[torch.isin(half_T, view.half_B)].flatten()
 
 
-def inputs(rank: int, step: int, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Routing]:
+class FixedRouter(Router):
+    """Routes as told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routing: Routing
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        return self.routing
+
+
+class NoShared(nn.Module):
+    """A shared expert that adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def inputs(rank: int, step: int, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden rows, ids and gates of all tokens of a rank."""
     draw = torch.Generator().manual_seed(100 * step + rank)
     ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, K)
     x_TD = torch.randn(len(ids), HIDDEN, generator=draw)
-    return x_TD, Routing(ids_TK, torch.rand(len(ids), K, generator=draw))
+    return x_TD, ids_TK, torch.rand(len(ids), K, generator=draw)
 
 
 class Loop:
@@ -73,23 +96,23 @@ class Loop:
         self.branches: dict[int, dict[int, list[tuple[int, Tensor]]]] = {}
         self.sums: dict[int, tuple[int, Tensor, Tensor]] = {}  # token -> (step, sum, slope)
         self.bytes = 0
-        self.touched = 0
+        self.touched: set[tuple[int, int]] = set()  # step and token
 
     def step(self, index: int, script: Step) -> Tensor:
-        x_TD, routing = inputs(self.rank, index, script.ids)
+        x_TD, _, gates_TK = inputs(self.rank, index, script.ids)
         out_TD = torch.zeros_like(x_TD)
         for token, ids in enumerate(script.ids):
             full = script.full[0 if token < len(script.ids) // 2 else 1]
             held = self.branches.setdefault(token, {})
             refresh = {e for slot, e in enumerate(ids) if full or script.wanted[token][slot] or e not in held}
-            out_TD[token] = self._token(index, token, ids, refresh, x_TD[token], routing.gates_TK[token].tolist())
+            out_TD[token] = self._token(index, token, ids, refresh, x_TD[token], gates_TK[token].tolist())
         return out_TD
 
     def _token(self, index: int, token: int, ids: Sequence[int], refresh: set[int], x: Tensor, gates: Any) -> Tensor:
         if not refresh:
             step, total, slope = self.sums[token]
             return total + slope * (index - step)
-        self.touched += 1
+        self.touched.add((index, token))
         held = self.branches[token]
         changed = any(e not in held for e in ids)
         for expert in refresh:
@@ -124,14 +147,17 @@ def expert_output(expert: int, x: Tensor) -> Tensor:
 
 
 def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: int) -> dict[str, Any]:
-    """On every rank: its own script through the exchange, beside the loop over its tokens."""
+    """On every rank: its own script through the layer, part by part, beside the loop over its tokens."""
     env = LauncherEnv.read()
     mesh = Mesh.create(env, device_type="cpu", timeout_s=60)
     group = mesh.expert_group
     assert group is not None
     group.reset_traffic()
     placement = ExpertPlacement(owners, env.world_size)
-    pairs, experts = OwnerExchange(group, placement), make_experts(placement.experts_of(env.rank))
+    router = FixedRouter()
+    layer = OwnerMoELayer(router, make_experts(placement.experts_of(env.rank)), NoShared(), EXPERTS)
+    layer.local_expert_ids = placement.experts_of(env.rank)
+    layer.dispatcher = AllToAllDispatcher(group, placement)
     script = scripts[env.rank]
     policy = Scripted(steps=script, order=order)
     images = [Request(index, 0) for index in range(len(script[0].ids) // 2)]  # an image is one token here
@@ -146,37 +172,43 @@ def run_script(owners: tuple[int, ...], scripts: list[tuple[Step, ...]], order: 
     )
     loop, error, moved = Loop(env.rank, owners, order), 0.0, []
     for index, step in enumerate(script):
-        x_TD, routing = inputs(env.rank, index, step.ids)
-        cache = session.at(StepContext(index, len(script), 0.0)).block(0)
-        before = group.traffic.collectives, group.traffic.collectives_skipped
-        parts = segment_parts(x_TD, cache)
-        matches = [part.kept.home.match(routing.expert_ids_TK[part.tokens]) for part in parts]
-        decisions = [decide(part, routing, match, cache) for part, match in zip(parts, matches, strict=True)]
-        plan = LayerPlan(routing, parts, decisions)
-        out_TD = routed_at_owners(x_TD, plan, cache, pairs, experts).wait()
-        moved.append((group.traffic.collectives - before[0], group.traffic.collectives_skipped - before[1]))
-        touched = loop.touched
+        x_TD, ids_TK, gates_TK = inputs(env.rank, index, step.ids)
         expected_TD = loop.step(index, step)
-        error = max(error, *(out_TD - expected_TD).abs().flatten().tolist(), 0.0)
-        moved[-1] += (loop.touched > touched,)
-    owned = session.owned(0)
-    assert owned is not None
+        for part in session.at(StepContext(index, len(script), 0.0)):
+            mine, cache = part.images, part.block(0)  # an image is one token
+            router.routing = Routing.top_k(ids_TK[mine], gates_TK[mine])
+            before = group.traffic.collectives, group.traffic.collectives_skipped
+            plan = layer.plan(x_TD[mine, None], cache)
+            out_TD = layer.cached(x_TD[mine, None], plan, cache).squeeze(1)
+            here = (group.traffic.collectives - before[0], group.traffic.collectives_skipped - before[1])
+            touched = any((index, token) in loop.touched for token in range(mine.start, mine.stop))
+            moved.append((*here, touched))
+            error = max(error, *(out_TD - expected_TD[mine]).abs().flatten().tolist(), 0.0)
+    kept = [part.blocks[0].branches for part in session.parts]
+    assert all(isinstance(each, OwnerCache) for each in kept)
     return {
+        "parts": len(kept),
         "error": error,
         "bytes": group.traffic.bytes_sent,
         "expected": loop.bytes,
         "moved": moved,
-        "capacities": owned.pool.capacities,
-        "used": owned.pool.in_use,
+        "capacities": summed([each.slots.capacities for each in kept]),
+        "used": summed([each.slots.in_use for each in kept]),
     }
+
+
+def summed(rows: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def check(pool: Any, owners: Sequence[int], scripts: list[tuple[Step, ...]], order: int) -> None:
     results = pool.run(run_script, tuple(owners), scripts, order)
+    agree = all(conditional == unconditional for conditional, unconditional in (step.full for step in scripts[0]))
+    assert {result["parts"] for result in results} == {1 if agree else 2}
     assert sum(result["bytes"] for result in results) == sum(result["expected"] for result in results)
-    for step, per_rank in enumerate(zip(*(result["moved"] for result in results), strict=True)):
+    for evaluation, per_rank in enumerate(zip(*(result["moved"] for result in results), strict=True)):
         anything = any(touched for *_, touched in per_rank)
-        assert {moved[:2] for moved in per_rank} == {(2, 0) if anything else (0, 2)}, step
+        assert {moved[:2] for moved in per_rank} == {(2, 0) if anything else (0, 2)}, evaluation
     for script, result in zip(scripts, results, strict=True):
         assert result["error"] < 1e-4
         # Every branch has a row of its own: none is shared by tokens or by the halves, none is forgotten.
@@ -185,7 +217,8 @@ def check(pool: Any, owners: Sequence[int], scripts: list[tuple[Step, ...]], ord
 
 def scripts_of(num_ranks: int) -> st.SearchStrategy[list[tuple[Step, ...]]]:
     """Per rank the steps of up to three images; the halves' full steps are the same on all ranks."""
-    fulls = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=5)
+    apart, together = st.tuples(st.booleans(), st.booleans()), st.sampled_from([(True, True), (False, False)])
+    fulls = st.one_of(*(st.lists(each, min_size=1, max_size=5) for each in (apart, together)))
     images = st.lists(st.integers(0, 3), min_size=num_ranks, max_size=num_ranks)
     return st.tuples(fulls, images, st.sampled_from([0.0, 0.1, 0.5]), st.integers(0, 10**6)).map(
         lambda drawn: [drawn_script(rank, [(True, True), *drawn[0]], *drawn[1:]) for rank in range(num_ranks)]
@@ -221,7 +254,7 @@ def test_two_ranks_match_the_loop(two_ranks, scripts, owners, order) -> None:
 @given(scripts_of(4), st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(0, 1))
 @ranks_settings(max_examples=30)
 def test_four_ranks_match_the_loop(four_ranks, scripts, owners, order) -> None:
-    """Any placement: ranks without experts, ranks without tokens, one owner of everything."""
+    """Any owners: ranks without experts, ranks without tokens, one owner of everything."""
     check(four_ranks, owners, scripts, order)
 
 
@@ -239,10 +272,13 @@ def quiet(ids: Sequence[Sequence[int]], full: bool = False, wanted: bool = False
     ],
     ids=["nobody", "one owner takes all", "one rank holds all", "ranks without experts"],
 )
-def test_extremes(four_ranks, owners, routings) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["one part", "two parts"])
+def test_extremes(four_ranks, owners, routings, apart: bool) -> None:
     """Full, nothing, everything one by one, nothing, full: silent exactly where nobody refreshes."""
     pattern = [(True, False), (False, False), (False, True), (False, False), (True, False)]
     scripts = [tuple(quiet(ids, *flags) for flags in pattern) for ids in routings]
+    if apart:  # at the end the conditional half alone
+        scripts = [(*steps[:-1], Step((True, False), steps[-1].ids, steps[-1].wanted)) for steps in scripts]
     check(four_ranks, owners, scripts, 1)
 
 

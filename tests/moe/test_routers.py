@@ -31,10 +31,18 @@ def softmax_router(weight_ED, *, k):
     return router.requires_grad_(False)
 
 
+def columns(routing):
+    """Experts and gates of all branches; checks that every token has as many."""
+    k = len(routing.token_N) // max(1, routing.num_tokens)
+    assert routing.token_N.tolist() == [token for token in range(routing.num_tokens) for _ in range(k)]
+    assert routing.start_T.tolist() == [k * token for token in range(routing.num_tokens)]
+    return routing.expert_N, routing.gate_N
+
+
 def as_dicts(routing):
     """One {expert: weight} per token; checks that the ids of a row are distinct."""
     rows = []
-    for ids, gates in zip(routing.expert_ids_TK.tolist(), routing.gates_TK.tolist(), strict=True):
+    for ids, gates in zip(*(each.view(routing.num_tokens, -1).tolist() for each in columns(routing)), strict=True):
         assert len(set(ids)) == len(ids)
         rows.append(dict(zip(ids, gates, strict=True)))
     return rows
@@ -80,7 +88,7 @@ def test_sigmoid_router(num_experts, k, n_group, topk_group, bias_spread):
     bias_E = draw(num_experts, seed=2, spread=bias_spread).abs()
     options = {"k": k, "n_group": n_group, "topk_group": topk_group, "scale": 2.5}
     routing = sigmoid_router(weight_ED, bias_E, **options)(x_TD)
-    assert routing.expert_ids_TK.dtype == torch.int64 and routing.gates_TK.dtype == torch.float32
+    assert routing.expert_N.dtype == torch.int64 and routing.gate_N.dtype == torch.float32
     expected = [naive.dsmoe_route(x_D.double(), weight_ED.double(), bias_E.double(), **options) for x_D in x_TD]
     assert_same_routing(as_dicts(routing), expected)
 
@@ -97,8 +105,8 @@ def test_sigmoid_router_computes_in_fp32_whatever_the_activations():
     x_TD = draw(40, HIDDEN, seed=3).bfloat16()
     router = sigmoid_router(weight_ED, bias_E, k=2)
     halved, full = router(x_TD), router(x_TD.float())
-    assert halved.gates_TK.dtype == torch.float32
-    assert torch.equal(halved.expert_ids_TK, full.expert_ids_TK) and torch.equal(halved.gates_TK, full.gates_TK)
+    assert halved.gate_N.dtype == torch.float32
+    assert torch.equal(halved.expert_N, full.expert_N) and torch.equal(halved.gate_N, full.gate_N)
 
 
 # ---- hand-made cases ------------------------------------------------------------------------------------------------
@@ -162,8 +170,7 @@ def test_no_tokens():
         sigmoid_router(weight_ED, torch.zeros(8), k=3, n_group=4, topk_group=2),
     ):
         routing = router(torch.empty(0, HIDDEN))
-        assert routing.expert_ids_TK.shape == (0, 3) and routing.gates_TK.shape == (0, 3)
-        assert (routing.num_tokens, routing.num_experts_per_tok) == (0, 3)
+        assert routing.num_tokens == 0 and routing.expert_N.shape == routing.gate_N.shape == (0,)
 
 
 # ---- ties: any best set, consistent weights -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from ray.util.metrics import Gauge
 
 from moeca_dist.ray_batch.metrics import RankMetrics
-from moeca_dist.telemetry.gpu import gpu as telemetry
+from moeca_dist.telemetry import gpu as telemetry
 from tests.helpers.fake_nvml import UUID, FakeNvml
 
 

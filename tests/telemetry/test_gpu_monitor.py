@@ -19,8 +19,8 @@ from moeca_dist.config import Config, load_config
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report.plots import write_plots
 from moeca_dist.report.tables import render
+from moeca_dist.telemetry import gpu as telemetry
 from moeca_dist.telemetry.gpu import MAX_POINTS, GpuMonitor, GpuRecord, GpuSampler, TelemetryUnavailableError, merge
-from moeca_dist.telemetry.gpu import gpu as telemetry
 from tests.helpers.fake_nvml import UUID, FakeNvml
 from tests.helpers.golden_files import load_golden
 
