@@ -152,7 +152,7 @@ def test_a_calibrated_run_is_what_was_measured(demo_calibration: Path) -> None:
     engine = demo_engine(demo_calibration)
     held_out = [Request(index, index % 10, 8) for index in range(10)]
     exact_BCHW = engine.without_cache().denoise(held_out)
-    made_BCHW = engine.denoise(held_out, engine.setup.combine())
+    made_BCHW = engine.denoise(held_out, engine.plan.combine())
     found = float((made_BCHW - exact_BCHW).norm() / exact_BCHW.norm())
     assert found == pytest.approx(measured["after"]["rel_l2"], rel=1e-3)
     assert measured["after"]["psnr_db"] > measured["before"]["psnr_db"] + 1

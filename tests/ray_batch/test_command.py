@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from moeca_dist.runtime.checks import check_config, resolve
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +12,7 @@ from moeca_dist.demo.model_card import SHIPPED_CHECKPOINT
 from moeca_dist.ray_batch.identity import batch_identity
 from moeca_dist.ray_batch.jobs import LabelCycle
 from moeca_dist.ray_batch.manifest import VERSION, Manifest
+from moeca_dist.runtime.run_plan import RunPlan
 
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
 
@@ -28,9 +28,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
     """A batch of ten images by gangs of two, of which nothing is done yet."""
-    config = load_config(DEMO)
-    resolved = resolve(config, check_config(config, []), 2)
-    identity = batch_identity(resolved, LabelCycle(10, [range(10)], 0), 10, 2, "cpu")
+    config = RunPlan.resolve(load_config(DEMO), 2).config
+    identity = batch_identity(config, LabelCycle(10, [range(10)], 0), 10, 2, "cpu")
     manifest = Manifest(tmp_path, 0)
     manifest.append("job", version=VERSION, identity=identity)
     manifest.close()

@@ -1,10 +1,11 @@
 """CUDA graphs without a device: which evaluations are captured, what their replays compute, what is refused.
 
 A tape stands in for a graph: it lists the operators of an evaluation with their tensors and repeats them on the same
-memory, without the host's code. What it cannot show is what a device does with them: ``tests/test_gpu.py``.
+memory, without the host's code. What it cannot show is what a device does with them: ``tests/kernels/test_gpu.py``.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_ranks_without_images_and_caches_run_eagerly(model: dict[str, Any]) -> N
     recorder = TapeRecorder()
     engine.graphed_model = GraphedModel(engine.model, recorder)
     assert engine.denoise([]).shape[0] == 0 and recorder.num_recorded == 0
-    engine.config = graphed(model, {})
+    engine.plan = replace(engine.plan, config=graphed(model, {}))
     assert engine.with_cache(CacheConfig(policy="fora")).graphed_model is None
 
 

@@ -27,8 +27,8 @@ from moeca_dist.types import Branches, Request, Routing
 def record_routing(engine: Engine, requests: Sequence[Request], source: str = "") -> RoutingTrace | None:
     """Generate ``requests`` and return their trace on rank 0, None elsewhere; the images are thrown away.
 
-    A collective of the world. Raises UserError for what leaves no complete trace: values at the owners, and
-    policies that compute single tokens of a module.
+    A collective of the world. Raises UserError for what leaves no complete trace: values at the owners, CUDA graphs,
+    and policies that compute single tokens of a module.
     """
     _check(engine)
     recorder = RoutingRecorder(engine.model)
@@ -51,6 +51,8 @@ def record_routing(engine: Engine, requests: Sequence[Request], source: str = ""
 def _check(engine: Engine) -> None:
     if engine.plan.location == "owner":
         raise UserError("a routing trace cannot be recorded in cache.location owner: use home, the choices are alike")
+    if engine.graphed_model is not None:
+        raise UserError("a routing trace is copied to the host in every step: remove model.cuda_graphs")
     if isinstance(engine.policy, ModulePolicy) and engine.policy.refreshes_tokens:
         raise UserError(
             f"a routing trace cannot be recorded with cache.policy {engine.config.cache.policy}, which routes only "
