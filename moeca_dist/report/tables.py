@@ -116,10 +116,10 @@ def _exchange(report: Mapping[str, Any]) -> _Rows:
         ("collectives per rank", f"{exchange['collectives']:,} issued, {exchange['collectives_skipped']:,} not needed"),
         ("exchanges of row counts", f"{exchange['count_exchanges']:,}"),
     ]
-    if exchange["placement"] is not None:
-        rows.insert(1, ("branch values are kept", f"at the {exchange['placement']} rank"))
-    if exchange.get("rows", "exact") != "exact":
-        rows.insert(1, ("rows travel as", exchange["rows"]))
+    if exchange["location"] is not None:
+        rows.insert(1, ("branch values are kept", f"at the {exchange['location']} rank"))
+    if exchange["row_dtype"] != "exact":
+        rows.insert(1, ("rows travel as", exchange["row_dtype"]))
     return rows
 
 

@@ -65,7 +65,7 @@ def test_two_ranks_share_one_gpu(two_cuda_ranks: RankPool, ep_size: int) -> None
 def test_int8_rows_without_a_cache(two_cuda_ranks: RankPool) -> None:
     """Random weights: routes lie near ties, so codes move some of them."""
     config = random_config("DSMoE-S-E48", "float32")
-    coded = config.model_copy(update={"parallel": config.parallel.model_copy(update={"rows": "int8"})})
+    coded = config.model_copy(update={"parallel": config.parallel.model_copy(update={"row_dtype": "int8"})})
     expected, _ = two_cuda_ranks.run(generate, config, requests(3), 2)[0]
     images, _ = two_cuda_ranks.run(generate, coded, requests(3), 2)[0]
     assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= 0.2
@@ -86,6 +86,16 @@ def test_replayed_graphs_are_the_eager_run(name: str) -> None:
         assert np.array_equal(images, expected)
         assert (report.branches, report.flops) == (alone.branches, alone.flops)
         assert "graph" in report.seconds.slowest
+
+
+@pytest.mark.parametrize("policy", ["moeca_forecast", "taylorseer", "network_forecast"])
+def test_triton_kernels_make_the_images_of_the_references(policy: str) -> None:
+    """Compiled, in whole networks."""
+    values = random_config("DSMoE-S-E16", "float32").model_dump() | {"cache": {"policy": policy, "interval": 2}}
+    expected, _ = generate(Config.model_validate(values), requests(2))
+    values["model"] |= {"kernels": "triton"}
+    images, _ = generate(Config.model_validate(values), requests(2))
+    assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= 1e-3
 
 
 def requests(count: int) -> list[Request]:
