@@ -82,7 +82,7 @@ def full_steps(engine: Engine) -> list[int]:
     """Steps in which both guidance halves are computed."""
     if engine.policy is None:
         return list(range(engine.num_steps))
-    by_half = engine.setup.fitted_for().cache["full_steps"].values()
+    by_half = engine.plan.fitted_for(engine.model).cache["full_steps"].values()
     return sorted(set.intersection(*map(set, by_half)))
 
 

@@ -38,7 +38,7 @@ CELLS = (
     Cell("network_forecast", {"policy": "network_forecast"}),
     Cell("taylorseer", {"policy": "taylorseer"}),
     Cell("moeca_forecast", {"policy": "moeca_forecast"}),
-    Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "placement": "owner"}),
+    Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "location": "owner"}),
 )
 NOISE, NOISE_LEVEL = "noise", 1e-3
 
@@ -102,8 +102,8 @@ def run_rank(rank: int, num_ranks: int, port: int, name: str, args: argparse.Nam
 
 
 def run(engine: Engine, cell: Cell, form: str, requests: list[Request]) -> tuple[Tensor, Report]:
-    rows = "exact" if form == NOISE else form
-    parallel = engine.config.parallel.model_copy(update={"rows": rows})
+    row_dtype = "exact" if form == NOISE else form
+    parallel = engine.config.parallel.model_copy(update={"row_dtype": row_dtype})
     config = engine.config.model_copy(update={"cache": cell.section(engine.config.cache), "parallel": parallel})
     with noise(engine) if form == NOISE else nullcontext():
         samples, report = Engine(config, engine.mesh, engine.model, Unrounded()).generate(requests)

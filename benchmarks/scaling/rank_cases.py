@@ -15,12 +15,12 @@ CELLS: tuple[Cell, ...] = (
     Cell(UNCACHED, {"policy": "none"}),
     Cell(DEFAULT, {"policy": "network_forecast"}),
     Cell(BRANCHES, {"policy": "moeca_forecast"}),
-    Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "placement": "owner"}),
+    Cell("moeca_forecast, owner", {"policy": "moeca_forecast", "location": "owner"}),
     Cell("taylorseer", {"policy": "taylorseer"}),
     Cell("fora", {"policy": "fora"}),
     Cell("moeca", {"policy": "moeca"}),
-    Cell("uncached, int8 rows", {"policy": "none"}, {"rows": "int8"}),
-    Cell("network_forecast, int8 rows", {"policy": "network_forecast"}, {"rows": "int8"}),
+    Cell("uncached, int8 rows", {"policy": "none"}, {"row_dtype": "int8"}),
+    Cell("network_forecast, int8 rows", {"policy": "network_forecast"}, {"row_dtype": "int8"}),
 )
 # On one rank there is nothing to place and nothing travels: what stands for these cells there.
 ON_ONE_RANK = {
@@ -28,8 +28,8 @@ ON_ONE_RANK = {
     "uncached, int8 rows": UNCACHED,
     "network_forecast, int8 rows": DEFAULT,
 }
-CODED = frozenset(cell.name for cell in CELLS if "rows" in cell.parallel)
-AT_OWNERS = frozenset(cell.name for cell in CELLS if cell.cache.get("placement") == "owner")
+CODED = frozenset(cell.name for cell in CELLS if "row_dtype" in cell.parallel)
+AT_OWNERS = frozenset(cell.name for cell in CELLS if cell.cache.get("location") == "owner")
 # What is measured where nothing else is asked for.
 COMMON = (UNCACHED, DEFAULT, BRANCHES, "moeca_forecast, owner", "taylorseer")
 

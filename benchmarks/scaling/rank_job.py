@@ -23,13 +23,11 @@ from torch import Tensor
 
 from benchmarks.common.hardware import busy_core_seconds
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
-from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import CacheConfig, load_config
 from moeca_dist.errors import PeerLostError, UserError
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.parallel.agreement import on_all_ranks
 from moeca_dist.parallel.mesh import Mesh
-from moeca_dist.runtime.engine import Engine, join, read_placement
+from moeca_dist.runtime.engine import Engine, join
 from moeca_dist.types import Request
 
 STATISTICS = Path("/sys/class/net")
@@ -95,7 +93,7 @@ def main(path: str) -> int:
 def run(job: Job, folder: Path) -> None:
     config = load_config(job.config, job.overrides)
     mesh = join(config)
-    model = on_all_ranks(mesh, lambda: load_weights(config.model, mesh, read_placement(config)))
+    model = Engine.from_config(config, mesh=mesh).model
     classes = model.spec.num_classes
     requests = [Request(index, index % classes, job.seed) for index in range(job.num_images)]
     for cell in job.cells:

@@ -88,6 +88,16 @@ def test_replayed_graphs_are_the_eager_run(name: str) -> None:
         assert "graph" in report.seconds.slowest
 
 
+@pytest.mark.parametrize("policy", ["moeca_forecast", "taylorseer", "network_forecast"])
+def test_triton_kernels_make_the_images_of_the_references(policy: str) -> None:
+    """Compiled, in whole networks."""
+    values = random_config("DSMoE-S-E16", "float32").model_dump() | {"cache": {"policy": policy, "interval": 2}}
+    expected, _ = generate(Config.model_validate(values), requests(2))
+    values["model"] |= {"kernels": "triton"}
+    images, _ = generate(Config.model_validate(values), requests(2))
+    assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= 1e-3
+
+
 def requests(count: int) -> list[Request]:
     return [Request(index, index) for index in range(count)]
 

@@ -23,7 +23,7 @@ Returns = Literal["sums", "branches", "owner"]
 
 @dataclass(frozen=True)
 class RowBytes:
-    """Of one row on its way to an owner, with what stands beside it, and on its way back."""
+    """Of one row on its way to an owner, and on its way back."""
 
     there: int
     back: int
@@ -34,8 +34,8 @@ class RowBytes:
         return cls(row_bytes, row_bytes)
 
     @classmethod
-    def coded(cls, width: int) -> "RowBytes":
-        """Rows of so many values as 8-bit codes; not for what comes back from owners that keep branches."""
+    def int8(cls, width: int) -> "RowBytes":
+        """Rows of so many values as int8 codes."""
         return cls(SCALE_BYTES + width, SCALE_BYTES + width)
 
 
