@@ -1,9 +1,9 @@
 """Rows in int8 between ranks: nearly the exact outputs, bytes are what travels, own rows stay exact.
 
-Shape suffixes: T tokens, K routed experts per token, D hidden size, N rows.
+Shape suffixes: T tokens, N branches, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from moeca_dist.parallel.all_to_all import BRANCH_HEADER_BYTES, SUM_HEADER_BYTES
 from moeca_dist.parallel.expert_placement import ExpertPlacement
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.types import Branches, Routing
+from tests.helpers.host_waits import waits_of
 from tests.parallel.test_dispatch import EXPERTS, HIDDEN, make_experts
-from tests.test_budget_exchange import READS, Walk, _noting
 
 CODED_BYTES = SCALE_BYTES + HIDDEN
 STEPS = 36
@@ -26,7 +26,7 @@ STEPS = 36
 def random_routing(draw: torch.Generator, num_tokens: int, skew: float) -> Routing:
     """``skew``: how much the first experts are preferred."""
     scores_TE = torch.rand(num_tokens, EXPERTS, generator=draw) + skew * torch.linspace(1, 0, EXPERTS)
-    return Routing(scores_TE.topk(3, dim=1).indices, torch.rand(num_tokens, 3, generator=draw))
+    return Routing.top_k(scores_TE.topk(3, dim=1).indices, torch.rand(num_tokens, 3, generator=draw))
 
 
 def dispatchers(owners: tuple[int, ...], replicated: tuple[int, ...] = ()) -> tuple[Any, Any, Any]:
@@ -47,47 +47,46 @@ def many_steps(
 ) -> Any:
     """On every rank: random tokens and routings, summed, or some branches one by one."""
     exact, int8, placement = dispatchers(owners, replicated)
-    traffic = exact.exchange
-    rank, num_ranks = traffic.rank, traffic.size
+    group = exact.collectives
+    rank, num_ranks = group.rank, group.size
     experts = make_experts(placement.experts_of(rank)).to(dtype)
     draw = torch.Generator().manual_seed(rank)
     errors, sent_bytes, away = [], {"sums": 0, "branches": 0}, {"sums": [0, 0], "branches": [0, 0]}
     for step in range(STEPS):
         x_TD = torch.randn(tokens[rank], HIDDEN, generator=draw).to(dtype)
         routing = random_routing(draw, len(x_TD), skew)
-        owner_TK = torch.tensor(placement.owners_for(rank))[routing.expert_ids_TK]
-        kind, chosen_TK, use = "sums", torch.ones_like(owner_TK, dtype=torch.bool), summed
+        owner_N = torch.tensor(placement.owners_for(rank))[routing.expert_N]
+        kind, chosen_N, use = "sums", torch.ones_like(owner_N, dtype=torch.bool), summed
         if step % 3 == 2:
-            kind, chosen_TK, use = "branches", torch.rand(owner_TK.shape, generator=draw) < 0.5, one_by_one
-        expected = use(exact, x_TD, routing, chosen_TK, experts)
-        traffic.reset_traffic()
-        found = use(int8, x_TD, routing, chosen_TK, experts)
-        sent_bytes[kind] += traffic.traffic.bytes_sent
-        branches, pairs = travelling(owner_TK, chosen_TK, rank, num_ranks)
+            kind, chosen_N, use = "branches", torch.rand(owner_N.shape, generator=draw) < 0.5, one_by_one
+        expected = use(exact, x_TD, routing, chosen_N, experts)
+        group.reset_traffic()
+        found = use(int8, x_TD, routing, chosen_N, experts)
+        sent_bytes[kind] += group.traffic.bytes_sent
+        branches, pairs = travelling(routing, owner_N, chosen_N, rank, num_ranks)
         away[kind] = [away[kind][0] + branches, away[kind][1] + pairs]
         errors.append((found - expected).float().abs().max().item() if found.numel() else 0.0)
         if kind == "sums":
-            here_T = (owner_TK == rank).all(1)
+            here_T = ~routing.tokens_with(owner_N != rank)
             assert torch.equal(found[here_T], expected[here_T])
     return errors, sent_bytes, away
 
 
 def summed(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, _: Tensor, experts: Any) -> Tensor:
-    sent = dispatcher.dispatch(x_TD, routing.all_branches(), routing.gates_TK.flatten()).wait()
+    sent = dispatcher.dispatch(x_TD, routing.branches, routing.gate_N).wait()
     return dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, routing).wait()
 
 
-def one_by_one(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, of_TK: Tensor, experts: Any) -> Tensor:
-    every, chosen_N = routing.all_branches(), of_TK.flatten()
-    sent = dispatcher.dispatch(x_TD, Branches(every.token_N[chosen_N], every.expert_ids_N[chosen_N])).wait()
+def one_by_one(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, of_N: Tensor, experts: Any) -> Tensor:
+    sent = dispatcher.dispatch(x_TD, Branches(routing.token_N[of_N], routing.expert_N[of_N])).wait()
     rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent).wait()
     return rows_ND.index_select(0, sent.slot_of_branch_N)
 
 
-def travelling(owner_TK: Tensor, chosen_TK: Tensor, rank: int, num_ranks: int) -> tuple[int, int]:
+def travelling(routing: Routing, owner_N: Tensor, chosen_N: Tensor, rank: int, num_ranks: int) -> tuple[int, int]:
     """Branches and pairs of this rank's tokens that other ranks own."""
-    others = [(chosen_TK & (owner_TK == owner)) for owner in range(num_ranks) if owner != rank]
-    return sum(int(of_TK.sum()) for of_TK in others), sum(int(of_TK.any(1).sum()) for of_TK in others)
+    others = [chosen_N & (owner_N == owner) for owner in range(num_ranks) if owner != rank]
+    return sum(int(of_N.sum()) for of_N in others), sum(int(routing.tokens_with(of_N).sum()) for of_N in others)
 
 
 CASES = [
@@ -135,16 +134,16 @@ def broken_rows(broken: float, leg: str) -> list[tuple[Tensor, Tensor]]:
     On the way there token 1 of each rank is broken; on the way back the first row that rank 1 computes.
     """
     exact, int8, placement = dispatchers((0, 0, 0, 1, 1, 1))
-    experts = make_experts(placement.experts_of(exact.exchange.rank))
-    if leg == "back" and exact.exchange.rank == 1:
+    experts = make_experts(placement.experts_of(exact.collectives.rank))
+    if leg == "back" and exact.collectives.rank == 1:
         experts.register_forward_hook(lambda _, __, out_RD: out_RD.index_fill(0, torch.tensor([0]), broken))
-    x_TD = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(exact.exchange.rank))
+    x_TD = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(exact.collectives.rank))
     if leg == "there":
         x_TD[1, 3] = broken
-    routing = Routing(torch.tensor([[0, 4], [1, 5], [2, 4], [0, 3]]), torch.full((4, 2), 0.5))
-    every_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
+    routing = Routing.top_k(torch.tensor([[0, 4], [1, 5], [2, 4], [0, 3]]), torch.full((4, 2), 0.5))
+    every_N = torch.ones_like(routing.expert_N, dtype=torch.bool)
     return [
-        (use(int8, x_TD, routing, every_TK, experts), use(exact, x_TD, routing, every_TK, experts))
+        (use(int8, x_TD, routing, every_N, experts), use(exact, x_TD, routing, every_N, experts))
         for use in (summed, one_by_one)
     ]
 
@@ -166,19 +165,10 @@ def test_rows_that_are_not_finite_arrive_as_such(two_ranks: Any, broken: float, 
 def waits_of_coding() -> list[list[str]]:
     """On every rank: what coding the rows of both legs would have the host wait for, and what the test would find."""
     exact, int8, placement = dispatchers((0, 0, 0, 1, 1, 1))
-    draw = torch.Generator().manual_seed(exact.exchange.rank)
+    draw = torch.Generator().manual_seed(exact.collectives.rank)
     x_TD, routing = torch.randn(4, HIDDEN, generator=draw), random_routing(draw, 4, 0.0)
-    experts = make_experts(placement.experts_of(exact.exchange.rank))
-    return [walked(partial(summed, each, x_TD, routing, routing.gates_TK, experts)) for each in (int8, exact)]
-
-
-def walked(work: Callable[[], Tensor]) -> list[str]:
-    waits: list[str] = []
-    with pytest.MonkeyPatch.context() as patch, Walk() as walk:
-        for name in READS:
-            patch.setattr(Tensor, name, _noting(name, getattr(Tensor, name), waits))
-        work()
-    return waits + walk.waits
+    experts = make_experts(placement.experts_of(exact.collectives.rank))
+    return [waits_of(partial(summed, each, x_TD, routing, routing.gate_N, experts)) for each in (int8, exact)]
 
 
 def test_the_host_waits_for_nothing_more(two_ranks: Any) -> None:
