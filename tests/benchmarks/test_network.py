@@ -87,7 +87,11 @@ def test_coded_rows_have_a_bound_of_their_own() -> None:
     rows = network_report.summarise("bench-dsmoe-s-e48", 2, None, None, found, alone, trained=False)
     assert [row["agrees_with_one_rank"] for row in rows] == [False, None, None]
     assert {cell.name for cell in rank_cases.chosen([*names], 1)} == {"uncached", "network_forecast"}
-    assert [cell.parallel for cell in rank_cases.chosen([*names], 2)] == [{}, {"rows": "int8"}, {"rows": "int8"}]
+    assert [cell.parallel for cell in rank_cases.chosen([*names], 2)] == [
+        {},
+        {"row_dtype": "int8"},
+        {"row_dtype": "int8"},
+    ]
     assert not rank_cases.CODED & {*rank_cases.COMMON}
 
 
