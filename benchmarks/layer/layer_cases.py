@@ -81,7 +81,7 @@ def make_input(case: Case, rank: int, dtype: torch.dtype, device: torch.device) 
     expert_ids_TK = draw_experts(case, draw)
     gates_TK = torch.rand(num_tokens, shape.num_experts_per_tok, generator=draw).add_(0.1)
     gates_TK /= gates_TK.sum(-1, keepdim=True)
-    return x_TD.to(device, dtype), Routing(expert_ids_TK.to(device), gates_TK.to(device))
+    return x_TD.to(device, dtype), Routing.top_k(expert_ids_TK.to(device), gates_TK.to(device))
 
 
 def draw_experts(case: Case, draw: torch.Generator) -> Tensor:

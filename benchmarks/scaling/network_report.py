@@ -124,7 +124,7 @@ launch, round by round in an order drawn anew.
 - **seconds**: of denoising, slowest rank, median of the repeats [lowest-highest], after a warm-up of a few steps.
 - **x uncached**: seconds of the uncached run of the same round over those of the row, median [lowest-highest].
 - **x one rank**: median seconds of one rank with the same policy over those of the row: below 1, expert parallelism
-  does not pay. (Placement owner is compared with one rank of the same policy, which has no placement.)
+  does not pay. (Location owner is compared with one rank of the same policy, which has no location.)
 - **payload**: expert rows and headers that left their rank, all ranks together. **interface**: what the nodes' network
   interfaces sent meanwhile, with headers, acknowledgements and row counts.
 - **link**: seconds that a rank's share of the payload takes at the measured rate: the least that the exchange can take.
@@ -133,7 +133,7 @@ launch, round by round in an order drawn anew.
 - **measured link**: one TCP flow between two nodes before the run.
 - **to one rank**: relative L2 distance of the samples to those of one rank with the same policy. Required are at most
   {EXACT_REL_L2:g} without a cache and {CACHED_PSNR_DB:g} dB PSNR (of the range of the samples) with one, where a route
-  near a tie may fall the other way; not in placement owner, which forecasts sums where one rank forecasts branches.
+  near a tie may fall the other way; not in location owner, which forecasts sums where one rank forecasts branches.
   Coded rows ("int8 rows"), compared with one rank where nothing travels: {CODED_PSNR_DB:g} dB. No claim
   on coded rows with random weights, where tiny differences change routes.
   **to uncached**: to the uncached samples of the same launch; on random weights it says nothing about quality.

@@ -1,6 +1,6 @@
 """Dispatch and combine against a loop over branches, on one rank and on several.
 
-Shape suffixes: T tokens, K routed experts per token, D hidden size.
+Shape suffixes: T tokens, N branches, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -38,17 +38,17 @@ def make_input(num_tokens: int, routing: Sequence[Sequence[int]], seed: int) -> 
     draw = torch.Generator().manual_seed(seed)
     k = len(routing[0]) if routing else 2
     ids = torch.tensor(routing, dtype=torch.int64).reshape(num_tokens, k)
-    return torch.randn(num_tokens, HIDDEN, generator=draw), Routing(ids, torch.rand(ids.shape, generator=draw))
+    return torch.randn(num_tokens, HIDDEN, generator=draw), Routing.top_k(ids, torch.rand(ids.shape, generator=draw))
 
 
 def naive(x_TD: Tensor, routing: Routing) -> Tensor:
     weights = make_weights()
     out = torch.zeros_like(x_TD)
-    for token in range(x_TD.shape[0]):
-        for expert, gate in zip(routing.expert_ids_TK[token].tolist(), routing.gates_TK[token].tolist(), strict=True):
-            x = x_TD[token]
-            gate_up = torch.nn.functional.silu(weights["w1"][expert] @ x) * (weights["w3"][expert] @ x)
-            out[token] += gate * (weights["w2"][expert] @ gate_up)
+    branches = zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.gate_N.tolist(), strict=True)
+    for token, expert, gate in branches:
+        x = x_TD[token]
+        gate_up = torch.nn.functional.silu(weights["w1"][expert] @ x) * (weights["w3"][expert] @ x)
+        out[token] += gate * (weights["w2"][expert] @ gate_up)
     return out
 
 
@@ -62,8 +62,8 @@ def tokens_routing(max_tokens: int = 9, k: int = 2) -> st.SearchStrategy[list[li
 def test_local_matches_the_loop(routing: list[list[int]]) -> None:
     x_TD, decided = make_input(len(routing), routing, 3)
     dispatcher = LocalDispatcher(EXPERTS)
-    sent = dispatcher.dispatch(x_TD, decided.all_branches()).wait()
-    assert int(sent.rows_per_expert_L.sum()) == decided.expert_ids_TK.numel() == sent.rows_RD.shape[0]
+    sent = dispatcher.dispatch(x_TD, decided.branches).wait()
+    assert int(sent.rows_per_expert_L.sum()) == decided.expert_N.numel() == sent.rows_RD.shape[0]
     outputs_RD = make_experts(range(EXPERTS))(sent.rows_RD, sent.rows_per_expert_L)
     y_TD = dispatcher.combine_sums(outputs_RD, sent, decided).wait()
     torch.testing.assert_close(y_TD, naive(x_TD, decided), atol=1e-5, rtol=1e-5)
@@ -83,11 +83,11 @@ def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> d
     x_TD, decided = make_input(len(mine), mine, 10 + env.rank)
     group.reset_traffic()
     dispatcher.count_exact(decided, x_TD)
-    sent = dispatcher.dispatch(x_TD, decided.all_branches(), decided.gates_TK.flatten()).wait()
+    sent = dispatcher.dispatch(x_TD, decided.branches, decided.gate_N).wait()
     sums_TD = dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, decided).wait()
     summed = group.traffic
     group.reset_traffic()
-    sent = dispatcher.dispatch(x_TD, decided.all_branches()).wait()
+    sent = dispatcher.dispatch(x_TD, decided.branches).wait()
     rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent).wait()
     reference_TD = naive(x_TD, decided)
     assert sent.rows_RD.shape[0] == sum(owners[e] == env.rank for tokens in routings for token in tokens for e in token)
@@ -102,9 +102,9 @@ def exchange_once(owners: tuple[int, ...], routings: list[list[list[int]]]) -> d
 
 
 def expert_rows(x_TD: Tensor, routing: Routing) -> Tensor:
-    """[T * K, D]: every branch on its own, unweighted."""
-    alone = [Routing(ids_TK, torch.ones(len(ids_TK), 1)) for ids_TK in routing.expert_ids_TK.split(1, dim=1)]
-    return torch.stack([naive(x_TD, one) for one in alone], 1).flatten(0, 1)
+    """[N, D]: every branch on its own, unweighted."""
+    alone = Routing.top_k(routing.expert_N[:, None], torch.ones(len(routing.expert_N), 1))
+    return naive(x_TD[routing.token_N], alone)
 
 
 def bytes_there_and_back(owners: Sequence[int], routings: list[list[list[int]]], rank: int) -> tuple[int, int, int]:

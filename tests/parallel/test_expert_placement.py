@@ -71,7 +71,7 @@ REPLICATED = PlacementTable(
 TABLES = {"scattered": SCATTERED, "replicated": REPLICATED}
 
 
-@pytest.mark.parametrize("cache", [{}, FORECAST, FORECAST | {"placement": "owner"}])
+@pytest.mark.parametrize("cache", [{}, FORECAST, FORECAST | {"location": "owner"}])
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_gives_the_images_of_equal_runs(model, cache, table, four_ranks, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
@@ -79,10 +79,10 @@ def test_a_table_gives_the_images_of_equal_runs(model, cache, table, four_ranks,
     assert PlacementTable.read(path) == TABLES[table]
     equal, _ = four_ranks.run(generate, make_config(model, cache))[0]
     placed, report = four_ranks.run(generate, make_config(model, cache, expert_placement=str(path)))[0]
-    alone, _ = generate(make_config(model, {key: v for key, v in cache.items() if key != "placement"}))
+    alone, _ = generate(make_config(model, {key: v for key, v in cache.items() if key != "location"}))
     assert report.exchange.bytes_sent > 0
     assert np.linalg.norm(placed - equal) <= TOLERANCE * np.linalg.norm(equal)
-    if "placement" not in cache:
+    if "location" not in cache:
         assert np.linalg.norm(placed - alone) <= TOLERANCE * np.linalg.norm(alone)
 
 
@@ -105,7 +105,7 @@ def test_traffic_counted_from_a_trace_is_what_the_run_sends(model, cache, name, 
 
 def test_owner_traffic_counted_from_a_trace_is_what_the_run_sends(model, two_ranks) -> None:
     trace = trace_of(make_config(model, FORECAST))
-    cache = FORECAST | {"placement": "owner"}
+    cache = FORECAST | {"location": "owner"}
     _, report = two_ranks.run(generate, make_config(model, cache))[0]
     placement, home_N, row = ExpertPlacement.contiguous(12, 2), homes(trace, 2), RowBytes.exact(trace.row_bytes)
     sent = sum(

@@ -1,6 +1,6 @@
 """Rows in int8 between ranks: nearly the exact outputs, bytes are what travels, own rows stay exact.
 
-Shape suffixes: T tokens, K routed experts per token, D hidden size, N rows.
+Shape suffixes: T tokens, N branches, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -63,11 +63,11 @@ def many_steps(
         group.reset_traffic()
         found = use(int8, x_TD, routing, chosen_N, experts)
         sent_bytes[kind] += group.traffic.bytes_sent
-        branches, pairs = travelling(owner_N.view(-1, 3), chosen_N.view(-1, 3), rank, num_ranks)
+        branches, pairs = travelling(routing, owner_N, chosen_N, rank, num_ranks)
         away[kind] = [away[kind][0] + branches, away[kind][1] + pairs]
         errors.append((found - expected).float().abs().max().item() if found.numel() else 0.0)
         if kind == "sums":
-            here_T = (owner_N.view(-1, 3) == rank).all(1)
+            here_T = ~routing.tokens_with(owner_N != rank)
             assert torch.equal(found[here_T], expected[here_T])
     return errors, sent_bytes, away
 
@@ -77,19 +77,16 @@ def summed(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, _: Te
     return dispatcher.combine_sums(experts(sent.rows_RD, sent.rows_per_expert_L), sent, routing).wait()
 
 
-def one_by_one(
-    dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, chosen_N: Tensor, experts: Any
-) -> Tensor:
-    chosen = Branches(routing.token_N[chosen_N], routing.expert_N[chosen_N])
-    sent = dispatcher.dispatch(x_TD, chosen).wait()
+def one_by_one(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing, of_N: Tensor, experts: Any) -> Tensor:
+    sent = dispatcher.dispatch(x_TD, Branches(routing.token_N[of_N], routing.expert_N[of_N])).wait()
     rows_ND = dispatcher.combine(experts(sent.rows_RD, sent.rows_per_expert_L), sent).wait()
     return rows_ND.index_select(0, sent.slot_of_branch_N)
 
 
-def travelling(owner_TK: Tensor, chosen_TK: Tensor, rank: int, num_ranks: int) -> tuple[int, int]:
+def travelling(routing: Routing, owner_N: Tensor, chosen_N: Tensor, rank: int, num_ranks: int) -> tuple[int, int]:
     """Branches and pairs of this rank's tokens that other ranks own."""
-    others = [(chosen_TK & (owner_TK == owner)) for owner in range(num_ranks) if owner != rank]
-    return sum(int(of_TK.sum()) for of_TK in others), sum(int(of_TK.any(1).sum()) for of_TK in others)
+    others = [chosen_N & (owner_N == owner) for owner in range(num_ranks) if owner != rank]
+    return sum(int(of_N.sum()) for of_N in others), sum(int(routing.tokens_with(of_N).sum()) for of_N in others)
 
 
 CASES = [

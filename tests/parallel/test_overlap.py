@@ -28,7 +28,7 @@ CASES = [
     {"policy": "moeca_forecast", "full_steps": FULL_STEPS},
     {"policy": "moeca", "full_steps": FULL_STEPS},
     {"policy": "dice_skip", "full_steps": FULL_STEPS},
-    {"policy": "random", "full_steps": FULL_STEPS, "placement": "owner"},
+    {"policy": "random", "full_steps": FULL_STEPS, "location": "owner"},
     {"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5},
 ]
 
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"checkpoint": str(path), "device": "cpu", **golden.options}
 
 
-def test_a_pending_value_is_made_when_somebody_waits() -> None:
+def test_a_value_under_way_is_made_when_somebody_waits() -> None:
     made: list[str] = []
     coming = Handle(lambda: made.append("rows") or 2).then(lambda rows: made.append("use") or rows + 1)
     assert made == []
