@@ -1,4 +1,4 @@
-"""Rows in int8 in whole networks: every policy, placement and exchange mode; samples are float latents, relative L2."""
+"""Rows in int8 in whole networks: every policy and location of values; samples are float latents, relative L2."""
 
 import json
 from pathlib import Path
@@ -23,21 +23,20 @@ from tests.whole_runs.test_locations import difference, make_config, ranks  # no
 
 FULL_STEPS = [0, 1, 4]
 APART = {"conditional": [0, 1, 3, 5, 7], "unconditional": [0, 4]}
-EXACT, OWNER = {"exchange": "exact"}, {"placement": "owner"}
-CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, EXACT),
-    ({"policy": "network_forecast", "full_steps": APART}, EXACT),
-    ({"policy": "teacache", "delta": 0.008}, EXACT),
-    ({"policy": "fora", "full_steps": APART}, EXACT),
-    ({"policy": "taylorseer", "full_steps": FULL_STEPS}, EXACT),
-    ({"policy": "toca", "full_steps": APART}, EXACT),
-    ({"policy": "moeca_forecast", "full_steps": APART}, EXACT),
-    ({"policy": "moeca", "full_steps": FULL_STEPS}, EXACT),
-    ({"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5}, EXACT),
-    ({"policy": "dice_skip", "full_steps": FULL_STEPS}, EXACT),
-    ({"policy": "moeca_forecast", "full_steps": FULL_STEPS, **OWNER}, EXACT),
-    ({"policy": "random", "full_steps": APART, **OWNER}, EXACT),
-    ({"policy": "moeca_forecast", "full_steps": APART}, {"exchange": "budget", "budget": 3}),
+OWNER = {"location": "owner"}
+CASES: list[dict[str, Any]] = [
+    {},
+    {"policy": "network_forecast", "full_steps": APART},
+    {"policy": "teacache", "delta": 0.008},
+    {"policy": "fora", "full_steps": APART},
+    {"policy": "taylorseer", "full_steps": FULL_STEPS},
+    {"policy": "toca", "full_steps": APART},
+    {"policy": "moeca_forecast", "full_steps": APART},
+    {"policy": "moeca", "full_steps": FULL_STEPS},
+    {"policy": "random", "full_steps": FULL_STEPS, "ratio": 0.5},
+    {"policy": "dice_skip", "full_steps": FULL_STEPS},
+    {"policy": "moeca_forecast", "full_steps": FULL_STEPS, **OWNER},
+    {"policy": "random", "full_steps": APART, **OWNER},
 ]
 LARGEST = 1e-3  # relative L2 to the samples of exact rows
 
@@ -64,33 +63,28 @@ def make_engine(config: Config) -> Engine:
 
 def both(config: Config) -> list[tuple[NDArray[np.generic], Report]]:
     """Runs on every rank of a pool: five images with exact rows and with int8 rows."""
-    return [make_engine(with_parallel(config, rows=rows)).generate(five()) for rows in ("exact", "int8")]
+    return [make_engine(with_parallel(config, row_dtype=rows)).generate(five()) for rows in ("exact", "int8")]
 
 
-@pytest.mark.parametrize(("cache", "exchange"), CASES)
-def test_every_policy_and_mode(
-    two_ranks: Any, model: dict[str, Any], cache: dict[str, Any], exchange: dict[str, Any]
-) -> None:
-    config = with_parallel(make_config(model, cache), **exchange)
-    (exact, plain), (images, report) = two_ranks.run(both, config)[0]
+@pytest.mark.parametrize("cache", CASES)
+def test_every_policy_and_location(two_ranks: Any, model: dict[str, Any], cache: dict[str, Any]) -> None:
+    (exact, plain), (images, report) = two_ranks.run(both, make_config(model, cache))[0]
     assert 0 < difference(images, exact) < LARGEST
-    assert report.exchange.rows == "int8" and plain.exchange.rows == "exact"
+    assert report.exchange.row_dtype == "int8" and plain.exchange.row_dtype == "exact"
     assert report.exchange.collectives == plain.exchange.collectives
     assert report.exchange.bytes_sent < plain.exchange.bytes_sent
 
 
 @pytest.mark.parametrize("world", [(4, 4), (4, 2)], ids=["EP4", "DP2xEP2"])
-@pytest.mark.parametrize(("cache", "exchange"), [CASES[index] for index in (0, 1, 8, 10)])
+@pytest.mark.parametrize("cache", [CASES[index] for index in (0, 1, 8, 10)])
 def test_more_ranks(
     ranks: Any,  # noqa: F811
     model: dict[str, Any],
     cache: dict[str, Any],
-    exchange: dict[str, Any],
     world: tuple[int, int],
 ) -> None:
     """Five images: some ranks have two, some one, some none."""
-    config = with_parallel(make_config(model, cache, world[1]), **exchange)
-    (exact, _), (images, _) = ranks(world[0]).run(both, config)[0]
+    (exact, _), (images, _) = ranks(world[0]).run(both, make_config(model, cache, world[1]))[0]
     assert 0 < difference(images, exact) < LARGEST
 
 
@@ -103,7 +97,7 @@ def without_others(config: Config) -> tuple[Any, Any]:
 def test_an_image_stays_what_it_is_beside_others(two_ranks: Any, model: dict[str, Any]) -> None:
     """To rounding, which codes may magnify: a row between two codes."""
     cache = {"policy": "network_forecast", "full_steps": APART}
-    beside, alone = two_ranks.run(without_others, with_parallel(make_config(model, cache), rows="int8"))[0]
+    beside, alone = two_ranks.run(without_others, with_parallel(make_config(model, cache), row_dtype="int8"))[0]
     assert difference(beside[:1], alone[:1]) < 1e-5
 
 
@@ -118,7 +112,7 @@ def with_its_reference(config: Config) -> tuple[Any, Any, Any, bool]:
 
 def test_the_reference_has_exact_rows_and_the_same_weights(two_ranks: Any, model: dict[str, Any]) -> None:
     config = make_config(model, {})
-    before, exact, after, shared = two_ranks.run(with_its_reference, with_parallel(config, rows="int8"))[0]
+    before, exact, after, shared = two_ranks.run(with_its_reference, with_parallel(config, row_dtype="int8"))[0]
     (expected, _), (int8, _) = two_ranks.run(both, config)[0]
     assert np.array_equal(exact, expected) and shared
     assert np.array_equal(before, int8) and np.array_equal(after, int8)
@@ -131,7 +125,7 @@ def with_a_broken_output(config: Config) -> list[NDArray[np.generic]]:
     """As ``both``, where rank 1 gets a NaN from an expert of the first MoE layer, in the first evaluation alone."""
     samples = []
     for rows in ("exact", "int8"):
-        engine = make_engine(with_parallel(config, rows=rows))
+        engine = make_engine(with_parallel(config, row_dtype=rows))
         calls: list[int] = []
 
         def broken(_: nn.Module, __: Any, out_RD: Tensor, calls: list[int] = calls) -> Tensor:
@@ -144,7 +138,7 @@ def with_a_broken_output(config: Config) -> list[NDArray[np.generic]]:
     return samples
 
 
-@pytest.mark.parametrize("cache", [CASES[index][0] for index in (0, 1, 6, 10)])
+@pytest.mark.parametrize("cache", [CASES[index] for index in (0, 1, 6, 10)])
 def test_a_broken_image_is_seen_to_be(two_ranks: Any, model: dict[str, Any], cache: dict[str, Any]) -> None:
     """It has no finite value, as with exact rows, and the other images are whole."""
     exact, int8 = two_ranks.run(with_a_broken_output, make_config(model, cache))[0]
@@ -162,10 +156,10 @@ def counted(config: Config) -> tuple[Report, Report, int, int, int]:
     away = [0, 0]
 
     def count(_: nn.Module, __: Any, routing: Any) -> None:
-        owner_TK = routing.expert_ids_TK // (engine.model.spec.num_experts // 2)
-        others_TK: Tensor = owner_TK != engine.mesh.ep_rank
-        away[0] += int(others_TK.sum())
-        away[1] += int(others_TK.any(1).sum())
+        owner_N = routing.expert_N // (engine.model.spec.num_experts // 2)
+        others_N: Tensor = owner_N != engine.mesh.ep_rank
+        away[0] += int(others_N.sum())
+        away[1] += int(routing.tokens_with(others_N).sum())
 
     hooks = [layer.gate.register_forward_hook(count) for _, layer in engine.model.moe_layers()]
     _, report = engine.generate(five())
@@ -176,7 +170,7 @@ def counted(config: Config) -> tuple[Report, Report, int, int, int]:
 
 
 def test_bytes_are_what_travels(two_ranks: Any, model: dict[str, Any]) -> None:
-    outcomes = two_ranks.run(counted, with_parallel(make_config(model, {}), rows="int8"))
+    outcomes = two_ranks.run(counted, with_parallel(make_config(model, {}), row_dtype="int8"))
     report, exact, _, _, width = outcomes[0]
     branches, pairs = (sum(outcome[index] for outcome in outcomes) for index in (2, 3))
     coded_bytes = branches * SUM_HEADER_BYTES + pairs * 2 * (SCALE_BYTES + width)
@@ -184,7 +178,7 @@ def test_bytes_are_what_travels(two_ranks: Any, model: dict[str, Any]) -> None:
     # The figure with exact rows; and the engine's own reference has them.
     assert report.exchange.bytes_full == branches * SUM_HEADER_BYTES + pairs * 2 * 4 * width
     assert exact.exchange.bytes_full == exact.exchange.bytes_sent > 3 * coded_bytes
-    assert exact.exchange.rows == "exact"
+    assert exact.exchange.row_dtype == "exact"
     assert sum(report.exchange.bytes_per_step) == report.exchange.bytes_sent
     text = render(json.loads(report.to_json()))
     assert "rows travel as" in text and "int8" in text and "rows travel as" not in render(json.loads(exact.to_json()))
@@ -194,9 +188,9 @@ def test_on_one_rank_nothing_travels(model: dict[str, Any]) -> None:
     """A job may run on any number of ranks: the same images, and the report says that rows are as computed."""
     config = make_config(model, {"policy": "network_forecast", "full_steps": APART})
     plain, of_plain = Engine.from_config(config, mesh=Mesh.single()).generate(five())
-    images, report = Engine.from_config(with_parallel(config, rows="int8"), mesh=Mesh.single()).generate(five())
+    images, report = Engine.from_config(with_parallel(config, row_dtype="int8"), mesh=Mesh.single()).generate(five())
     assert np.array_equal(images, plain)
-    assert report.exchange == of_plain.exchange and report.exchange.rows == "exact"
+    assert report.exchange == of_plain.exchange and report.exchange.row_dtype == "exact"
 
 
 def traced(config: Config) -> Any:
@@ -205,11 +199,11 @@ def traced(config: Config) -> Any:
 
 
 def test_a_recorded_run_is_that_of_the_rows(two_ranks: Any, model: dict[str, Any]) -> None:
-    refreshed_SLHBTK = two_ranks.run(traced, with_parallel(make_config(model, {}), rows="int8"))[0]
+    refreshed_SLHBTK = two_ranks.run(traced, with_parallel(make_config(model, {}), row_dtype="int8"))[0]
     assert refreshed_SLHBTK.all()
 
 
 def test_unknown_rows_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("parallel: {rows: fp4}\n")
-    with pytest.raises(UserError, match=r"parallel\.rows must be 'exact' or 'int8'"):
+    (tmp_path / "run.yaml").write_text("parallel: {row_dtype: fp4}\n")
+    with pytest.raises(UserError, match=r"parallel\.row_dtype must be 'exact' or 'int8'"):
         load_config(tmp_path / "run.yaml")
