@@ -1,4 +1,4 @@
-"""Rows in int8 in whole networks: every policy and location; samples are float latents, relative L2."""
+"""Rows in int8 in whole networks: every policy and location of values; samples are float latents, relative L2."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,7 @@ from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report.tables import render
 from moeca_dist.tuning.experts.record import record_routing
 from tests.helpers.golden_files import load_golden
+from tests.whole_runs.test_locations import difference, make_config, ranks  # noqa: F401
 
 FULL_STEPS = [0, 1, 4]
 APART = {"conditional": [0, 1, 3, 5, 7], "unconditional": [0, 4]}
@@ -47,20 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"checkpoint": str(path), "device": "cpu", **golden.options}
 
 
-def make_config(model: dict[str, Any], cache: dict[str, Any], ep_size: int | None = None) -> Config:
-    sampling = {"num_steps": 8, "cfg_scale": 1.5, "batch_size": 2}
-    return Config.model_validate(
-        {"model": model, "parallel": {"ep_size": ep_size}, "cache": cache, "sampling": sampling}
-    )
-
-
-def with_rows(config: Config, row_dtype: str) -> Config:
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"row_dtype": row_dtype})})
-
-
-def difference(found: NDArray[np.generic], expected: NDArray[np.generic]) -> float:
-    assert found.shape == expected.shape
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def with_parallel(config: Config, **parallel: Any) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
 
 
 def five() -> list[Request]:
@@ -74,7 +63,7 @@ def make_engine(config: Config) -> Engine:
 
 def both(config: Config) -> list[tuple[NDArray[np.generic], Report]]:
     """Runs on every rank of a pool: five images with exact rows and with int8 rows."""
-    return [make_engine(with_rows(config, rows)).generate(five()) for rows in ("exact", "int8")]
+    return [make_engine(with_parallel(config, row_dtype=rows)).generate(five()) for rows in ("exact", "int8")]
 
 
 @pytest.mark.parametrize("cache", CASES)
@@ -86,11 +75,16 @@ def test_every_policy_and_location(two_ranks: Any, model: dict[str, Any], cache:
     assert report.exchange.bytes_sent < plain.exchange.bytes_sent
 
 
-@pytest.mark.parametrize("ep_size", [4, 2], ids=["EP4", "DP2xEP2"])
+@pytest.mark.parametrize("world", [(4, 4), (4, 2)], ids=["EP4", "DP2xEP2"])
 @pytest.mark.parametrize("cache", [CASES[index] for index in (0, 1, 8, 10)])
-def test_more_ranks(four_ranks: Any, model: dict[str, Any], cache: dict[str, Any], ep_size: int) -> None:
+def test_more_ranks(
+    ranks: Any,  # noqa: F811
+    model: dict[str, Any],
+    cache: dict[str, Any],
+    world: tuple[int, int],
+) -> None:
     """Five images: some ranks have two, some one, some none."""
-    (exact, _), (images, _) = four_ranks.run(both, make_config(model, cache, ep_size))[0]
+    (exact, _), (images, _) = ranks(world[0]).run(both, make_config(model, cache, world[1]))[0]
     assert 0 < difference(images, exact) < LARGEST
 
 
@@ -103,7 +97,7 @@ def without_others(config: Config) -> tuple[Any, Any]:
 def test_an_image_stays_what_it_is_beside_others(two_ranks: Any, model: dict[str, Any]) -> None:
     """To rounding, which codes may magnify: a row between two codes."""
     cache = {"policy": "network_forecast", "full_steps": APART}
-    beside, alone = two_ranks.run(without_others, with_rows(make_config(model, cache), "int8"))[0]
+    beside, alone = two_ranks.run(without_others, with_parallel(make_config(model, cache), row_dtype="int8"))[0]
     assert difference(beside[:1], alone[:1]) < 1e-5
 
 
@@ -118,7 +112,7 @@ def with_its_reference(config: Config) -> tuple[Any, Any, Any, bool]:
 
 def test_the_reference_has_exact_rows_and_the_same_weights(two_ranks: Any, model: dict[str, Any]) -> None:
     config = make_config(model, {})
-    before, exact, after, shared = two_ranks.run(with_its_reference, with_rows(config, "int8"))[0]
+    before, exact, after, shared = two_ranks.run(with_its_reference, with_parallel(config, row_dtype="int8"))[0]
     (expected, _), (int8, _) = two_ranks.run(both, config)[0]
     assert np.array_equal(exact, expected) and shared
     assert np.array_equal(before, int8) and np.array_equal(after, int8)
@@ -131,7 +125,7 @@ def with_a_broken_output(config: Config) -> list[NDArray[np.generic]]:
     """As ``both``, where rank 1 gets a NaN from an expert of the first MoE layer, in the first evaluation alone."""
     samples = []
     for rows in ("exact", "int8"):
-        engine = make_engine(with_rows(config, rows))
+        engine = make_engine(with_parallel(config, row_dtype=rows))
         calls: list[int] = []
 
         def broken(_: nn.Module, __: Any, out_RD: Tensor, calls: list[int] = calls) -> Tensor:
@@ -162,12 +156,10 @@ def counted(config: Config) -> tuple[Report, Report, int, int, int]:
     away = [0, 0]
 
     def count(_: nn.Module, __: Any, routing: Any) -> None:
-        owner_TK = routing.expert_N.view(-1, engine.model.spec.num_experts_per_tok) // (
-            engine.model.spec.num_experts // 2
-        )
-        others_TK: Tensor = owner_TK != engine.mesh.ep_rank
-        away[0] += int(others_TK.sum())
-        away[1] += int(others_TK.any(1).sum())
+        owner_N = routing.expert_N // (engine.model.spec.num_experts // 2)
+        others_N: Tensor = owner_N != engine.mesh.ep_rank
+        away[0] += int(others_N.sum())
+        away[1] += int(routing.tokens_with(others_N).sum())
 
     hooks = [layer.gate.register_forward_hook(count) for _, layer in engine.model.moe_layers()]
     _, report = engine.generate(five())
@@ -178,7 +170,7 @@ def counted(config: Config) -> tuple[Report, Report, int, int, int]:
 
 
 def test_bytes_are_what_travels(two_ranks: Any, model: dict[str, Any]) -> None:
-    outcomes = two_ranks.run(counted, with_rows(make_config(model, {}), "int8"))
+    outcomes = two_ranks.run(counted, with_parallel(make_config(model, {}), row_dtype="int8"))
     report, exact, _, _, width = outcomes[0]
     branches, pairs = (sum(outcome[index] for outcome in outcomes) for index in (2, 3))
     coded_bytes = branches * SUM_HEADER_BYTES + pairs * 2 * (SCALE_BYTES + width)
@@ -196,7 +188,7 @@ def test_on_one_rank_nothing_travels(model: dict[str, Any]) -> None:
     """A job may run on any number of ranks: the same images, and the report says that rows are as computed."""
     config = make_config(model, {"policy": "network_forecast", "full_steps": APART})
     plain, of_plain = Engine.from_config(config, mesh=Mesh.single()).generate(five())
-    images, report = Engine.from_config(with_rows(config, "int8"), mesh=Mesh.single()).generate(five())
+    images, report = Engine.from_config(with_parallel(config, row_dtype="int8"), mesh=Mesh.single()).generate(five())
     assert np.array_equal(images, plain)
     assert report.exchange == of_plain.exchange and report.exchange.row_dtype == "exact"
 
@@ -207,7 +199,7 @@ def traced(config: Config) -> Any:
 
 
 def test_a_recorded_run_is_that_of_the_rows(two_ranks: Any, model: dict[str, Any]) -> None:
-    refreshed_SLHBTK = two_ranks.run(traced, with_rows(make_config(model, {}), "int8"))[0]
+    refreshed_SLHBTK = two_ranks.run(traced, with_parallel(make_config(model, {}), row_dtype="int8"))[0]
     assert refreshed_SLHBTK.all()
 
 

@@ -1,6 +1,6 @@
-"""The contract of every policy in both placements on 1, 2 and 4 expert-parallel ranks: exactness, and honest counts.
+"""The contract of every policy with values at both locations on 1, 2 and 4 ranks: exactness, honest counts.
 
-Shape suffixes: B images of the network's batch, T tokens, K routed experts per token, D hidden size, R rows.
+Shape suffixes: B images of the network's batch, T tokens, N branches, D hidden size, R rows.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 from moeca_dist import Engine, Report, Request
 from moeca_dist.cache.policies import POLICIES
 from moeca_dist.cache.policies.base import Scheduled
-from moeca_dist.cache.policy import LayerView, RefreshPlan
+from moeca_dist.cache.policy import BranchPolicy, LayerView
 from moeca_dist.cache.schedule import FullSteps
 from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import CacheStatistics
@@ -48,13 +48,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"checkpoint": str(path), "device": "cpu", **golden.options}
 
 
-def make_config(model: dict[str, Any], policy: str, placement: str, full_steps: Sequence[int]) -> Config:
+def make_config(model: dict[str, Any], policy: str, location: str, full_steps: Sequence[int]) -> Config:
     every = len(full_steps) == NUM_STEPS
     cache: dict[str, Any] = {"policy": policy, "full_steps": list(full_steps)}
     if policy == "teacache":
         cache = {"policy": policy, "delta": 0.0 if every else 0.008}
-    if placement == "owner":
-        cache["placement"] = placement
+    if location == "owner":
+        cache["location"] = location
     return Config.model_validate(
         {"model": model, "cache": cache, "sampling": {"num_steps": NUM_STEPS, "batch_size": 2}}
     )
@@ -100,23 +100,23 @@ def on_ranks(request: pytest.FixtureRequest, ep_size: int, config: Config, with_
 
 
 @EP_SIZES
-@pytest.mark.parametrize(("policy", "placement"), CASES)
-def test_zero_reuse_is_the_exact_path(request, model, policy: str, placement: str, ep_size: int) -> None:
+@pytest.mark.parametrize(("policy", "location"), CASES)
+def test_zero_reuse_is_the_exact_path(request, model, policy: str, location: str, ep_size: int) -> None:
     """Bit for bit at home; owners sum up a token's branches in another order, so there to rounding."""
-    config = make_config(model, policy, placement, range(NUM_STEPS))
+    config = make_config(model, policy, location, range(NUM_STEPS))
     images, exact, report, _ = on_ranks(request, ep_size, config, True)[0]
     assert report.branches.reuse_ratio == 0 and report.flops.speedup == pytest.approx(1.0, abs=0.01)
-    if placement == "home" or ep_size == 1:
+    if location == "home" or ep_size == 1:
         assert np.array_equal(images, exact)
     else:
         assert np.linalg.norm(images - exact) <= 1e-5 * np.linalg.norm(exact)
 
 
 @EP_SIZES
-@pytest.mark.parametrize(("policy", "placement"), CASES)
-def test_reported_work_is_what_hooks_count(request, model, policy: str, placement: str, ep_size: int) -> None:
+@pytest.mark.parametrize(("policy", "location"), CASES)
+def test_reported_work_is_what_hooks_count(request, model, policy: str, location: str, ep_size: int) -> None:
     """FLOP on all ranks together, bytes and collectives of the payload, and collectives that were not needed."""
-    results = on_ranks(request, ep_size, make_config(model, policy, placement, [0, 1, 4]), False)
+    results = on_ranks(request, ep_size, make_config(model, policy, location, [0, 1, 4]), False)
     report, recounts = results[0][2], [recount for *_, recount in results]
     assert report.flops.computed == sum(sum(recount.flops) for recount in recounts)
     assert report.exchange.bytes_sent == sum(recount.bytes_sent for recount in recounts)
@@ -133,16 +133,15 @@ def test_reported_work_is_what_hooks_count(request, model, policy: str, placemen
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masked(Scheduled):
+class Masked(Scheduled, BranchPolicy):
     """Refreshes what it is told, and what is unmatched."""
 
-    refresh_TK: Tensor
+    refresh_N: Tensor
 
     name = "masked"
-    unit = "branch"
 
-    def plan(self, step: StepContext, view: LayerView) -> RefreshPlan:
-        return RefreshPlan(self.refresh_TK | ~view.match.found_TK)
+    def refresh(self, step: StepContext, view: LayerView) -> Tensor:
+        return self.refresh_N
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
@@ -155,7 +154,7 @@ def test_masked_compute_is_full_compute_on_those_branches(name: str, ratio: floa
     tokens = 2 * spec.num_tokens
     policy = Masked(
         schedule=FullSteps(frozenset({0}), frozenset({0})),
-        refresh_TK=torch.rand(tokens, spec.num_experts_per_tok, generator=draw) < ratio,
+        refresh_N=torch.rand(tokens * spec.num_experts_per_tok, generator=draw) < ratio,
     )
     session = CacheSession(
         policy, requests(2), guided=False, num_blocks=spec.depth, num_experts=spec.num_experts,
@@ -164,18 +163,19 @@ def test_masked_compute_is_full_compute_on_those_branches(name: str, ratio: floa
     x0 = torch.randn(2, spec.num_tokens, spec.hidden_size, generator=draw)
     x1 = x0 + 0.3 * torch.randn(x0.shape, generator=draw)
     with torch.no_grad():
-        layer(x0, session.at(StepContext(0, 2, 0.0)).block(block))
-        found_TD = layer(x1, session.at(StepContext(1, 2, 0.5)).block(block)).flatten(0, 1)
+        for index, x_BTD in enumerate((x0, x1)):
+            (part,) = session.at(StepContext(index, 2, index / 2))
+            cache = part.block(block)
+            found_TD = layer.cached(x_BTD, layer.plan(x_BTD, cache), cache).flatten(0, 1)
         before, now = layer.gate(x0.flatten(0, 1)), layer.gate(x1.flatten(0, 1))
         expected_TD = layer._shared(x0).flatten(0, 1).clone()
+        stored = set(zip(before.token_N.tolist(), before.expert_N.tolist(), strict=True))
         changed = 0
-        for token in range(tokens):
-            stored = set(before.expert_ids_TK[token].tolist())
-            for slot, expert in enumerate(now.expert_ids_TK[token].tolist()):
-                fresh = bool(policy.refresh_TK[token, slot]) or expert not in stored
-                changed += expert not in stored
-                x_D = (x1 if fresh else x0).flatten(0, 1)[token]
-                expected_TD[token] += now.gates_TK[token, slot] * expert_output(layer.experts, expert, x_D)
+        for branch, (token, expert) in enumerate(zip(now.token_N.tolist(), now.expert_N.tolist(), strict=True)):
+            fresh = bool(policy.refresh_N[branch]) or (token, expert) not in stored
+            changed += (token, expert) not in stored
+            x_D = (x1 if fresh else x0).flatten(0, 1)[token]
+            expected_TD[token] += now.gate_N[branch] * expert_output(layer.experts, expert, x_D)
     assert changed, "the routing should change for some tokens"
     torch.testing.assert_close(found_TD, expected_TD, atol=1e-5, rtol=1e-4)
 
@@ -219,11 +219,11 @@ def test_one_half_never_sees_the_other(policy: str, tmp_path: Path) -> None:
         assert not torch.allclose(changed, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("placement", ["home", "owner"])
+@pytest.mark.parametrize("location", ["home", "owner"])
 @pytest.mark.parametrize("policy", ["moeca_forecast", "random", "dice_skip"])
-def test_no_image_depends_on_its_batch_on_ranks(two_ranks, model, policy: str, placement: str) -> None:
+def test_no_image_depends_on_its_batch_on_ranks(two_ranks, model, policy: str, location: str) -> None:
     """Five images in batches of two per rank, or all together: at least 60 dB apart."""
-    config = make_config(model, policy, placement, [0, 1, 4])
+    config = make_config(model, policy, location, [0, 1, 4])
     together = config.model_copy(update={"sampling": config.sampling.model_copy(update={"batch_size": 8})})
     small, large = (two_ranks.run(generate, each, False)[0][0] for each in (config, together))
     error = np.mean((small - large) ** 2)
