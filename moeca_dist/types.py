@@ -54,7 +54,11 @@ class Routing:
 
     @classmethod
     def listed(cls, token_N: Tensor, expert_N: Tensor, gate_N: Tensor, num_tokens: int) -> "Routing":
-        """List branches of any number per token; ``token_N`` is ascending."""
+        """List branches of any number per token.
+
+        Args:
+            token_N: int64, ascending.
+        """
         per_token_T = torch.bincount(token_N, minlength=num_tokens)
         return cls(token_N, expert_N, gate_N, per_token_T.cumsum(0) - per_token_T)
 
@@ -64,7 +68,7 @@ class Routing:
 
     @property
     def branches(self) -> Branches:
-        """Every branch, without its gate."""
+        """Return all branches without their gates."""
         return Branches(self.token_N, self.expert_N)
 
     def tokens_with(self, mask_N: Tensor) -> Tensor:
@@ -75,9 +79,9 @@ class Routing:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where in the denoising loop a network evaluation stands.
+    """The position of a network evaluation in the denoising loop.
 
-    It is passed down as an argument, so nothing below a solver counts steps by itself: two samples can interleave, and
+    It is passed down as an argument, so nothing below a solver counts steps by itself. Two samples can interleave, and
     a retried step is the same step.
     """
 
@@ -87,7 +91,11 @@ class StepContext:
 
 
 def positions(mask_N: Tensor, count: int | None = None) -> Tensor:
-    """Where ``mask_N`` is true, int64, ascending; where the ``count`` is known, without a host synchronisation."""
+    """Return the positions at which ``mask_N`` is true, int64, ascending.
+
+    Args:
+        count: number of positions. If it is given, the host does not wait for the device.
+    """
     if count is None:
         # NOTE: a host synchronisation on CUDA: the count decides the shape.
         return mask_N.nonzero().squeeze(1)

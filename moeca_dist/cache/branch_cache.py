@@ -1,7 +1,8 @@
-"""The branch cache at home: what each routed expert gave for each token, found again by (token, expert).
+"""The branch cache at home: the output of each routed expert for each token, found again by (token, expert).
 
 The cache holds exactly the branches of the last routing, one row each, newly computed or not. A branch that the routing
-drops leaves its row to one that is new; both are equally many, because the number of branches of an image is constant.
+drops leaves its row to a new branch. Dropped and new branches are equally many, because the number of branches of an
+image is constant.
 
     row_TE [T, E]     expert 0   1   2   3          values_ND, slopes_ND, step_N
     token 0               0   -   1   -             row 0: token 0, expert 0
@@ -26,10 +27,10 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Match:
-    """Where the branches of a routing are stored.
+    """The rows in which the branches of a routing are stored.
 
     Attributes:
-        row_N: int64 row that holds, or will hold, each branch; all distinct.
+        row_N: int64 row that holds, or will hold, each branch. All rows are distinct.
         found_N: bool, whether the row already holds a value of the branch. The others are unmatched.
         place_N: int64 place of each branch in a flattened table [T, E].
     """
@@ -42,8 +43,8 @@ class Match:
 class BranchCache:
     """Unweighted expert outputs of one block, with their slopes if it forecasts.
 
-    A slope is the difference per step of the last two computed values of the same branch; zero until there are two.
-    With ``scored`` the gates and norms of the time of computation are kept as well.
+    A slope is the difference per step of the last two computed values of the same branch. It is zero until there are
+    two. With ``scored`` the gates and norms of the time of computation are kept as well.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class BranchCache:
         self._norm_N: Tensor
 
     def match(self, routing: Routing) -> Match:
-        """Find the row of each branch; unmatched branches get the rows of branches that the routing dropped."""
+        """Find the row of each branch. Unmatched branches get the rows of branches that the routing dropped."""
         place_N = routing.token_N * self.num_experts + routing.expert_N
         if self._row_TE is None:
             row_N = torch.arange(place_N.shape[0], device=place_N.device)

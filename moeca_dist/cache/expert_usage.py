@@ -33,6 +33,7 @@ class UsageHistory:
 
     @staticmethod
     def bytes_per_token(num_experts: int) -> int:
+        """Return what the history of one block keeps of a token."""
         return num_experts * torch.float32.itemsize
 
 

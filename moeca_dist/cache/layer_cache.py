@@ -1,4 +1,4 @@
-"""What one block keeps between evaluations, and what it asks in one of them.
+"""The cache of one block: what it keeps between evaluations, and what the block asks of it in one of them.
 
 Shape suffixes: B images, T tokens of one image, D hidden size, N branches, R rows, H heads, C channels of a head.
 """
@@ -25,7 +25,7 @@ Module = Literal["attention", "dense", "moe", "shared"]
 
 
 class BlockStore:
-    """What one block keeps: module outputs, keys and values, expert usage and branches."""
+    """The values that one block keeps: module outputs, keys and values, expert usage and branches."""
 
     def __init__(
         self, policy: ModulePolicy | BranchPolicy, num_experts: int, branches: BranchCache | OwnerCache | None,
@@ -43,6 +43,7 @@ class BlockStore:
         self._storage = storage
 
     def module(self, name: Module) -> ModuleCache:
+        """Return the cache of a module's output. It is made at the first call."""
         if name not in self.modules:
             self.modules[name] = ModuleCache(self._order, self._storage)
         return self.modules[name]
@@ -55,11 +56,11 @@ class BlockStore:
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """What a MoE layer computes in one evaluation. It is decided before anything is computed.
+    """The branches that a MoE layer computes in one evaluation, decided before anything is computed.
 
     Attributes:
         routing: of the current step.
-        match: where each branch is stored. None without a cache.
+        match: the row of each stored branch. None without a cache.
         refresh_N: bool, branches that are computed now. None if all are.
         branch_N: int64 positions of these branches in the routing, ascending. None if all are.
     """
@@ -71,7 +72,7 @@ class RefreshPlan:
 
     @property
     def branches(self) -> Branches:
-        """The branches that are computed now."""
+        """Return the branches that are computed now."""
         every = self.routing.branches
         if self.branch_N is None:
             return every
@@ -108,11 +109,12 @@ class LayerCache:
 
     @property
     def computes_modules(self) -> bool:
-        """Whether attention, shared expert and dense blocks are computed now, for all tokens."""
+        """Return whether attention, shared expert and dense blocks are computed now, for all tokens."""
         return self.is_full or (isinstance(self.policy, BranchPolicy) and self.policy.computes_modules)
 
     @property
     def syncs_attention(self) -> bool:
+        """Return whether a token with a refreshed branch refreshes its row of attention too."""
         return isinstance(self.policy, BranchPolicy) and self.policy.attention_sync
 
     def forecast(self, name: Module) -> Forecast:
@@ -121,14 +123,14 @@ class LayerCache:
             return self.store.module(name).forecast(self.step.index)
 
     def keep(self, name: Module, output_BTD: Tensor) -> None:
-        """Store a module's output for later forecasts, if there will be any; count its tokens."""
+        """Store a module's output for later forecasts, if there will be any. Its tokens are counted."""
         self.count(name, output_BTD)
         if not (isinstance(self.policy, BranchPolicy) and self.policy.computes_modules):
             with self.timer.section("bookkeeping"):
                 self.store.module(name).store(output_BTD, self.step.index)
 
     def keep_tokens(self, name: Module, tokens: TokenIndex, fresh_ND: Tensor) -> None:
-        """Store a module's output for some tokens of a cached step; count them."""
+        """Store a module's output for some tokens of a cached step, and count these tokens."""
         self.count(name, fresh_ND)
         self.statistics.rows[name] += fresh_ND.shape[0]
         with self.timer.section("bookkeeping"):
@@ -161,7 +163,11 @@ class LayerCache:
             return RefreshPlan(routing, match, refresh_N, positions(refresh_N))
 
     def decide(self, routing: Routing, match: Match) -> Tensor | None:
-        """Return bool [N]: branches that are computed now; None for all. Observes expert usage, counts reasons."""
+        """Decide which branches are computed now. Observes expert usage and counts reasons.
+
+        Returns:
+            bool [N], true for branches that are computed. None if all are.
+        """
         policy, found_N = self.policy, match.found_N
         assert isinstance(policy, BranchPolicy)
         if self.store.usage is not None:

@@ -48,7 +48,7 @@ class ModuleCache:
 
     @property
     def value_BTD(self) -> Tensor:
-        """The output that was computed last, token by token."""
+        """Return the output that was computed last, token by token."""
         assert self._differences, "the first step of a request is a full step"
         return self._differences[0].unpack()
 
@@ -96,7 +96,11 @@ class ModuleCache:
 
     @staticmethod
     def bytes_per_token(row_bytes: int, order: int, times_stored: int, *, with_steps: bool = False) -> int:
-        """Return what is kept after so many times of storing; ``with_steps``: the last time single tokens were."""
+        """Return what is kept of a token after so many times of storing.
+
+        Args:
+            with_steps: whether the last call stored single tokens.
+        """
         return min(times_stored, 1 + order) * row_bytes + (torch.int32.itemsize if with_steps else 0)
 
     def _token_steps(self) -> Tensor:
@@ -121,7 +125,11 @@ class KeyValueCache:
         self._kept = keys, values
 
     def refresh(self, tokens: TokenIndex, keys_HNC: Tensor, values_HNC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep those of some tokens; return those of all tokens [B, H, T, C], the fresh ones as computed."""
+        """Keep the keys and values of some tokens.
+
+        Returns:
+            The keys and the values of all tokens, each [B, H, T, C], with the fresh ones as computed.
+        """
         assert self._kept is not None, "the first step of a request is a full step"
         found = []
         for kept, fresh_HNC in zip(self._kept, (keys_HNC, values_HNC), strict=True):
@@ -139,7 +147,11 @@ class KeyValueCache:
 
     @staticmethod
     def bytes_per_token(num_heads: int, head_bytes: int) -> int:
-        """Return what is kept of a token; ``head_bytes``: of the keys of one head."""
+        """Return what is kept of a token.
+
+        Args:
+            head_bytes: size of the keys of one head.
+        """
         return 2 * num_heads * head_bytes
 
 

@@ -1,4 +1,6 @@
-"""What all blocks together add to their input, kept between steps: by a schedule, or by TeaCache's signal.
+"""The network cache: what all blocks together add to their input, kept between steps.
+
+A schedule or TeaCache's signal decides which steps run the blocks.
 
 Shape suffixes: B images of the network's batch, T tokens of one image, D hidden size, S signal.
 """
@@ -32,9 +34,12 @@ class NetworkCache:
         self._accumulated = 0.0
 
     def add_signal(self, signal_S: Tensor) -> bool:
-        """Add the signal's relative L1 change since the last step; return whether the sum has reached ``delta``.
+        """Add the signal's relative L1 change since the last step to a sum.
 
-        The sum starts anew when it has. The first signal is always due (TeaCache, arXiv 2411.19108, section 3.3).
+        The first signal is always due (TeaCache, arXiv 2411.19108, section 3.3).
+
+        Returns:
+            Whether the sum has reached ``delta``. If so, it starts anew.
         """
         assert self.policy.delta is not None
         before_S, self._signal_S = self._signal_S, signal_S
@@ -62,7 +67,7 @@ class NetworkStep:
 
     @property
     def needs_signal(self) -> bool:
-        """Whether ``due`` wants the modulation of the time alone."""
+        """Return whether ``due`` wants the modulation of the time alone."""
         return self.cache.policy.delta is not None
 
     def due(self, signal_S: Tensor | None) -> list[bool]:
@@ -75,12 +80,19 @@ class NetworkStep:
         return [is_due] * len(self.cache.halves)
 
     def images(self, due: Sequence[bool]) -> slice:
-        """Return the images of the halves that are due, which lie next to each other; there is at least one."""
+        """Return the images of the halves that are due.
+
+        At least one half is, and their images lie next to each other.
+        """
         computed = [images for images, is_due in zip(self.cache.slices, due, strict=True) if is_due]
         return slice(computed[0].start, computed[-1].stop)
 
     def store(self, due: Sequence[bool], x_BTD: Tensor, computed_BTD: Tensor) -> None:
-        """Keep what the blocks added to ``x_BTD``; ``computed_BTD``: their output for ``images(due)``."""
+        """Keep what the blocks added to ``x_BTD``.
+
+        Args:
+            computed_BTD: output of the blocks for ``images(due)``.
+        """
         with self.timer.section("bookkeeping"):
             first = self.images(due).start
             for images, change, is_due in zip(self.cache.slices, self.cache.changes, due, strict=True):
@@ -89,7 +101,10 @@ class NetworkStep:
                     change.store(computed_BTD[here] - x_BTD[images], self.step.index)
 
     def expected(self, due: Sequence[bool], x_BTD: Tensor) -> Tensor:
-        """Return [B, T, D]: the blocks' expected output for the halves that are not due; arbitrary for the others."""
+        """Return the blocks' expected output [B, T, D] for the halves that are not due.
+
+        The other rows are arbitrary.
+        """
         with self.timer.section("bookkeeping"):
             out_BTD = torch.empty_like(x_BTD)
             for images, change, is_due in zip(self.cache.slices, self.cache.changes, due, strict=True):

@@ -1,13 +1,13 @@
-"""The branch cache at the owners: values beside the experts, the table of what is where beside the tokens.
+"""The branch cache at the owners: values beside the experts, and the table of their slots beside the tokens.
 
     home rank: OwnerSlotTable                      owner rank: OwnerBranchStore
     slot_TE  expert 0   1   2                      home 0: row 0, row 1, ...   values_RD, slopes_RD, step_R
     token 0         4   -   0   <- slot at the     home 1: row 0, row 1, ...
     token 1         -   1   -      expert's owner
 
-The home rank decides everything: it matches branches, and hands out slots of each owner's store (``SlotAllocator``).
-So it knows what an owner holds without asking, and an owner writes and reads the slots that it is told. Each home rank
-numbers its own slots from 0.
+The home rank decides everything: it matches branches, and hands out slots of each owner's store (``SlotAllocator``). So
+it knows what an owner holds without asking. An owner writes and reads the slots that it is told. Each home rank numbers
+its own slots from 0.
 
 Shape suffixes: T tokens of the home rank, E experts, D hidden size, N branches, R rows at an owner, S tokens that are
 summed here, P ranks.
@@ -28,18 +28,19 @@ _GROWTH = 16  # a store that is too small grows by one part of so many at least,
 
 
 class SlotAllocator:
-    """Which slots of each owner's store this home rank uses, for one block."""
+    """The slots of each owner's store that this home rank uses, for one block."""
 
     def __init__(self, num_owners: int) -> None:
         self._taken: list[Tensor] = [torch.zeros(0, dtype=torch.bool) for _ in range(num_owners)]
 
     @property
     def capacities(self) -> list[int]:
-        """Slots that each owner must have room for."""
+        """Return the number of slots that each owner must have room for."""
         return [taken.shape[0] for taken in self._taken]
 
     @property
     def in_use(self) -> list[int]:
+        """Return the number of slots in use at each owner."""
         return [int(taken.sum()) for taken in self._taken]
 
     def release(self, owner_N: Tensor, slot_N: Tensor) -> None:
@@ -49,7 +50,7 @@ class SlotAllocator:
                 taken[slot_N[owner_N == owner]] = False
 
     def take(self, owner_N: Tensor) -> Tensor:
-        """Return a free slot [N] at each owner; the lowest ones, so that stores stay compact."""
+        """Return a free slot [N] at each owner. The lowest ones are taken, so that stores stay compact."""
         slot_N = torch.empty_like(owner_N)
         for owner in range(len(self._taken)):
             wanted_N = owner_N == owner
@@ -76,7 +77,7 @@ class SlotAllocator:
 
 
 class OwnerSlotTable:
-    """What a home rank keeps of one block: the slot of each branch at its owner, and each token's routed sum.
+    """The table of one block at a home rank: the slot of each branch at its owner, and each token's routed sum.
 
     Tokens without a refreshed branch are served from the sums: the last one, or with ``forecast`` the line through the
     last two. Sums over different experts give no slope, so a token whose experts changed keeps its old one. On the
@@ -94,7 +95,7 @@ class OwnerSlotTable:
         self._step_T: Tensor
 
     def match(self, routing: Routing) -> Match:
-        """Find the slot of each branch; those of unmatched branches are handed out by ``assign``."""
+        """Find the slot of each branch. Unmatched branches have none before ``assign``."""
         if self._slot_TE is None:
             shape, device = (routing.num_tokens, self.num_experts), routing.token_N.device
             self._slot_TE = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
@@ -119,9 +120,11 @@ class OwnerSlotTable:
         return match.row_N.index_copy(0, new_N, new_slot_N)
 
     def serve(self, touched_T: Tensor, changed_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
-        """Return routed sums [T, D]: ``fresh_TD`` if touched, and kept; else what is expected in ``step``.
+        """Return the routed sums [T, D], and keep the fresh ones.
 
-        ``changed_T``: touched tokens of which some branch was unmatched.
+        Args:
+            touched_T: bool, tokens whose sum is ``fresh_TD``. The others get the sum that is expected in ``step``.
+            changed_T: bool, tokens with an unmatched branch.
         """
         if self._sums_TD is None:
             self._sums_TD = self.storage.pack(fresh_TD.clone())
@@ -156,6 +159,7 @@ class OwnerSlotTable:
 
     @staticmethod
     def bytes_per_token(num_experts: int, row_bytes: int, *, forecast: bool) -> int:
+        """Return what the table of one block keeps of a token."""
         slot_in_table, step = 4, 8
         return num_experts * slot_in_table + (1 + forecast) * row_bytes + step
 
@@ -193,10 +197,15 @@ class OwnerBranchStore:
             self._slopes_RD = self._slopes_RD.stretched(before, after)
 
     def rows(self, home_N: Tensor, slot_N: Tensor) -> Tensor:
+        """Return the row [N] of each slot, given with its home rank."""
         return self._bases_P[home_N] + slot_N
 
     def store(self, row_N: Tensor, found_N: Tensor, values_ND: Tensor, step: int) -> None:
-        """Keep freshly computed branches; ``found_N``: whether the row holds an older value of the same branch."""
+        """Keep freshly computed branches.
+
+        Args:
+            found_N: bool, whether the row holds an older value of the same branch.
+        """
         assert self._values_RD is not None
         if self.forecast:
             gap_N = step - self._step_R[row_N]
@@ -207,9 +216,12 @@ class OwnerBranchStore:
     def weighted_sums(
         self, row_N: Tensor, gates_N: Tensor, starts_S: Tensor, step: int, fresh: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """[S, D]: sum of gate x stored (or forecast) value over consecutive branches, from each start to the next.
+        """Return the sums [S, D] of gate x value over consecutive branches, from each start to the next.
 
-        ``fresh``: which of the branches were computed and stored in this step, and their values [F, D].
+        Values are stored, forecast or fresh.
+
+        Args:
+            fresh: positions of the branches that were computed and stored in this step, and their values [F, D].
         """
         assert self._values_RD is not None
         if not starts_S.shape[0]:
@@ -244,6 +256,7 @@ class OwnerBranchStore:
 
     @staticmethod
     def bytes_per_slot(row_bytes: int, *, forecast: bool) -> int:
+        """Return what the store keeps of one branch."""
         step = 4
         return (1 + forecast) * row_bytes + step
 

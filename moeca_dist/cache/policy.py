@@ -1,5 +1,7 @@
-"""What a caching policy decides. There are three kinds, by what is computed or served as one: the whole network, a
-module (attention or feed-forward), or a branch (one token at one routed expert).
+"""The interface of caching policies.
+
+There are three kinds, by what is computed or served as one. It is the whole network, a module (attention or
+feed-forward), or a branch (one token at one routed expert).
 
 A policy is a frozen value without state. Its decisions follow from the step, the layer, the routing and the cache.
 ``is_full`` follows from the step alone, so all ranks agree on it without talking.
@@ -21,7 +23,11 @@ HALVES: Final[tuple[Half, Half]] = ("conditional", "unconditional")
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the three kinds share. ``order`` of the forecast: 0 reuses stored values."""
+    """The base of the three kinds.
+
+    Attributes:
+        order: of the forecast. 0 reuses stored values.
+    """
 
     order: int = 0
 
@@ -33,12 +39,12 @@ class Policy:
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether ``is_full`` alone decides which steps are full, before the run."""
+        """Return whether ``is_full`` alone decides which steps are full, before the run."""
         return True
 
     @property
     def halves_agree(self) -> bool:
-        """Whether both guidance halves are full in the same steps."""
+        """Return whether both guidance halves are full in the same steps."""
         return True
 
     def remark(self, statistics: CacheStatistics) -> str | None:
@@ -63,7 +69,7 @@ class NetworkPolicy(Policy):
 
 @dataclass(frozen=True)
 class ModuleView:
-    """What a policy sees of one module: the newest output of every token [B, T, D], and its age in steps [B, T]."""
+    """A policy's view of one module: the newest output of every token [B, T, D], and its age in steps [B, T]."""
 
     value_BTD: Tensor
     age_BT: Tensor
@@ -85,7 +91,7 @@ class ModulePolicy(Policy):
 
 @dataclass(frozen=True)
 class BranchScores:
-    """How stored branches stood when they were last computed: fp32 [N] gates, and fp32 [N] shares.
+    """Stored branches as they were when last computed: fp32 [N] gates, and fp32 [N] shares.
 
     A share is the norm of the stored output in the sum over the token's branches. Both are arbitrary for unmatched
     branches.
@@ -97,7 +103,7 @@ class BranchScores:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a policy sees of one layer in a cached step.
+    """A policy's view of one layer in a cached step.
 
     Attributes:
         block: index of the block.
@@ -128,11 +134,11 @@ class LayerView:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchPolicy(Policy):
-    """A policy that decides on each branch; unmatched branches are always computed.
+    """A policy that decides on each branch. Unmatched branches are always computed.
 
     Attributes:
-        attention_sync: whether a token with a refreshed branch refreshes its rows of attention, of the shared expert
-            and of the dense blocks that follow.
+        attention_sync: whether a token with a refreshed branch refreshes other rows too. These are its rows of
+            attention, of the shared expert and of the dense blocks that follow.
         usage_decay: of the moving average of expert usage. None for policies that do not score stored branches.
         computes_modules: whether attention, shared expert and dense blocks are computed in cached steps too.
         reason: why matched branches are refreshed, for the statistics.

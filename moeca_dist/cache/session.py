@@ -31,7 +31,7 @@ class PartCache:
     """The caches of images that are full in the same steps, block by block.
 
     Attributes:
-        images: where they lie in the batch of the network.
+        images: their positions in the batch of the network.
         half: the guidance half whose schedule they follow.
         image_ids_B: int64, seed and index of each image in one number.
         half_B: int64, the guidance half of each image.
@@ -59,6 +59,7 @@ class PartStep:
         return self.part.images
 
     def block(self, index: int) -> LayerCache:
+        """Return the cache of the block ``index`` in this evaluation."""
         part, is_full = self.part, self.policy.is_full(self.step, self.part.half)
         return LayerCache(
             index, self.step, is_full, self.policy, part.blocks[index], part.image_ids_B, part.half_B,
@@ -123,6 +124,7 @@ class CacheSession:
             )
 
     def at(self, step: StepContext) -> StepCache:
+        """Return the cache of one evaluation, for the network."""
         if self._network is not None:
             return NetworkStep(step, self._network, self.statistics, self.timer)
         assert isinstance(self.policy, ModulePolicy | BranchPolicy)
@@ -134,12 +136,16 @@ class CacheSession:
 
     @property
     def num_bytes(self) -> int:
-        """How much the session holds now."""
+        """Return how much the session holds now."""
         blocks = sum(block.num_bytes for part in self._parts for block in part.blocks)
         return blocks + (0 if self._network is None else self._network.num_bytes)
 
     def note_peak(self, bytes_beside: int = 0) -> None:
-        """Record how much is held now; ``bytes_beside``: by what belongs to the cache and is kept elsewhere."""
+        """Record how much is held now.
+
+        Args:
+            bytes_beside: what belongs to the cache and is kept elsewhere.
+        """
         self.statistics.bytes_peak = max(self.statistics.bytes_peak, self.num_bytes + bytes_beside)
 
 

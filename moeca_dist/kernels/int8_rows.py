@@ -15,7 +15,7 @@ LARGEST_CODE = 127
 def encode_rows(rows_ND: Tensor) -> Tensor:
     """Return uint8 [N, W] of float rows.
 
-    The scale of a row with an infinity or NaN is not finite, and so is nothing that is decoded with it.
+    The scale of a row with an infinity or NaN is not finite. Nothing that is decoded with such a scale is finite.
     """
     # The vector norm of order infinity takes 20 times as long on CPU, and magnitudes as much memory as the rows.
     largest_N = torch.maximum(rows_ND.amax(1), -rows_ND.amin(1)).float()

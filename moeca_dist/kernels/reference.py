@@ -26,6 +26,8 @@ NORM_EPS = 1e-6
 
 
 class ReferenceKernels:
+    """The kernels in plain PyTorch."""
+
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         expert_R = expert_R.long()
         order_R = expert_R.argsort(stable=True)
@@ -61,13 +63,16 @@ REFERENCE: Final[Kernels] = ReferenceKernels()
 
 
 def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:
-    """Return [N, D] change per step; zero if ``before`` is another branch's value, or none."""
+    """Return the change per step [N, D].
+
+    It is zero if ``before_ND`` holds no value, or that of another branch.
+    """
     inverse_N = torch.where(found_N, gap_N.to(values_ND.dtype).reciprocal(), 0.0)
     return (values_ND - before_ND) * inverse_N[:, None]
 
 
 def inverse(order_N: Tensor) -> Tensor:
-    """Return where each element went: ``inverse[order[i]] = i``."""
+    """Return the new position of each element: ``inverse[order[i]] = i``."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.shape[0], device=order_N.device))
 
 

@@ -13,7 +13,7 @@ KernelsName = Literal["torch", "triton"]
 
 
 def kernels_of(name: KernelsName, device: torch.device) -> Kernels:
-    """Return the kernels that ``model.kernels`` names; UserError if Triton cannot run on ``device``."""
+    """Return the kernels that ``model.kernels`` names. Raises UserError if Triton cannot run on ``device``."""
     if name == "torch":
         return REFERENCE
     if find_spec("triton") is None:

@@ -54,9 +54,10 @@ def serve_tokens(
     values_ND: Tensor, slopes_ND: Tensor | None, step_N: Tensor, gate_N: Tensor, row_N: Tensor, found_N: Tensor,
     fresh_N: Tensor, start_T: Tensor, rows_RD: Tensor, step: int,
 ) -> Tensor:  # fmt: skip
-    """Return [T, D]; update values, slopes and steps.
+    """Return the routed sums [T, D], and update values, slopes and steps.
 
-    ``fresh_N``: the computed row of each branch, -1 if it is served.
+    Args:
+        fresh_N: the computed row of each branch, -1 if it is served.
     """
     tokens, width = start_T.shape[0], values_ND.shape[1]
     out_TD = torch.empty(tokens, width, dtype=values_ND.dtype, device=values_ND.device)

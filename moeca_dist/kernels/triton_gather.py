@@ -46,6 +46,7 @@ def _move(
 
 
 def gather_by_expert(x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
+    """Return ``x_SD[source_R]`` grouped by expert."""
     num_rows, width = source_R.shape[0], x_SD.shape[1]
     rows_RD = x_SD.new_empty(num_rows, width)
     position_R = torch.empty_like(source_R)

@@ -1,7 +1,6 @@
 """The kernels in Triton, behind the interface of their references.
 
-They accumulate in fp32 and round once, where the references round after every operation; in fp32 both agree to
-rounding.
+They accumulate in fp32 and round once. The references round after every operation. In fp32 both agree to rounding.
 
 Shape suffixes: as in ``types``.
 """
@@ -24,6 +23,8 @@ from moeca_dist.kernels.types import (
 
 
 class TritonKernels(ReferenceKernels):
+    """The kernels in Triton. Rows that are kept smaller than computed are served by the reference."""
+
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         return gather_by_expert(x_SD, source_R, expert_R, num_experts)
 

@@ -55,7 +55,10 @@ def _row(
 
 
 def residual(x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering | None) -> None:
-    """Writes ``after``, and with ``entering`` what enters the next module; both contiguous."""
+    """Write ``x + gate * forecast`` to ``after``, and its modulated norm to ``entering`` if given.
+
+    Both must be contiguous.
+    """
     images, tokens, width = x_BTD.shape
     if not x_BTD.numel():
         return

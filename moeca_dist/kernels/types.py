@@ -1,4 +1,4 @@
-"""What goes into the kernels and what comes out of them.
+"""The interface of the kernels, and the values that go in and come out.
 
 Shape suffixes: S source rows, D hidden size, R rows, L experts held here, T tokens, N branches of a routing (rows of
 the branch cache), M refreshed branches, B images, X any leading sizes.
@@ -18,7 +18,7 @@ class GatheredRows:
 
     Attributes:
         counts_L: int64 rows of each expert, on the device.
-        position_R: int64, where each row went.
+        position_R: int64 new position of each row.
     """
 
     rows_RD: Tensor
@@ -37,7 +37,7 @@ class RowStore(Protocol):
 
     @property
     def exact(self) -> Tensor | None:
-        """The stored rows themselves, if they are kept as they are computed."""
+        """Return the stored rows themselves if they are kept as they are computed, else None."""
         ...
 
     def unpack(self) -> Tensor:
@@ -67,10 +67,12 @@ class BranchesToServe:
     """The branches of a routing, by token.
 
     Attributes:
-        token_N, gate_N: int64 token and float gate of each branch.
+        token_N: int64 token of each branch.
+        gate_N: float gate of each branch.
         start_T: int64 first branch of each token.
         row_N: int64 row of the cache, all distinct.
-        found_N, refresh_N: bool, whether the row holds an older value of the branch; whether it is computed now.
+        found_N: bool, whether the row holds an older value of the branch.
+        refresh_N: bool, whether the branch is computed now.
     """
 
     token_N: Tensor
@@ -118,7 +120,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Entering:
-    """What enters the next module: where it is written [B, T, D], and how it is modulated."""
+    """The input of the next module: the tensor that it is written to [B, T, D], and its modulation."""
 
     out_BTD: Tensor
     shift_BD: Tensor
@@ -126,7 +128,7 @@ class Entering:
 
 
 class Kernels(Protocol):
-    """Every function has one meaning; ``reference`` says it in plain PyTorch."""
+    """The interface of the kernels. ``reference`` defines the meaning of each in plain PyTorch."""
 
     def gather_rows(self, x_SD: Tensor, source_R: Tensor, expert_R: Tensor, num_experts: int) -> GatheredRows:
         """Group ``x_SD[source_R]`` by expert."""
@@ -143,5 +145,5 @@ class Kernels(Protocol):
     def residual_modulated(
         self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor, entering: Entering
     ) -> None:
-        """Do the same, and write ``norm(after) * (1 + scale) + shift`` to ``entering``."""
+        """Write what ``gated_residual`` writes, and ``norm(after) * (1 + scale) + shift`` to ``entering``."""
         ...

@@ -22,7 +22,7 @@ from moeca_dist.timing import UNTIMED, Timer
 
 
 class DiffusionTransformer(nn.Module):
-    """A class-conditional diffusion transformer with MoE feed-forwards; knows nothing of ranks.
+    """A class-conditional diffusion transformer with MoE feed-forwards. It knows nothing of ranks.
 
     Families supply the blocks and say how tokens learn their positions.
     """
@@ -38,7 +38,7 @@ class DiffusionTransformer(nn.Module):
         self.final_layer = FinalLayer(spec.hidden_size, spec.patch_size, spec.out_channels)
 
     def add_positions(self, x_BTD: Tensor, rows: int, columns: int) -> tuple[Tensor, RotaryTable | None]:
-        """Tokens with their absolute positions added, or a rotary table for attention, or both."""
+        """Return tokens with their absolute positions added, or a rotary table for attention, or both."""
         raise NotImplementedError
 
     @property
@@ -46,14 +46,14 @@ class DiffusionTransformer(nn.Module):
         return self.x_embedder.proj.weight.device
 
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
-        """(block index, layer) of every MoE layer, in order."""
+        """Yield (block index, layer) of every MoE layer, in order."""
         for index in self.spec.moe_blocks:
             layer = self.blocks[index].feed_forward
             assert isinstance(layer, MoELayer)
             yield index, layer
 
     def adaln_blocks(self) -> list[AdaLNBlock]:
-        """``blocks``, as what they are."""
+        """Return ``blocks`` with their type."""
         return cast(list[AdaLNBlock], list(self.blocks))
 
     def forward(

@@ -35,7 +35,7 @@ TIME_MAX_PERIOD = 10_000
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, T, D], patches in row-major order."""
+    """The patch embedding [B, C, H, W] -> [B, T, D], with patches in row-major order."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
 
 
 def timestep_features(t_B: Tensor) -> Tensor:
-    """Sinusoidal features [B, 256] in fp32, cosines first, of the raw time (no factor of 1000)."""
+    """Return sinusoidal features [B, 256] in fp32, cosines first, of the raw time (no factor of 1000)."""
     half = TIME_FREQUENCIES // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
     angles = t_B.float()[:, None] * torch.exp(-math.log(TIME_MAX_PERIOD) * exponents)[None]
@@ -54,6 +54,8 @@ def timestep_features(t_B: Tensor) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
+    """The embedding of the time: sinusoidal features, then an MLP."""
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
@@ -103,10 +105,11 @@ class AdaLNBlock(nn.Module):
 
     @property
     def feed_forward(self) -> nn.Module:
-        """The MoE layer or dense MLP."""
+        """Return the MoE layer or dense MLP."""
         return self.get_submodule(self.feed_forward_name)
 
     def modulation(self, c_BD: Tensor) -> Modulation:
+        """Return the modulation that the condition gives this block."""
         return Modulation(self.kernels, *self.adaLN_modulation(c_BD).chunk(6, dim=-1))
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, rotary: RotaryTable | None, timer: Timer = UNTIMED) -> Tensor:
@@ -150,7 +153,7 @@ def moe_layer(spec: ModelSpec, router: Router) -> MoELayer:
 
 
 class FinalLayer(nn.Module):
-    """[B, T, D] -> [B, T, patch * patch * C_out], channels fastest."""
+    """The last layer [B, T, D] -> [B, T, patch * patch * C_out], with channels fastest."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -163,7 +166,7 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(patches_BTP: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
-    """[B, rows * columns, p * p * C] -> [B, C, rows * p, columns * p]; each patch vector is (p, q, c)."""
+    """Return [B, C, rows * p, columns * p] of patches [B, rows * columns, p * p * C], each (p, q, c)."""
     batch, _, width = patches_BTP.shape
     # The channel count is computed, not left to -1: a rank without images reshapes zero elements.
     channels = width // patch_size**2

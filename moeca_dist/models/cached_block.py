@@ -1,9 +1,9 @@
 """One block in one evaluation with a cache: each output is computed and stored, or forecast.
 
 A policy of modules treats attention and the feed-forward as wholes. A policy of branches decides inside the MoE layer.
-If attention is kept in step with the branches (MoECa, arXiv 2606.15615), the router runs on the input made with the
-stored attention output. Tokens that refresh a branch then get fresh rows of attention. Their branches, the shared
-expert and the dense blocks that follow see the input made with these.
+Attention can be kept in step with the branches (MoECa, arXiv 2606.15615). The router then runs on the input made with
+the stored attention output. Tokens that refresh a branch get fresh rows of attention. Their branches, the shared expert
+and the dense blocks that follow see the input made with these rows.
 
 Shape suffixes: B images, T tokens of one image, D hidden size, N chosen tokens, H heads, C channels of a head.
 """
@@ -96,7 +96,11 @@ def dense_feed_forward(
     cache: LayerCache,
     tokens: TokenIndex | None,
 ) -> Tensor:
-    """Run a dense block of a branch policy; ``tokens``: those that the MoE block before it refreshed."""
+    """Run a dense block of a branch policy.
+
+    Args:
+        tokens: those that the MoE block before it refreshed. None if it refreshed none.
+    """
     x_attn_BTD = modulation.after_attention(x_BTD, attn_out)
     if cache.computes_modules:
         with cache.timer.section("dense"):

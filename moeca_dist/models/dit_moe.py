@@ -17,6 +17,8 @@ SHARED_RATIO = 2
 
 
 class DiTMoE(DiffusionTransformer):
+    """A transformer of the DiT-MoE family."""
+
     pos_embed: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -96,6 +98,7 @@ def matches(keys: Iterable[str]) -> bool:
 
 
 def experts_prefix(block: int) -> str:
+    """Return the prefix of a block's stacked expert weights in this package's networks."""
     return f"blocks.{block}.moe.experts"
 
 

@@ -15,6 +15,8 @@ DENSE_RATIO = 4
 
 
 class DSMoE(DiffusionTransformer):
+    """A transformer of the DSMoE family."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, [_block(spec, index) for index in range(spec.depth)])
 
@@ -39,6 +41,7 @@ def _block(spec: ModelSpec, index: int) -> AdaLNBlock:
 
 
 def odd_blocks(depth: int) -> tuple[int, ...]:
+    """Return the indices of the odd blocks, which hold the MoE layers of published networks."""
     return tuple(range(1, depth, 2))
 
 
@@ -86,6 +89,7 @@ def matches(keys: Iterable[str]) -> bool:
 
 
 def experts_prefix(block: int) -> str:
+    """Return the prefix of a block's stacked expert weights in this package's networks."""
     return f"blocks.{block}.mlp.experts"
 
 

@@ -16,11 +16,12 @@ Index = slice | Tensor
 
 
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Return ``x * (1 + scale) + shift``, with one shift and scale for each image."""
     return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 def normalise(x_BTD: Tensor) -> Tensor:
-    """LayerNorm without affine parameters."""
+    """Apply LayerNorm without affine parameters."""
     return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=NORM_EPS)
 
 
@@ -49,15 +50,19 @@ class Modulation:
         )
 
     def to_attention(self, x_BTD: Tensor) -> Tensor:
+        """Return the input of attention: the normed and modulated stream."""
         return modulate(normalise(x_BTD), self.shift_attention_BD, self.scale_attention_BD)
 
     def after_attention(self, x_BTD: Tensor, attn_out: Forecast) -> Tensor:
+        """Return the stream with the gated attention output added."""
         return self._residual(x_BTD, self.gate_attention_BD, attn_out)
 
     def to_feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the input of the feed-forward: the normed and modulated stream."""
         return modulate(normalise(x_BTD), self.shift_feed_forward_BD, self.scale_feed_forward_BD)
 
     def after_feed_forward(self, x_BTD: Tensor, ff_out: Forecast) -> Tensor:
+        """Return the stream with the gated feed-forward output added."""
         return self._residual(x_BTD, self.gate_feed_forward_BD, ff_out)
 
     def enter_feed_forward(self, x_BTD: Tensor, attn_out: Forecast) -> tuple[Tensor, Tensor]:
@@ -80,5 +85,5 @@ class Modulation:
 
 
 def empty_stream(like_BTD: Tensor) -> Tensor:
-    """Return room for a residual stream; contiguous, which the output of the patch embedding is not."""
+    """Return uninitialised memory for a residual stream. It is contiguous, unlike the output of the patch embedding."""
     return torch.empty_like(like_BTD, memory_format=torch.contiguous_format)

@@ -87,6 +87,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelSpec":
+        """Return the spec that ``to_dict`` made JSON-ready. Raises ValueError for unknown hyper-parameters."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

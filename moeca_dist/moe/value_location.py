@@ -1,4 +1,4 @@
-"""Which side of the exchange keeps branch values: what the user asked for, or what should send fewer bytes."""
+"""The side of the exchange that keeps branch values: as configured, or the one that should send fewer bytes."""
 
 from typing import Literal
 
@@ -9,9 +9,13 @@ Location = Literal["home", "owner"]
 
 
 def choose_location(config: CacheConfig, policy: Policy | None, k: int, ep_size: int) -> Location | None:
-    """Choose which side of the exchange keeps branch values; None if nothing travels or no branches are kept.
+    """Choose which side of the exchange keeps branch values. The choice is the same on all ranks.
 
-    ``k``: routed experts per token. The choice is the same on all ranks.
+    Args:
+        k: routed experts per token.
+
+    Returns:
+        The location. None if nothing travels or no branches are kept.
     """
     if not isinstance(policy, BranchPolicy) or ep_size == 1:
         return None

@@ -1,4 +1,4 @@
-"""Moving branches to the ranks that hold their experts, and their outputs back.
+"""The exchange between the ranks of a group: branches to the owners of their experts, and outputs back.
 
     dispatch   home   header per branch + hidden row per (token, owner)  ->  owner, grouped by expert
     combine    owner  one output per branch, or one weighted sum per (token, owner)  ->  home
@@ -41,10 +41,10 @@ SUM_HEADER_BYTES = 2 * WORD_BYTES
 
 
 class AllToAllDispatcher:
-    """Experts are spread over the ranks of a group: exact exchange with variable splits.
+    """The dispatcher of experts that are spread over the ranks of a group: exact exchange with variable splits.
 
-    The ranks first gather the counts of all, so that all of them agree on every split, and on whether any row travels
-    at all: if nobody sends, no payload collective is issued. A token's hidden row goes to each owner once.
+    The ranks first gather the counts of all. So all of them agree on every split, and on whether any row travels. If
+    nobody sends, no payload collective is issued. A token's hidden row goes to each owner once.
     """
 
     def __init__(

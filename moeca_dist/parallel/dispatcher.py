@@ -24,7 +24,7 @@ from moeca_dist.types import Branches, Routing
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Where the branches of one dispatch went: this rank's ``pairs``, and what it was sent as an owner.
+    """The ways of the branches of one dispatch: this rank's ``pairs``, and what it was sent as an owner.
 
     Attributes:
         per_branch, per_pair: numbers of branches and of pairs to and from each rank.
@@ -59,7 +59,11 @@ class DispatchedRows:
 
 
 class Dispatcher(Protocol):
-    """What a MoE layer asks of the exchange. ``row_dtype``: how rows travel between ranks."""
+    """The interface of the exchange for a MoE layer.
+
+    Attributes:
+        row_dtype: how rows travel between ranks.
+    """
 
     row_dtype: RowDtype
     kernels: Kernels
@@ -69,7 +73,7 @@ class Dispatcher(Protocol):
         ...
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
-        """Count what the exact path would send for ``routing``; asked once in every evaluation of the router."""
+        """Count what the exact path would send for ``routing``. Called once in every evaluation of the router."""
         ...
 
     def dispatch(self, x_TD: Tensor, branches: Branches, gates_N: Tensor | None = None) -> Handle[DispatchedRows]:
@@ -90,7 +94,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here: order the rows by expert, nothing travels."""
+    """The dispatcher of a rank that holds all experts. It orders the rows by expert, and nothing travels."""
 
     def __init__(self, num_experts: int, row_dtype: RowDtype = "exact", kernels: Kernels = REFERENCE) -> None:
         self.num_experts = num_experts

@@ -81,6 +81,7 @@ class PlacementTable:
 
     @classmethod
     def contiguous(cls, blocks: Sequence[int], num_experts: int, num_ranks: int) -> "PlacementTable":
+        """Return a table with equal runs of consecutive experts in all blocks."""
         return cls.same(ExpertPlacement.contiguous(num_experts, num_ranks), blocks)
 
     @classmethod

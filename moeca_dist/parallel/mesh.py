@@ -34,6 +34,7 @@ class LauncherEnv:
 
     @classmethod
     def read(cls) -> "LauncherEnv":
+        """Read the variables that the launcher set."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _LAUNCHER_VARIABLES))
 
 

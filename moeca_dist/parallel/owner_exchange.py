@@ -39,11 +39,12 @@ _STARTS_PAIR, _REFRESH, _FOUND, _EXPERT_SHIFT = 1, 2, 4, 3
 
 @dataclass(frozen=True)
 class OwnerRequest:
-    """What a home rank asks of the owners, for all its tokens. Tokens without a refreshed branch stay at home.
+    """The request of a home rank to the owners, for all its tokens. Tokens without a refreshed branch stay at home.
 
     Attributes:
-        refresh_N, found_N: bool, branches that are computed now; branches that the owner holds.
-        slot_N: int64, where each branch is in its owner's store.
+        refresh_N: bool, branches that are computed now.
+        found_N: bool, branches that the owner holds.
+        slot_N: int64 slot of each branch in its owner's store.
     """
 
     routing: Routing
@@ -61,9 +62,10 @@ class ReceivedRequest:
         home_R: the home rank of each branch.
         starts_S: the first branch of each pair.
         local_expert_R: position of the expert among the owner's.
-        slot_R: where the branch is in this rank's store, counted by its home.
+        slot_R: the slot of each branch in this rank's store, counted by its home.
         capacities: slots that each home rank uses of this rank's store.
-        sent, per_pair: this rank's own pairs as a home, and how many went where.
+        sent: this rank's own pairs as a home.
+        per_pair: numbers of pairs to and from each rank.
         payload: whether any rank sends anything, the same on all of them.
     """
 
@@ -83,7 +85,10 @@ class ReceivedRequest:
 
 
 class OwnerExchange:
-    """Both legs over one group. All ranks agree on every size from the gathered counts, so also on whether to talk."""
+    """The exchange over one group, in both directions.
+
+    All ranks know every size from the gathered counts. So they also agree on whether anything is sent.
+    """
 
     def __init__(self, collectives: Collectives, owners: ExpertOwners, row_dtype: RowDtype) -> None:
         self.collectives = collectives
@@ -91,7 +96,11 @@ class OwnerExchange:
         self.row_dtype: RowDtype = row_dtype
 
     def dispatch(self, x_TD: Tensor, request: OwnerRequest, capacities: Sequence[int]) -> Handle[ReceivedRequest]:
-        """Send ``request``; ``capacities``: slots that this rank uses of each rank's store."""
+        """Send ``request`` with the hidden rows that it needs.
+
+        Args:
+            capacities: slots that this rank uses of each rank's store.
+        """
         header_N3, pairs, hidden_M = self._headers(request)
         device = header_N3.device
         # NOTE: a host synchronisation on CUDA: the number of hidden rows decides the shapes.

@@ -1,8 +1,8 @@
-"""Branches on their way to the owners of their experts: a header for each, and the hidden row once per pair.
+"""The layout of messages between ranks: a header for each branch, and the hidden row once per pair.
 
 A pair is a token and a rank that owns some of its experts. The headers of all branches and the hidden rows of the pairs
-share one collective; a row for each pair, or for each branch, comes back. Rows to other ranks travel in the row dtype
-of the exchange; rows of a rank to itself stay exact.
+share one collective. A row for each pair, or for each branch, comes back. Rows to other ranks travel in the row dtype
+of the exchange. Rows of a rank to itself stay exact.
 
 Shape suffixes: T tokens of this rank, D hidden size, P ranks of the group, N branches sent, M pairs sent, H hidden rows
 sent or received, R branches received, S pairs received, W words of a header.
@@ -27,7 +27,7 @@ RowDtype = Literal["exact", "int8"]
 
 
 class ExpertOwners:
-    """Which rank owns each expert, and its place there, as tables on the device where routing is computed."""
+    """Tables of the rank that owns each expert, and of its position there. They are on the device of the routing."""
 
     def __init__(self, placement: ExpertPlacement, rank: int) -> None:
         """Read the tables off ``placement`` as this ``rank``'s tokens see it: replicated experts are here."""
@@ -48,10 +48,10 @@ class TokenOwnerPairs:
     """Branches by (owner, token), and the pairs of a token and an owner that they make up.
 
     Attributes:
-        branch_N: which branch stands at each position.
+        branch_N: the branch at each position.
         owner_N: its owner.
         starts_N: bool, whether a pair begins there.
-        first_M: where the branches of each pair begin.
+        first_M: the first position of each pair.
         token_M, owner_M: token and owner of each pair.
     """
 
@@ -86,7 +86,9 @@ def pair_sums(row_R: Tensor, values: Tensor, starts_S: Tensor, gates_R: Tensor) 
 
 
 def token_sums(rows_MD: Tensor, token_M: Tensor, num_tokens: int) -> Tensor:
-    """Return [T, D]: the rows of each token's pairs added in the order of their owners; zero if there are none.
+    """Return [T, D]: the rows of each token's pairs added in the order of their owners.
+
+    Tokens without pairs get zero.
 
     The order is the same for owners and home, so their sums are equal bit for bit.
     """
@@ -98,7 +100,7 @@ def token_sums(rows_MD: Tensor, token_M: Tensor, num_tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Splits:
-    """How many of something this rank sends to each rank, and receives from each."""
+    """The numbers of things that this rank sends to each rank, and receives from each."""
 
     input: tuple[int, ...]
     output: tuple[int, ...]
@@ -126,11 +128,14 @@ def send(
     *,
     payload: bool,
 ) -> Handle[tuple[Tensor, Tensor]]:
-    """Send int32 headers and hidden rows of this rank's branches; return those that arrive, by home rank.
+    """Send int32 headers and hidden rows of this rank's branches.
 
     Args:
         branches, hidden: numbers of headers and of hidden rows.
         payload: whether any rank sends anything, the same on all of them. If not, no collective is issued.
+
+    Returns:
+        Headers and hidden rows that arrive, by home rank.
     """
     if not payload:
         collectives.count_skipped()
@@ -148,7 +153,11 @@ def send(
 def send_back(
     collectives: Collectives, rows: Tensor, splits: Splits, row_dtype: RowDtype, *, payload: bool
 ) -> Handle[Tensor]:
-    """Return one row for each thing that ``splits`` brought here to where it came from."""
+    """Send back one row for each thing that ``splits`` brought here.
+
+    Returns:
+        The rows that come back, one for each thing that this rank had sent.
+    """
     if not payload:
         collectives.count_skipped()
         return Handle.ready(rows)

@@ -1,6 +1,6 @@
-"""How much a cache will keep, known before anything is computed, and the limit that the user sets on it.
+"""The memory that a cache will keep, predicted before anything is computed, and the limit that the user sets.
 
-Counted is what is kept between steps. A step needs some more for one block at a time.
+The prediction counts what is kept between steps. A step needs some more for one block at a time.
 """
 
 import os

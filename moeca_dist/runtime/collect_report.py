@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunCounters:
-    """What one run did on this rank."""
+    """The counters of one run on this rank."""
 
     observer: RunObserver
     started: float = field(default_factory=time.perf_counter)

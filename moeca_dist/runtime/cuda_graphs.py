@@ -1,7 +1,7 @@
-"""CUDA graphs: an evaluation of the whole network captured once for each input shape, then replayed as one launch.
+"""CUDA graphs: an evaluation of the whole network is captured once for each input shape, then replayed.
 
 They serve runs without a cache on ranks that hold all experts. Such an evaluation launches the same kernels with the
-same shapes every time, so a graph of it needs no state but the tensors that it reads and writes.
+same shapes every time. So its graph needs no state but the tensors that it reads and writes.
 
 Shape suffixes: N network rows (B images, or 2B with guidance), C channels, H and W (latent) pixels.
 """
@@ -33,7 +33,7 @@ class Recording:
 
 
 def record_on_cuda(work: Callable[[], Tensor]) -> Recording:
-    """Capture what ``work`` launches in a CUDA graph, in place of running it."""
+    """Record in a CUDA graph what ``work`` launches. The recorded kernels do not run yet."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (telemetry, process groups) may use the device meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -68,7 +68,7 @@ class GraphedModel:
 
 
 def graphed_model(config: Config, model: DiffusionTransformer, mesh: Mesh) -> GraphedModel | None:
-    """Return ``model`` with CUDA graphs if configured; raise UserError if they cannot be captured here."""
+    """Return ``model`` with CUDA graphs if configured, else None. Raises UserError if they cannot be captured here."""
     if not config.model.cuda_graphs:
         return None
     check_graphs(config, model.spec)

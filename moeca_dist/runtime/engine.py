@@ -39,8 +39,8 @@ from moeca_dist.types import Request, StepContext
 class Engine:
     """A network on a mesh of ranks, ready to generate.
 
-    Every rank of the world builds one and calls ``generate`` with the same requests; the images arrive on rank 0.
-    Latent models without a decoder produce float32 latents [N, C, H, W] in place of uint8 images [N, H, W, C].
+    Every rank of the world builds one and calls ``generate`` with the same requests. The images arrive on rank 0. They
+    are uint8 [N, H, W, C]. Latent models without a decoder produce float32 latents [N, C, H, W] instead.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Engine:
     ) -> "Engine":
         """Join the launcher's ranks (unless ``mesh`` is given) and load this rank's part of the model.
 
-        Raises UserError, on every rank alike, for anything wrong with the configuration, the checkpoint or the world
-        size, and PeerLostError if other ranks do not arrive.
+        Raises UserError, on every rank alike, for a wrong configuration, checkpoint or world size. Raises PeerLostError
+        if other ranks do not arrive.
         """
         config = config if isinstance(config, Config) else load_config(config, overrides)
         mesh = mesh or join(config)
@@ -82,7 +82,10 @@ class Engine:
 
     @property
     def config(self) -> Config:
-        """The configuration with the values that the model and the world decided: running it again is the same run."""
+        """Return the configuration with the values that the model and the world decided.
+
+        Running it again is the same run.
+        """
         return self.plan.config
 
     @property
@@ -99,12 +102,17 @@ class Engine:
 
     @property
     def produces_pixels(self) -> bool:
+        """Return whether samples are images and not latents."""
         return self.decoder is not None or not self.model.spec.is_latent
 
     def generate(
         self, requests: Sequence[Request], *, progress: bool = False, trace_sink: TraceSink | None = None
     ) -> tuple[NDArray[np.generic], Report]:
-        """Return all images of ``requests`` in order on rank 0, none on other ranks; and the report, on all of them."""
+        """Generate all images of ``requests``.
+
+        Returns:
+            The images in order on rank 0, none on other ranks. The report is returned on all of them.
+        """
         batches: list[NDArray[np.generic]] = []
         report = self.generate_into(
             lambda _, batch: batches.append(batch), requests, progress=progress, trace_sink=trace_sink
@@ -122,13 +130,16 @@ class Engine:
         trace_sink: TraceSink | None = None,
         watcher: OnStep | None = None,
     ) -> Report:
-        """Call ``sink(requests of the round, their samples)`` on rank 0 after every round; never holds all images.
+        """Call ``sink(requests of the round, their samples)`` on rank 0 after every round.
 
-        With ``telemetry.trace``, ``trace_sink(rank, trace)`` is called there for every rank at the end. ``watcher`` is
-        called on this rank after every step of every round.
+        Samples of earlier rounds are not held. A collective of the world: all ranks call it with the same requests.
+        Raises UserError for labels that the model does not have and for traces without a sink. Raises PeerLostError if
+        a rank dies or hangs.
 
-        A collective of the world: all ranks call it with the same requests. Raises UserError for labels that the
-        model does not have and for traces without a sink, and PeerLostError if a rank dies or hangs.
+        Args:
+            trace_sink: called as ``trace_sink(rank, trace)`` on rank 0 for every rank at the end, with
+                ``telemetry.trace``.
+            watcher: called on this rank after every step of every round.
         """
         self.plan.check_requests(requests)
         self.check_memory(len(requests))
@@ -152,7 +163,7 @@ class Engine:
     def check_memory(self, num_images: int) -> None:
         """Raise UserError, on all ranks alike, if the cache of a round would exceed ``cache.memory_limit``.
 
-        A collective of the world if there is a limit. ``generate_into`` asks it; ask it earlier to refuse earlier.
+        A collective of the world if there is a limit. ``generate_into`` calls it. Call it earlier to refuse earlier.
         """
         if self.config.cache.memory_limit is not None:
             on_all_ranks(self.mesh, partial(self.plan.check_memory, num_images, self.mesh.device))
@@ -182,7 +193,7 @@ class Engine:
         return self.denoise_counting(share, combine)[0]
 
     def denoise_counting(self, share: Sequence[Request], combine: Combine | None = None) -> tuple[Tensor, FlopsReport]:
-        """Do as ``denoise``, and return the work that it was."""
+        """Return what ``denoise`` does, and the operations that it took."""
         if self.config.cache.memory_limit is not None:
             how = "a batch of"
             check = partial(check_memory, self.plan.cache_size(), self.config.cache, len(share), self.mesh.device, how)
@@ -197,7 +208,7 @@ class Engine:
         return self.plan.fitted_for(self.model)
 
     def close(self) -> None:
-        """Leave the process groups; the engine cannot generate afterwards."""
+        """Leave the process groups. The engine cannot generate afterwards."""
         if self._gpu is not None:
             self._gpu.close()
         self.mesh.close()

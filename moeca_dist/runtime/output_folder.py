@@ -1,9 +1,16 @@
 """The output folder: written beside its final place and renamed when everything is in it.
 
-``OUT/`` holds ``images/000000.png ...``, ``grid.png``, ``samples.npz`` (``arr_0``, uint8 [N, H, W, C], the field's FID
-input), ``config.yaml`` and ``report.json``; for latents without a decoder ``latents.npz`` (``arr_0``, float32
-[N, C, H, W]) takes the place of the pictures. A compared run adds ``uncached/`` with the exact samples, and
-``comparison.png`` with both grids; a profiled run adds ``traces/rank_000.json.gz ...``.
+    OUT/
+    |-- images/000000.png ...    pictures
+    |-- grid.png                 the first pictures at a glance
+    |-- samples.npz              ``arr_0``, uint8 [N, H, W, C], the field's FID input
+    |-- config.yaml
+    |-- report.json
+    |-- uncached/                the exact samples of a compared run
+    |-- comparison.png           both grids of a compared run
+    `-- traces/rank_000.json.gz  of a profiled run
+
+For latents without a decoder ``latents.npz`` (``arr_0``, float32 [N, C, H, W]) takes the place of the pictures.
 """
 
 import math
@@ -29,7 +36,7 @@ COMPARE_CHUNK = 64  # images held in memory at a time
 
 
 class SampleArray:
-    """All samples of a run in one file-backed array: 50,000 pictures would not fit in memory beside the model."""
+    """The samples of a run in one file-backed array: 50,000 pictures would not fit in memory beside the model."""
 
     def __init__(self, folder: Path, num_images: int) -> None:
         self._mapped = folder / "arr_0.npy"
@@ -47,12 +54,12 @@ class SampleArray:
         self._written += len(samples)
 
     def grid(self) -> Image.Image | None:
-        """The first pictures at a glance; None for latents."""
+        """Return the first pictures at a glance, or None if the samples are latents."""
         assert self.samples is not None
         return _grid(self.samples[:GRID_LIMIT]) if self.samples.dtype == np.uint8 else None
 
     def finish(self, folder: Path) -> None:
-        """Write ``samples.npz`` and ``grid.png``, or ``latents.npz``, into ``folder``; the array goes."""
+        """Write ``samples.npz`` and ``grid.png``, or ``latents.npz``, into ``folder``, and delete the array."""
         assert self.samples is not None and self._written == self._num_images
         grid = self.grid()
         if grid is not None:
@@ -64,7 +71,7 @@ class SampleArray:
 
 
 class SampleWriter:
-    """Writes the samples of one generation into a folder: pictures one by one, the array at the end."""
+    """A writer of the samples of one generation into a folder: pictures one by one, the array at the end."""
 
     def __init__(self, folder: Path, num_images: int) -> None:
         self._folder = folder
@@ -85,15 +92,16 @@ class SampleWriter:
                 picture(pixels_HWC).save(folder / f"{request.index:06d}.png")
 
     def grid(self) -> Image.Image | None:
-        """The first pictures at a glance; None for latents."""
+        """Return the first pictures at a glance, or None if the samples are latents."""
         return self._array.grid()
 
     def finish(self) -> None:
+        """Write the whole array, and the grid of pictures."""
         self._array.finish(self._folder)
 
 
 class OutputFolder:
-    """Collects the samples of a run on rank 0. Nothing appears at ``path`` before ``finish``."""
+    """The output folder of a run on rank 0. Nothing appears at ``path`` before ``finish``."""
 
     def __init__(
         self, path: str | os.PathLike[str], num_images: int, *, overwrite: bool = False, compare: bool = False
@@ -131,7 +139,11 @@ class OutputFolder:
         (folder / f"rank_{rank:03d}.json.gz").write_bytes(trace)
 
     def quality(self) -> dict[str, float] | None:
-        """How near the samples are to the uncached ones; None without any, and for latents."""
+        """Compare the samples with the uncached ones.
+
+        Returns:
+            Paired metrics by name. None if there are no uncached samples, and for latents.
+        """
         if self._uncached is None:
             return None
         found, exact = self._samples.samples, self._uncached.samples
@@ -146,7 +158,7 @@ class OutputFolder:
         return {"psnr_db": result.psnr_db, "rel_l2": result.rel_l2, "ssim": result.ssim}
 
     def add_file(self, name: str, text: str) -> Path:
-        """Put a text file beside the samples; its final place."""
+        """Put a text file beside the samples. Returns its final path."""
         (self._partial / name).write_text(text, encoding="utf-8")
         return self.path / name
 
@@ -163,7 +175,7 @@ class OutputFolder:
         self._swap()
 
     def abandon(self) -> None:
-        """Remove the partial folder; what stood at ``path`` stays as it was."""
+        """Remove the partial folder. Whatever stood at ``path`` stays as it was."""
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _swap(self) -> None:
@@ -190,7 +202,7 @@ def _refuse_occupied(path: Path, overwrite: bool) -> None:
 
 
 def picture(pixels_HWC: NDArray[np.generic]) -> Image.Image:
-    """uint8 [H, W, C] with one or three channels."""
+    """Return a picture of uint8 [H, W, C] with one or three channels."""
     return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
 
 

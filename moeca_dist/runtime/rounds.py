@@ -1,4 +1,4 @@
-"""How requests are shared out over ranks, and how their samples come together.
+"""Rounds: requests are shared out over ranks, and their samples are brought together.
 
 Shape suffixes: B images of this rank in a round.
 """

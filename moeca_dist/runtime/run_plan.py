@@ -1,7 +1,7 @@
 """A resolved run: what a configuration means for one network and its ranks, decided and validated in one place.
 
-It is made twice in a run. The command line resolves a plan before weights are read, so that mistakes are refused at
-once; the engine resolves its own, for callers of the library.
+A plan is made twice in a run. The command line resolves a plan before weights are read, so that mistakes are refused at
+once. The engine resolves its own, for callers of the library.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,9 @@ from moeca_dist.types import Request
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What all runs of an engine have in common. Made with ``RunPlan.resolve``; a batch adds its requests.
+    """The decisions that all runs of an engine have in common.
+
+    ``RunPlan.resolve`` makes them, and a batch adds its requests.
 
     Attributes:
         config: with the values that the model and the world decided. Running it again is the same run.
@@ -64,11 +66,16 @@ class RunPlan:
         spec: ModelSpec | None = None,
         calibration: Calibration | None = None,
     ) -> "RunPlan":
-        """Decide what the configuration leaves open, and refuse what cannot be carried out, without reading weights.
+        """Decide what the configuration leaves open, without reading weights.
 
-        Raises UserError for a missing, foreign or inconsistent checkpoint, step counts that the sampler does not
-        offer, options without effect, CUDA graphs of steps that follow the data, a file that is no calibration or
-        expert placement, and a decoder that is not there or has no use.
+        Raises UserError for what cannot be carried out:
+
+        - a missing, foreign or inconsistent checkpoint,
+        - step counts that the sampler does not offer,
+        - options without effect,
+        - CUDA graphs of steps that follow the data,
+        - a file that is no calibration or expert placement,
+        - a decoder that is not there or has no use.
 
         Args:
             spec: of the network, if it is loaded already.
@@ -114,7 +121,7 @@ class RunPlan:
                 )
 
     def check_memory(self, num_images: int, device: torch.device) -> None:
-        """Raise UserError if a rank's cache of a round would exceed ``cache.memory_limit``; needs no weights."""
+        """Raise UserError if a rank's cache of a round would exceed ``cache.memory_limit``. Weights are not needed."""
         per_round = min(num_images, self.world_size * self.config.sampling.batch_size)
         most = -(-per_round // self.world_size)
         check_memory(self.cache_size(), self.config.cache, most, device)
@@ -125,7 +132,7 @@ class RunPlan:
             check_fits(self.calibration, self.fitted_for(model), self.config.cache.calibration)
 
     def cache_size(self) -> CacheSize | None:
-        """Return what the caches keep; None without a cache."""
+        """Return what the caches keep, or None without a cache."""
         if self.policy is None:
             return None
         history = None if self.calibration is None else self.calibration.weights.history
@@ -134,6 +141,7 @@ class RunPlan:
         )
 
     def figures(self, num_images: int, statistics: CacheStatistics) -> RunFigures:
+        """Return the figures of a run of so many images, from its statistics."""
         return RunFigures(self.spec, num_images * len(self.halves) * self.num_steps, self.policy, statistics)
 
     def fitted_for(self, model: DiffusionTransformer) -> FittedFor:
@@ -151,7 +159,7 @@ class RunPlan:
     def open_session(
         self, share: Sequence[Request], model: DiffusionTransformer, statistics: CacheStatistics, timer: Timer
     ) -> CacheSession | None:
-        """Open the caches of one batch; None without a cache."""
+        """Open the caches of one batch. Returns None without a cache."""
         if self.policy is None:
             return None
         return CacheSession(

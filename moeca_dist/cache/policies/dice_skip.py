@@ -22,6 +22,8 @@ DEFAULT_INTERVAL = 2
 
 @dataclass(frozen=True, kw_only=True)
 class DiceSkip(Scheduled, BranchPolicy):
+    """A policy that computes all branches of a cached step but the one of lowest gate of each token."""
+
     name: ClassVar[str] = "dice_skip"
     computes_modules: ClassVar[bool] = True
     # Only the branch of lowest gate is judged; whatever is not it is computed.

@@ -1,6 +1,6 @@
 """MoECa (arXiv 2606.15615): a score decides which branches are recomputed, with a threshold for each expert.
 
-In a cache step the router runs on the input made with the *stored* attention output. A matched branch has the score
+In a cache step the router runs on the input made with the *stored* attention output. A matched branch has this score:
 
     s = w_t + LAMBDA_1 * (w_t - w_t0) + LAMBDA_2 * |h_q| / sum_j |h_j|
 

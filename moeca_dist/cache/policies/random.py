@@ -19,6 +19,8 @@ _BITS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBranches(Scheduled, BranchPolicy):
+    """A policy that refreshes each branch with probability ``ratio``."""
+
     ratio: float
 
     name: ClassVar[str] = "random"

@@ -52,6 +52,7 @@ class Toca(Scheduled, ModulePolicy):
         return None
 
     def score(self, view: ModuleView) -> Tensor:
+        """Return [B, T]: a higher score for tokens that are more urgent to compute."""
         norms_BT = view.value_BTD.float().norm(dim=-1)
         norms_BT = norms_BT / norms_BT.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         score_BT = norms_BT + AGE_WEIGHT * view.age_BT / self.interval
