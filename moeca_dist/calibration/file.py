@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,10 @@ from moeca_dist.cache.policy import Half, Policy
 from moeca_dist.calibration.correction import OutputWeights, num_terms
 from moeca_dist.config import Config
 from moeca_dist.errors import UserError
-from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.types import StepContext
+
+if TYPE_CHECKING:
+    from moeca_dist.models.backbone import DiffusionTransformer
 
 FORMAT = 1
 # Rounding to another dtype changes the norms by far less, another training by far more.
@@ -69,7 +71,7 @@ _FIELDS = {"format", *(field.name for field in fields(Calibration))}
 
 
 def fitted_for(
-    config: Config, num_steps: int, policy: Policy | None, halves: Sequence[Half], model: DiffusionTransformer
+    config: Config, num_steps: int, policy: Policy | None, halves: Sequence[Half], model: "DiffusionTransformer"
 ) -> FittedFor:
     """What weights that are calibrated for a run depend on."""
     # Defaults are left out, so that a calibration outlives options that it knows nothing of.
@@ -81,7 +83,7 @@ def fitted_for(
     return FittedFor(cache, num_steps, config.sampling.cfg_scale, weight_norms(model))
 
 
-def weight_norms(model: DiffusionTransformer) -> tuple[float, ...]:
+def weight_norms(model: "DiffusionTransformer") -> tuple[float, ...]:
     """Root mean squares of parameters that every rank holds, whatever experts it has."""
     held = (model.x_embedder.proj.weight, model.final_layer.linear.weight, model.y_embedder.embedding_table.weight)
     return tuple(float(parameter.detach().float().square().mean().sqrt()) for parameter in held)
