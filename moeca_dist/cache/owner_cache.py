@@ -103,13 +103,20 @@ class OwnerSlotTable:
         slot_N = self._slot_TE.view(-1).index_select(0, place_N).long()
         return Match(slot_N, slot_N != EMPTY, place_N)
 
-    def assign(self, routing: Routing, match: Match, slots: SlotAllocator, owner_of_expert_E: Tensor) -> Tensor:
-        """Return the slot [N] of every branch. Branches that the routing dropped leave theirs."""
+    def assign(
+        self, routing: Routing, match: Match, slots: SlotAllocator, owner_of_expert_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the slot [N] of every branch, and bool [T]: tokens of which the routing dropped a branch.
+
+        Dropped branches leave their slots.
+        """
         assert self._slot_TE is not None
         # NOTE: host synchronisations on CUDA, here and below: numbers of branches decide the shapes.
         new_N = (~match.found_N).nonzero().squeeze(1)
+        has_dropped_T = torch.zeros_like(routing.start_T, dtype=torch.bool)
         if not new_N.shape[0]:
-            return match.row_N
+            # An image has equally many branches in every step, so nothing is dropped either.
+            return match.row_N, has_dropped_T
         is_routed_TE = torch.zeros_like(self._slot_TE, dtype=torch.bool)
         is_routed_TE.view(-1)[match.place_N] = True
         token_X, expert_X = (~is_routed_TE & (self._slot_TE != EMPTY)).nonzero().unbind(1)
@@ -117,7 +124,7 @@ class OwnerSlotTable:
         self._slot_TE[token_X, expert_X] = EMPTY
         new_slot_N = slots.take(owner_of_expert_E[routing.expert_N[new_N]])
         self._slot_TE.view(-1)[match.place_N[new_N]] = new_slot_N.int()
-        return match.row_N.index_copy(0, new_N, new_slot_N)
+        return match.row_N.index_copy(0, new_N, new_slot_N), has_dropped_T.index_fill_(0, token_X, True)
 
     def serve(self, touched_T: Tensor, changed_T: Tensor, fresh_TD: Tensor, step: int) -> Tensor:
         """Return the routed sums [T, D], and keep the fresh ones.

@@ -20,7 +20,7 @@ from moeca_dist.parallel.row_packing import token_sums
 class OwnerMoELayer(MoELayer):
     """A MoE layer whose branch values are kept by the ranks that own the experts.
 
-    A token travels if any of its branches is refreshed. Each owner of its experts then returns one row: the weighted
+    A token travels if any of its branches is refreshed or dropped. Each owner of its experts then returns one row: the weighted
     sum of the branches that it holds. All ranks of the group take part in every evaluation.
     """
 
@@ -41,8 +41,9 @@ class OwnerMoELayer(MoELayer):
         exchange, kept, x_TD = self.dispatcher.owner_exchange, _kept(cache), x_BTD.flatten(0, 1)
         with cache.timer.section("bookkeeping"):
             owner_E, _ = exchange.owners.on(x_TD.device)
-            slot_N = kept.table.assign(plan.routing, plan.match, kept.slots, owner_E)
-            request = OwnerRequest(plan.routing, plan.refresh_N, plan.match.found_N, slot_N)
+            slot_N, has_dropped_T = kept.table.assign(plan.routing, plan.match, kept.slots, owner_E)
+            touched_T = plan.routing.tokens_with(plan.refresh_N) | has_dropped_T
+            request = OwnerRequest(plan.routing, touched_T, plan.refresh_N, plan.match.found_N, slot_N)
         sending = exchange.dispatch(x_TD, request, kept.slots.capacities)
         shared_BTD = self._cached_shared(x_BTD, cache, tokens)  # while rows travel
         received = sending.wait()
@@ -50,8 +51,7 @@ class OwnerMoELayer(MoELayer):
         rows_MD = exchange.combine(sums_SD, received).wait()
         with cache.timer.section("bookkeeping"):
             fresh_TD = token_sums(rows_MD, received.sent.token_M, x_TD.shape[0])
-            touched_T = plan.routing.tokens_with(plan.refresh_N)
-            changed_T = plan.routing.tokens_with(~plan.match.found_N)
+            changed_T = plan.routing.tokens_with(~plan.match.found_N) | has_dropped_T
             routed_TD = kept.table.serve(touched_T, changed_T, fresh_TD, cache.step.index)
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
 

@@ -1,8 +1,8 @@
 """The exchange with branch values at the owners: headers and hidden rows to them, summed rows back.
 
-A token travels ("touched") if any of its branches is refreshed. Then every owner of its experts gets a header for each
-of its branches. Owners of refreshed branches get the hidden row too, once. Each owner returns one row: the weighted sum
-of the branches that it holds.
+A token travels ("touched") if any of its branches is refreshed, or dropped by the routing. Then every owner of its
+experts gets a header for each of its branches. Owners of refreshed branches get the hidden row too, once. Each owner
+returns one row: the weighted sum of the branches that it holds.
 
     header: three int32 words of a branch
     word 0   | local expert: 29 bits | found: 1 | refresh: 1 | starts a pair: 1 |
@@ -39,15 +39,17 @@ _STARTS_PAIR, _REFRESH, _FOUND, _EXPERT_SHIFT = 1, 2, 4, 3
 
 @dataclass(frozen=True)
 class OwnerRequest:
-    """The request of a home rank to the owners, for all its tokens. Tokens without a refreshed branch stay at home.
+    """The request of a home rank to the owners, for all its tokens.
 
     Attributes:
+        touched_T: bool, tokens that travel: a branch is refreshed, or the routing dropped one. The others stay at home.
         refresh_N: bool, branches that are computed now.
         found_N: bool, branches that the owner holds.
         slot_N: int64 slot of each branch in its owner's store.
     """
 
     routing: Routing
+    touched_T: Tensor
     refresh_N: Tensor
     found_N: Tensor
     slot_N: Tensor
@@ -124,9 +126,8 @@ class OwnerExchange:
         """Return headers [N, 3] of touched tokens' branches, their pairs, and bool [M]: whose hidden row is needed."""
         routing = request.routing
         owner_E, local_id_E = self.owners.on(routing.token_N.device)
-        touched_T = routing.tokens_with(request.refresh_N)
         # NOTE: a host synchronisation on CUDA: the number of branches of touched tokens decides the shapes.
-        branch_N = touched_T.index_select(0, routing.token_N).nonzero().squeeze(1)
+        branch_N = request.touched_T.index_select(0, routing.token_N).nonzero().squeeze(1)
         pairs = group_by_owner(owner_E[routing.expert_N[branch_N]], routing.token_N[branch_N])
         branch_N = branch_N[pairs.branch_N]
         refresh_N, found_N = request.refresh_N[branch_N], request.found_N[branch_N]

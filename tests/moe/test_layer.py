@@ -18,6 +18,7 @@ from moeca_dist.cache.session import CacheSession
 from moeca_dist.cache.statistics import REFRESHED, CacheStatistics, Reason
 from moeca_dist.moe.experts import ExpertModules, Experts, SwiGLU
 from moeca_dist.moe.layer import MoELayer
+from moeca_dist.moe.owner_layer import OwnerMoELayer
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.all_to_all import AllToAllDispatcher
 from moeca_dist.parallel.expert_placement import ExpertPlacement
@@ -127,7 +128,30 @@ class Loop:
         return out_TD.view_as(x_BTD)
 
 
-def run_cached(layer: MoELayer, order: int, images: range) -> tuple[list[Tensor], CacheStatistics]:
+class OwnerLoop(Loop):
+    """The same with values at the owners, without forecasts: untouched tokens keep their last routed sum."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.sums: dict[int, Tensor] = {}
+        self.served_after_a_drop = 0
+
+    def step(self, step: int, x_BTD: Tensor) -> Tensor:
+        before = {token: {e for t, e in self.branches if t == token} for token in range(len(x_BTD) * TOKENS)}
+        out_TD = super().step(step, x_BTD).flatten(0, 1)
+        shared_TD = expected_now(self.shared, step, 0)
+        for token, experts in before.items():
+            now = {e for t, e in self.branches if t == token}
+            if step in FULL or now != experts or any(is_wanted(step, expert) for expert in now):
+                self.sums[token] = out_TD[token] - shared_TD[token]
+                self.served_after_a_drop += now < experts and not any(is_wanted(step, expert) for expert in now)
+            out_TD[token] = self.sums[token] + shared_TD[token]
+        return out_TD.view_as(x_BTD)
+
+
+def run_cached(
+    layer: MoELayer, order: int, images: range, owner_ranks: int | None = None
+) -> tuple[list[Tensor], CacheStatistics]:
     session = CacheSession(
         Scripted(order=order),
         [Request(image, 0) for image in images],
@@ -135,6 +159,7 @@ def run_cached(layer: MoELayer, order: int, images: range) -> tuple[list[Tensor]
         num_blocks=1,
         num_experts=EXPERTS,
         statistics=CacheStatistics(),
+        owner_ranks=owner_ranks,
     )
     outputs = []
     for index in range(NUM_STEPS):
@@ -173,18 +198,36 @@ def test_experts_choose_with_values_at_home(order: int) -> None:
     assert sum(statistics.total(reason) for reason in REFRESHED) == loop.refreshed + statistics.total(Reason.FULL)
 
 
-def on_a_rank(owners: tuple[int, ...], shares: list[range], order: int | None) -> list[Tensor]:
+def on_a_rank(
+    owners: tuple[int, ...], shares: list[range], order: int | None, *, at_owners: bool = False
+) -> list[Tensor]:
     """On every rank: its own images through the all-to-all, in every step."""
     env = LauncherEnv.read()
     group = Mesh.create(env, device_type="cpu", timeout_s=60).expert_group
     assert group is not None
     placement = ExpertPlacement(owners, env.world_size)
-    layer = make_layer(make_experts(placement.experts_of(env.rank)))
+    layer_class = OwnerMoELayer if at_owners else MoELayer
+    layer = layer_class(ExpertsChoose(), make_experts(placement.experts_of(env.rank)), make_shared(), EXPERTS)
     layer.local_expert_ids = placement.experts_of(env.rank)
     layer.dispatcher = AllToAllDispatcher(group, placement)
     if order is None:
         return [layer(inputs(step, shares[env.rank])) for step in range(NUM_STEPS)]
-    return run_cached(layer, order, shares[env.rank])[0]
+    return run_cached(layer, order, shares[env.rank], env.world_size if at_owners else None)[0]
+
+
+def at_owners_on_a_rank(owners: tuple[int, ...], shares: list[range]) -> list[Tensor]:
+    return on_a_rank(owners, shares, 0, at_owners=True)
+
+
+@pytest.mark.parametrize("shares", [[range(2), range(2, 3)], [range(0), range(3)]], ids=["both", "one without images"])
+@pytest.mark.parametrize("owners", [(0, 0, 0, 1, 1, 1), (1, 1, 1, 1, 1, 1)], ids=["even", "one owns all"])
+def test_experts_choose_with_values_at_the_owners(two_ranks: Any, owners: tuple[int, ...], shares: list[range]) -> None:
+    """A token that loses an expert travels, though none of its branches is computed: its last sum holds too much."""
+    loop, results = OwnerLoop(), two_ranks.run(at_owners_on_a_rank, owners, shares)
+    for step in range(NUM_STEPS):
+        found = torch.cat([outputs[step] for outputs in results])
+        torch.testing.assert_close(found, loop.step(step, inputs(step, range(3))), atol=1e-4, rtol=1e-4)
+    assert loop.served_after_a_drop > 0
 
 
 @pytest.mark.parametrize("shares", [[range(2), range(2, 3)], [range(0), range(3)]], ids=["both", "one without images"])
