@@ -123,25 +123,25 @@ def dead_nodes() -> set[str]:
 def gangs_that_fit(shape: GangShape, limit: int, nodes: Sequence[Mapping[str, Any]] | None = None) -> int:
     """Return how many gangs, at most ``limit``, the nodes could hold if they held nothing else."""
     free = [dict(node["Resources"]) for node in (ray.nodes() if nodes is None else nodes) if node["Alive"]]
-    for placed in range(limit):
-        if not _place(shape, free):
-            return placed
+    for fitting in range(limit):
+        if not _take_gang(shape, free):
+            return fitting
     return limit
 
 
-def _place(shape: GangShape, free: list[dict[str, float]]) -> bool:
-    """Take the resources of one gang from ``free``; False where they are not there."""
+def _take_gang(shape: GangShape, free: list[dict[str, float]]) -> bool:
+    """Take the resources of one gang from ``free``. Returns False if they are not there."""
     demands = shape.resources
     if shape.strategy == "STRICT_PACK":
         demands = [{name: sum(demand[name] for demand in demands) for name in demands[0]}]
     used: set[int] = set()
     for demand in demands:
-        for place, node in enumerate(free):
-            taken = shape.strategy == "STRICT_SPREAD" and place in used
+        for index, node in enumerate(free):
+            taken = shape.strategy == "STRICT_SPREAD" and index in used
             if not taken and all(node.get(name, 0) >= amount for name, amount in demand.items()):
                 for name, amount in demand.items():
                     node[name] -= amount
-                used.add(place)
+                used.add(index)
                 break
         else:
             return False

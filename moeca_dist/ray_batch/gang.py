@@ -22,7 +22,7 @@ from moeca_dist.errors import PeerLostError, UserError
 from moeca_dist.ray_batch.cluster import GangShape, actor_class, dead_nodes, describe_nodes
 from moeca_dist.ray_batch.progress import Board
 from moeca_dist.ray_batch.supervisor import Chunk
-from moeca_dist.ray_batch.worker import Place, Progress, Worker
+from moeca_dist.ray_batch.worker import Progress, Worker, WorkerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ WAITING_REPORT_S = 10.0
 CAUSE_S = 1.0
 NODE_NOTICE_S = 5.0
 MAX_FAILED_STARTS = 5
-PLACE_TIMEOUT_S = 60.0
+ADDRESS_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,16 @@ class Gang:
             ).remote(self._number, rank)
             for rank, bundle in enumerate(shape.bundle_of_rank)
         ]
-        places: list[Place] = await self._all([actor.place.remote() for actor in self._actors], PLACE_TIMEOUT_S)
-        self._nodes = {place.node_id for place in places}
+        finds = [actor.find_address.remote() for actor in self._actors]
+        addresses: list[WorkerAddress] = await self._all(finds, ADDRESS_TIMEOUT_S)
+        self._nodes = {each.node_id for each in addresses}
         logger.info(
             "gang %d starts on %s: processes %s",
             self._number,
-            ", ".join(sorted({place.address for place in places})),
-            " ".join(str(place.pid) for place in places),
+            ", ".join(sorted({each.host for each in addresses})),
+            " ".join(str(each.pid) for each in addresses),
         )
-        joins = [actor.join.remote(self._plan.config, places) for actor in self._actors]
+        joins = [actor.join.remote(self._plan.config, addresses) for actor in self._actors]
         devices = await self._all(joins, self._plan.start_timeout_s)
         kinds = ", ".join(sorted(set(devices)))
         logger.info(

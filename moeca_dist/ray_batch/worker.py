@@ -30,11 +30,11 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerAddress:
     """The node and process of an actor, with a port that is free on that node."""
 
     node_id: str
-    address: str
+    host: str
     port: int
     pid: int
 
@@ -67,19 +67,20 @@ class Worker:
         """Return the name that Ray puts before every line of the process that the driver prints."""
         return f"gang {self._gang} rank {self._rank}"
 
-    def place(self) -> Place:
+    def find_address(self) -> WorkerAddress:
+        """Find the node and process of this actor, and a free port."""
         context = ray.get_runtime_context()
         with closing(socket.socket()) as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), port, os.getpid())
+        return WorkerAddress(context.get_node_id(), ray.util.get_node_ip_address(), port, os.getpid())
 
-    def join(self, config: Config, places: Sequence[Place]) -> str:
+    def join(self, config: Config, addresses: Sequence[WorkerAddress]) -> str:
         """Meet the other ranks and load this rank's part of the model. Returns the name of the rank's device.
 
         Raises UserError if the checkpoint or the device does not exist, and PeerLostError if a rank is missing.
         """
-        _tell_launcher_variables(self._rank, places, on_cpu=config.model.device == "cpu")
+        _tell_launcher_variables(self._rank, addresses, on_cpu=config.model.device == "cpu")
         import torch
 
         from moeca_dist.ray_batch.metrics import RankMetrics
@@ -127,15 +128,15 @@ class Worker:
         self._metrics.note_chunk(report)
 
 
-def _tell_launcher_variables(rank: int, places: Sequence[Place], *, on_cpu: bool) -> None:
-    """What torchrun would set. Every actor sees its own GPU alone, so its local rank is 0."""
-    alone = len({place.node_id for place in places}) == 1 or len({place.address for place in places}) == 1
+def _tell_launcher_variables(rank: int, addresses: Sequence[WorkerAddress], *, on_cpu: bool) -> None:
+    """Set what torchrun would set. Every actor sees its own GPU alone, so its local rank is 0."""
+    alone = len({each.node_id for each in addresses}) == 1 or len({each.host for each in addresses}) == 1
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK="0",
-        WORLD_SIZE=str(len(places)),
-        MASTER_ADDR=LOOPBACK if alone else places[0].address,
-        MASTER_PORT=str(places[0].port),
+        WORLD_SIZE=str(len(addresses)),
+        MASTER_ADDR=LOOPBACK if alone else addresses[0].host,
+        MASTER_PORT=str(addresses[0].port),
         DS_ACCELERATOR="cpu" if on_cpu else "cuda",
     )
     if alone:
