@@ -43,6 +43,7 @@ def config_of(model: str, batch: int, contender: str, arguments: argparse.Namesp
             "model": {
                 "name": model, "random_init": True, "device": arguments.device,
                 "dtype": "float32" if arguments.device == "cpu" else "bfloat16", "cuda_graphs": contender == GRAPHED,
+                "kernels": arguments.kernels,
             } | ({"input_size": 8} if quick else {}),
             "sampling": {"num_steps": 30 if quick else 50, "batch_size": batch},
         }
@@ -82,7 +83,7 @@ def full_steps(engine: Engine) -> list[int]:
     """Steps in which both guidance halves are computed."""
     if engine.policy is None:
         return list(range(engine.num_steps))
-    by_half = engine.plan.fitted_for(engine.model).cache["full_steps"].values()
+    by_half = engine.fitted_for().cache["full_steps"].values()
     return sorted(set.intersection(*map(set, by_half)))
 
 
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--kernels", choices=("torch", "triton"), default="torch", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one small network and few steps, to see that all run")
     parser.add_argument("--out", type=Path, help="folder of the results; default: in benchmarks/results/gpu_e2e")

@@ -63,6 +63,7 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
             normal(all_tokens, width),
             torch.randint(0, all_tokens, (fresh,), device=device),
             torch.randint(0, experts, (fresh,), device=device),
+            experts,
         )
 
     def serve() -> Any:
@@ -76,7 +77,7 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
         gate_N = torch.rand(num_branches, device=device)
         branches = BranchesToServe(row_N // k, row_N[::k].clone(), gate_N, row_N, found_N, refresh_N)
         rows = FreshRows(normal(fresh, width), branch_M, torch.arange(fresh, device=device))
-        return StoredBranches(values, slopes, step_N), branches, rows
+        return StoredBranches(values, slopes, step_N), branches, rows, GAP
 
     def residual() -> Any:
         x_BTD, value_BTD, slope_BTD, after_BTD, out_BTD = (normal(images, tokens, width) for _ in range(5))
@@ -88,10 +89,10 @@ def cases(spec: ModelSpec, images: int, device: torch.device, dtype: torch.dtype
     def drawn(draw: Callable[[], Any]) -> list[Any]:
         return [draw() for _ in range(INPUT_SETS)]
 
-    yield Case("gather_rows", 2 * fresh * row, drawn(gather), lambda kernels, sets: kernels.gather_rows(*sets, experts))
+    yield Case("gather_rows", 2 * fresh * row, drawn(gather), lambda kernels, sets: kernels.gather_rows(*sets))
     # Values and slopes of what is served; a fresh row is read and stored, and its old value gives the slope.
     served = 2 * (all_tokens * k - fresh) + 4 * fresh + all_tokens
-    yield Case("serve_branches", served * row, drawn(serve), lambda kernels, sets: kernels.serve_branches(*sets, GAP))
+    yield Case("serve_branches", served * row, drawn(serve), lambda kernels, sets: kernels.serve_branches(*sets))
     yield Case(
         "gated_residual", 4 * all_tokens * row, drawn(residual),
         lambda kernels, sets: kernels.gated_residual(*sets[:4]),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.common.hardware import busy_core_seconds, conditions
 from benchmarks.common.local_ranks import become_rank, free_port
@@ -107,8 +107,8 @@ def run_case(case: Case, mesh: Mesh, repeats: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     placement = ExpertPlacement.contiguous(case.shape.num_experts, mesh.ep_size)
     experts = make_experts(case.shape, placement.experts_of(mesh.ep_rank), dtype, mesh.device)
-    x_TD, routing = make_input(case, mesh.rank, dtype, mesh.device)
-    setup = Setup(case, mesh, placement, experts, routing)
+    x_TD, *routing = make_input(case, mesh.rank, dtype, mesh.device)
+    setup = Setup(case, mesh, placement, experts, *routing)
     layers = {name: build(setup) for name, build in CONTENDERS.items()}
     errors = {name: max(gathered(mesh, error)) for name, error in compare(layers, x_TD).items()}
     for name, error in errors.items():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moeca_dist.moe.experts import RoutedExperts
-from moeca_dist.types import Routing
 
 TOKENS_PER_IMAGE = 256
 SPARSE_SHARE = 0.05  # what a cached step is expected to send
@@ -73,15 +72,15 @@ def make_experts(shape: Shape, held: Sequence[int], dtype: torch.dtype, device: 
     return experts
 
 
-def make_input(case: Case, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Routing]:
-    """The tokens of one rank and where they go; gates sum to 1, which every contender can express."""
+def make_input(case: Case, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of one rank [T, D], their experts and gates [T, K]. Gates sum to 1, which every contender can express."""
     draw = torch.Generator().manual_seed(1000 + rank)
     shape, num_tokens = case.shape, case.num_tokens
     x_TD = torch.randn(num_tokens, shape.hidden_size, generator=draw)
     expert_ids_TK = draw_experts(case, draw)
     gates_TK = torch.rand(num_tokens, shape.num_experts_per_tok, generator=draw).add_(0.1)
     gates_TK /= gates_TK.sum(-1, keepdim=True)
-    return x_TD.to(device, dtype), Routing.top_k(expert_ids_TK.to(device), gates_TK.to(device))
+    return x_TD.to(device, dtype), expert_ids_TK.to(device), gates_TK.to(device)
 
 
 def draw_experts(case: Case, draw: torch.Generator) -> Tensor:

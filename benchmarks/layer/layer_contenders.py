@@ -38,15 +38,8 @@ class Setup:
     mesh: Mesh
     placement: ExpertPlacement
     experts: RoutedExperts
-    routing: Routing
-
-    @property
-    def ids_TK(self) -> Tensor:
-        return self.routing.expert_N.view(-1, self.case.shape.num_experts_per_tok)
-
-    @property
-    def gates_TK(self) -> Tensor:
-        return self.routing.gate_N.view(-1, self.case.shape.num_experts_per_tok)
+    expert_ids_TK: Tensor
+    gates_TK: Tensor
 
 
 def ours(setup: Setup) -> Layer:
@@ -56,7 +49,7 @@ def ours(setup: Setup) -> Layer:
     dispatcher = local if group is None else AllToAllDispatcher(group, setup.placement)
 
     def run(x_TD: Tensor) -> Tensor:
-        routing = setup.routing
+        routing = Routing.top_k(setup.expert_ids_TK, setup.gates_TK)
         dispatched = dispatcher.dispatch(x_TD, routing.branches, routing.gate_N).wait()
         outputs_RD = setup.experts(dispatched.rows_RD, dispatched.rows_per_expert_L)
         return dispatcher.combine_sums(outputs_RD, dispatched, routing).wait()
@@ -67,16 +60,16 @@ def ours(setup: Setup) -> Layer:
 class GivenLogitsGate(TopKGate):
     """DeepSpeed's gate without the router's matrix product: it turns given logits into slots and capacity.
 
-    ``drop_tokens=False``: the capacity of each call is the largest row count of any expert on any rank (on_all_ranks by
-    all-reduce), the smallest that loses no token.
+    ``drop_tokens=False``: the capacity of each call is the largest row count of any expert on any rank, agreed by
+    all-reduce: the smallest that loses no token.
     """
 
     def __init__(self, setup: Setup) -> None:
-        shape, num_tokens = setup.case.shape, setup.routing.num_tokens
+        shape, gates_TK = setup.case.shape, setup.gates_TK
         super().__init__(shape.hidden_size, shape.num_experts, shape.num_experts_per_tok)
         # A softmax over these returns the given gates: experts not chosen have probability zero.
-        logits_TE = torch.full((num_tokens, shape.num_experts), float("-inf"), device=setup.gates_TK.device)
-        self.logits_TE = logits_TE.scatter_(1, setup.ids_TK, setup.gates_TK.log())
+        logits_TE = torch.full((gates_TK.shape[0], shape.num_experts), float("-inf"), device=gates_TK.device)
+        self.logits_TE = logits_TE.scatter_(1, setup.expert_ids_TK, gates_TK.log())
 
     def forward(self, x: Tensor, used_token: Tensor | None, sparse_routes: bool, use_tutel: bool) -> tuple:
         common = {"capacity_factor": 1.0, "min_capacity": 0, "drop_tokens": False, "ep_group": self.ep_group}
@@ -124,13 +117,14 @@ def classic_gate(setup: Setup) -> Layer:
 class GivenRoutes(nn.Module):
     """Stands in for AutoEP's router: the counts, which it needs for its dispatch, are still its work."""
 
-    def __init__(self, ids_TK: Tensor, gates_TK: Tensor, num_experts: int) -> None:
+    def __init__(self, setup: Setup) -> None:
         super().__init__()
-        self.ids_TK, self.gates_TK = ids_TK, gates_TK
-        self.num_experts = num_experts
+        self.expert_ids_TK, self.gates_TK = setup.expert_ids_TK, setup.gates_TK
+        self.num_experts = setup.case.shape.num_experts
 
     def forward(self, x_TD: Tensor, expert_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.gates_TK, self.ids_TK, count_tokens_per_expert(self.ids_TK, self.num_experts)
+        counts_E = count_tokens_per_expert(self.expert_ids_TK, self.num_experts)
+        return self.gates_TK, self.expert_ids_TK, counts_E
 
 
 def auto_ep(setup: Setup) -> Layer:
@@ -139,7 +133,7 @@ def auto_ep(setup: Setup) -> Layer:
     with torch.device("meta"):
         replaced = _HuggingFaceLike(setup)
         layer = AutoEPMoELayer(_auto_ep_spec(setup), replaced, mesh.ep_size, mesh.ep_rank, AutoEPConfig())
-    layer.router = GivenRoutes(setup.ids_TK, setup.gates_TK, shape.num_experts)
+    layer.router = GivenRoutes(setup)
     layer.experts.w1, layer.experts.w2, layer.experts.w3 = setup.experts.w1, setup.experts.w2, setup.experts.w3
     layer.tokens_per_expert = torch.zeros(shape.num_experts, device=mesh.device)
     if mesh.ep_size > 1:
@@ -191,7 +185,7 @@ def naive(setup: Setup) -> Layer:
     held = setup.placement.experts_of(mesh.ep_rank)
 
     def run(x_TD: Tensor) -> Tensor:
-        x_GD, ids_GK, gates_GK = (_all_gather(tensor, mesh) for tensor in (x_TD, setup.ids_TK, setup.gates_TK))
+        x_GD, ids_GK, gates_GK = (_all_gather(tensor, mesh) for tensor in (x_TD, setup.expert_ids_TK, setup.gates_TK))
         y_GD = torch.zeros_like(x_GD)
         for position, expert in enumerate(held):
             tokens, slots = (ids_GK == expert).nonzero(as_tuple=True)

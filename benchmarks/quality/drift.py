@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from benchmarks.common.results import DATA, OUT_HELP, PLOT, default_folder
 from moeca_dist import Engine
 from moeca_dist.config import HalvesConfig
+from moeca_dist.moe.experts import RoutedExperts
 from moeca_dist.types import Request
 
 LARGER = 1.01
 
 
-def watched(engine: Engine) -> dict[str, nn.Module]:
+def watched(engine: Engine) -> dict[str, Any]:
     """Attention and feed-forward of every block, in the order in which they run."""
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Any] = {}
     for index, block in enumerate(engine.model.blocks):
         modules[f"{index} attention"] = block.attn
         kind = "MoE" if index in engine.model.spec.moe_blocks else "dense"
@@ -64,12 +65,13 @@ def sensitivity(engine: Engine, requests: list[Request]) -> tuple[list[int], NDA
     exact = engine.denoise(requests)
     blocks, rows = [], []
     for block, layer in engine.model.moe_layers():
-        row = []
+        assert isinstance(layer.experts, RoutedExperts)
+        w2_LDI, row = layer.experts.w2, []
         for expert in range(engine.model.spec.num_experts):
-            kept = layer.experts.w2[expert].clone()
-            layer.experts.w2[expert].mul_(LARGER)
+            kept = w2_LDI[expert].clone()
+            w2_LDI[expert].mul_(LARGER)
             changed = engine.denoise(requests)
-            layer.experts.w2[expert].copy_(kept)
+            w2_LDI[expert].copy_(kept)
             row.append(float((changed - exact).norm() / exact.norm()) / (LARGER - 1))
         blocks.append(block)
         rows.append(row)

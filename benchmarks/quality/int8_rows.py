@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.common.hardware import conditions
 from benchmarks.common.local_ranks import become_rank, free_port
 from benchmarks.common.results import OUT_HELP, default_folder, save
+from benchmarks.common.unrounded import Unrounded
 from benchmarks.scaling.rank_cases import config_path
-from benchmarks.scaling.rank_job import Cell, Unrounded
+from benchmarks.scaling.rank_job import Cell
 from moeca_dist import Engine, Report, Request
 from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import load_config

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.common.local_ranks import become_rank, free_port
 from moeca_dist.checkpoints.load import load_model
@@ -23,7 +24,7 @@ def bytes_sent(settings: Any, jobs: Sequence[Any], num_images: int) -> dict[str,
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bytes.json"
-        torch.multiprocessing.spawn(_rank, (free_port(), settings, jobs, num_images, out), nprocs=NUM_RANKS)
+        spawn(_rank, (free_port(), settings, jobs, num_images, out), nprocs=NUM_RANKS)
         return dict(json.loads(out.read_text()))
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.common.unrounded import Unrounded
 from moeca_dist import load_model
 from moeca_dist.config import CacheConfig, Config
 from moeca_dist.evaluation.paired import squared_error, ssim, unit_images
@@ -81,13 +82,6 @@ class Run:
     flops: int
     refreshed: int
     cache_bytes: int
-
-
-class Unrounded:
-    """Takes the decoder's place in an engine, so that samples arrive as the solver left them."""
-
-    def decode(self, samples_BCHW: Tensor) -> Tensor:
-        return samples_BCHW
 
 
 def run(model: DiffusionTransformer, job: Job, requests: Sequence[Request], cfg_scale: float) -> Run:

@@ -46,7 +46,7 @@ class TwoRaylets:
         self._environment = {"RAY_TMPDIR": self._folder, "RAY_USAGE_STATS_ENABLED": "0"}
         self._before = {name: os.environ.get(name) for name in self._environment}
         os.environ.update(self._environment)
-        options = {"num_cpus": cpus_per_node, "object_store_memory": OBJECT_STORE_BYTES}
+        options: dict[str, Any] = {"num_cpus": cpus_per_node, "object_store_memory": OBJECT_STORE_BYTES}
         self._options = options
         self._cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
         self._second = self._cluster.add_node(**options)

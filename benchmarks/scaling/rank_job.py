@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from benchmarks.common.hardware import busy_core_seconds
 from benchmarks.common.machine_speed import FixedWork, reference_seconds
+from benchmarks.common.unrounded import Unrounded
 from moeca_dist.config import CacheConfig, load_config
 from moeca_dist.errors import PeerLostError, UserError
 from moeca_dist.models.backbone import DiffusionTransformer
@@ -70,13 +70,6 @@ class Job:
         values = json.loads(path.read_text())
         cells = tuple(Cell(**cell) for cell in values.pop("cells"))
         return cls(**values | {"cells": cells, "overrides": tuple(values["overrides"])})
-
-
-class Unrounded:
-    """Takes the decoder's place in an engine, so that samples arrive as the solver left them."""
-
-    def decode(self, samples_BCHW: Tensor) -> Tensor:
-        return samples_BCHW.cpu()
 
 
 def main(path: str) -> int:

@@ -162,9 +162,9 @@ def draw_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], value: Any) -> Non
         for layout, line in (("ep", "-"), ("dp", ":")):
             points = [row for row in rows if row["policy"] == policy and row["layout"] in (layout, ALONE)]
             if any(row["layout"] == layout for row in points):
-                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-                ranks = [row["num_ranks"] for row in points]
-                axes.plot(ranks, [value(row) for row in points], line, label=f"{layout}, {policy}", **style)
+                colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+                ranks, label = [row["num_ranks"] for row in points], f"{layout}, {policy}"
+                axes.plot(ranks, [value(row) for row in points], line, label=label, color=colour, marker=marker)
     axes.set_xticks(sorted({row["num_ranks"] for row in rows}))
     axes.set_xlabel("ranks")
     axes.grid(alpha=0.3)

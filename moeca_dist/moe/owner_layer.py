@@ -20,8 +20,8 @@ from moeca_dist.parallel.row_packing import token_sums
 class OwnerMoELayer(MoELayer):
     """A MoE layer whose branch values are kept by the ranks that own the experts.
 
-    A token travels if any of its branches is refreshed or dropped. Each owner of its experts then returns one row: the weighted
-    sum of the branches that it holds. All ranks of the group take part in every evaluation.
+    A token travels if any of its branches is refreshed or dropped. Each owner of its experts then returns one row: the
+    weighted sum of the branches that it holds. All ranks of the group take part in every evaluation.
     """
 
     def plan(self, x_BTD: Tensor, cache: LayerCache) -> RefreshPlan:

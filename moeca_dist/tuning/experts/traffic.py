@@ -1,7 +1,8 @@
 """What one exchange of a MoE layer moves and computes, counted from its routing: the bytes that the exchange sends.
 
-The same rules as ``all_to_all.py`` and ``pairs.py`` follow, without tensors on their way: a hidden row travels once per
-pair (a token and a rank that owns some of its experts), a header per branch. What a rank sends to itself is left out.
+It follows the rules of ``parallel/all_to_all.py`` and ``parallel/owner_exchange.py``, without tensors on their way. A
+hidden row travels once per pair (a token and a rank that owns some of its experts), a header per branch. What a rank
+sends to itself is left out.
 
 Shape suffixes: T tokens of all ranks, K routed experts per token, E experts, P ranks as homes, O owners.
 """
