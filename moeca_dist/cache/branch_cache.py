@@ -148,9 +148,10 @@ class BranchCache:
 
 
 def _dropped_rows(found_row_N: Tensor, found_N: Tensor) -> Tensor:
-    """Return int64 [N]: for the n-th unmatched branch the n-th row that no branch was found in; arbitrary elsewhere.
+    """Return int64 [N]: for the n-th unmatched branch the n-th row in which no branch was found.
 
-    Rows and branches lie in the order of the images, so a row stays with its image. Nothing waits for the device.
+    The rows of matched branches are arbitrary. Rows and branches lie in the order of the images, so a row stays with
+    its image. Nothing waits for the device.
     """
     num_rows = found_row_N.shape[0]
     # The last place takes the writes of branches that need none.

@@ -31,7 +31,11 @@ class BlockStore:
         self, policy: ModulePolicy | BranchPolicy, num_experts: int, branches: BranchCache | OwnerCache | None,
         storage: Storage,
     ) -> None:  # fmt: skip
-        """``branches``: None for policies of modules."""
+        """Make an empty store.
+
+        Args:
+            branches: None for policies of modules.
+        """
         self.num_experts = num_experts
         self.modules: dict[Module, ModuleCache] = {}
         self.keys_values = KeyValueCache(storage)

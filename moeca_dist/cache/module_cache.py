@@ -156,7 +156,7 @@ class KeyValueCache:
 
 
 def _head_rows(tokens: TokenIndex, shape_BHTC: torch.Size) -> Tensor:
-    """Return int64 [H * N]: where the heads of some tokens are among the rows [B * H * T], head by head."""
+    """Return int64 [H * N]: the positions of some tokens' heads among the rows [B * H * T], head by head."""
     _, heads, per_image, _ = shape_BHTC
     head_H1 = torch.arange(heads, device=tokens.flat_N.device)[:, None]
     return ((tokens.image_N * heads + head_H1) * per_image + tokens.position_N).flatten()

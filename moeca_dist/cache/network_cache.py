@@ -25,7 +25,11 @@ class NetworkCache:
     def __init__(
         self, policy: NetworkPolicy, num_images: int, halves: Sequence[Half], storage: Storage = AS_COMPUTED
     ) -> None:
-        """``num_images``: of each half."""
+        """Make an empty cache.
+
+        Args:
+            num_images: of each half.
+        """
         self.policy = policy
         self.halves = halves
         self.slices = [slice(index * num_images, (index + 1) * num_images) for index in range(len(halves))]

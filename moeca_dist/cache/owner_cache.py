@@ -246,7 +246,7 @@ class OwnerBranchStore:
         return sums_SD
 
     def _expected(self, row_N: Tensor, step: int) -> Tensor:
-        """[N, D] values of branches in ``step``, a tensor of their own."""
+        """Return the values [N, D] of branches in ``step``, in a tensor of their own."""
         assert self._values_RD is not None
         values_ND = self._values_RD.rows(row_N)
         if self.forecast:

@@ -89,7 +89,7 @@ class CacheSession:
         kernels: Kernels = REFERENCE,
         timer: Timer = UNTIMED,
     ) -> None:
-        """Open the caches; nothing is allocated before the first evaluation.
+        """Open the caches. Nothing is allocated before the first evaluation.
 
         Args:
             owner_ranks: size of the expert-parallel group if the owners of the experts keep branch values. All its

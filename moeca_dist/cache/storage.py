@@ -118,7 +118,7 @@ def _packed(values_XD: Tensor, dtype: torch.dtype) -> Packed:
 
 
 def _flat(part_XD: Tensor) -> Tensor:
-    """[rows, D]; float8 as bytes, because few operators know it."""
+    """Return [rows, D]. Float8 is returned as bytes, because few operators know it."""
     flat = part_XD.view(-1, part_XD.shape[-1])
     return flat.view(torch.uint8) if flat.dtype == _FLOAT8 else flat
 

@@ -14,7 +14,7 @@ def _serve(
     values_ND, slopes_ND, step_N, gate_N, row_N, found_N, fresh_N, start_T, rows_RD, out_TD, step, num_branches,
     num_tokens, width, FORECAST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One token: no other program reads or writes the rows of its branches."""
+    """Serve one token. No other program reads or writes the rows of its branches."""
     token = tl.program_id(0).to(tl.int64)
     first = tl.load(start_T + token)
     last = tl.load(start_T + token + 1, mask=token + 1 < num_tokens, other=num_branches)

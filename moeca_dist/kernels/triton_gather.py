@@ -16,7 +16,7 @@ _ROWS = 64  # of one counting program
 
 @triton.jit
 def _count(expert_R, rank_R, counts_PL, num_rows, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """The rank of each row among those of its expert in this program, and how many there are of each expert."""
+    """Count the rows of each expert in this program, and rank each row among those of its expert."""
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows

@@ -23,7 +23,11 @@ def _row(
     tokens, width, gate_stride, shift_stride, scale_stride, factor_stride, eps,
     TERMS: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One token of one image; ``factors`` [terms, 1 or B * T] with a stride of 0 where all tokens share them."""
+    """Compute one token of one image.
+
+    Args:
+        factors: [terms, 1 or B * T], with a stride of 0 if all tokens share them.
+    """
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
     rows = tl.num_programs(0)
@@ -81,7 +85,7 @@ def residual(x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tens
 
 
 def _factors(factors: Sequence[float | Tensor], like: Tensor) -> tuple[Tensor, int]:
-    """fp32 factors, one row per term, and how far the next token's is."""
+    """Return fp32 factors, one row per term, and the distance to the next token's."""
     if not factors:
         return torch.zeros(1, device=like.device), 0
     per_row = any(isinstance(factor, Tensor) for factor in factors)

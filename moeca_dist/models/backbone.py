@@ -109,9 +109,9 @@ class DiffusionTransformer(nn.Module):
         return out_BTD
 
     def _time_signal(self, time: float, device: torch.device) -> Tensor:
-        """Shift and scale [2 * D] of the first block's attention input for a time alone, without image and label.
+        """Return shift and scale [2 * D] of the first block's attention input, for a time without image and label.
 
-        The same numbers on all ranks, whatever images they have.
+        The numbers are the same on all ranks, whatever images they have.
         """
         c_1D = self.t_embedder(torch.tensor([time], dtype=torch.float32, device=device))
         shift_1D, scale_1D = self.adaln_blocks()[0].adaLN_modulation(c_1D).chunk(6, dim=-1)[:2]

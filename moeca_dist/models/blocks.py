@@ -166,7 +166,10 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(patches_BTP: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
-    """Return [B, C, rows * p, columns * p] of patches [B, rows * columns, p * p * C], each (p, q, c)."""
+    """Return [B, C, rows * p, columns * p] of patches [B, rows * columns, p * p * C].
+
+    Each patch vector is (p, q, c).
+    """
     batch, _, width = patches_BTP.shape
     # The channel count is computed, not left to -1: a rank without images reshapes zero elements.
     channels = width // patch_size**2

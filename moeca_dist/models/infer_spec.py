@@ -92,7 +92,7 @@ def _need(shapes: Shapes, key: str) -> tuple[int, ...]:
 
 
 def _published_like(published: Mapping[str, ModelSpec], found: Mapping[str, Any]) -> ModelSpec | None:
-    """The published size with the same depth, width and experts, if there is one."""
+    """Return the published size with the same depth, width and experts, if there is one."""
     same = ("depth", "hidden_size", "num_experts", "expert_width")
     return next((spec for spec in published.values() if all(getattr(spec, name) == found[name] for name in same)), None)
 

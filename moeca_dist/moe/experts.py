@@ -81,7 +81,10 @@ class RoutedExperts(GroupedExperts, Experts):
         self.num_experts = len(expert_ids)
 
     def _grouped_on_cpu(self, rows_RD: Tensor, rows_per_expert_L: Tensor) -> Tensor:
-        """DeepSpeed's grouped path with a plain activation: its fused one is a GPU kernel wherever Triton is found."""
+        """Compute DeepSpeed's grouped path with a plain activation.
+
+        Its own is a GPU kernel wherever Triton is found.
+        """
         ends_L = rows_per_expert_L.cumsum(0, dtype=torch.int32)
         hidden_RI = _silu(torch._grouped_mm(rows_RD, self.w1.transpose(1, 2), offs=ends_L))
         hidden_RI *= torch._grouped_mm(rows_RD, self.w3.transpose(1, 2), offs=ends_L)
@@ -89,7 +92,7 @@ class RoutedExperts(GroupedExperts, Experts):
 
 
 def _silu(x_RI: Tensor) -> Tensor:
-    """In place, and bit for bit the same for a row whatever rows stand beside it.
+    """Apply SiLU in place. A row's result is the same bit for bit, whatever rows stand beside it.
 
     On CPU the last elements of a tensor, those that fill no vector register, get another exponential than the rest.
     """

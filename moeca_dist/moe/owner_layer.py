@@ -56,7 +56,7 @@ class OwnerMoELayer(MoELayer):
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
 
     def _sums(self, received: ReceivedRequest, store: OwnerBranchStore, x_TD: Tensor, cache: LayerCache) -> Tensor:
-        """Compute and keep the refreshed branches that are asked of this rank; return the sums [S, D] of all."""
+        """Compute and keep the refreshed branches that are asked of this rank. Returns the sums [S, D] of all."""
         step = cache.step.index
         # NOTE: a host synchronisation on CUDA: the number of refreshed branches decides the shapes.
         branch_N = received.refresh_R.nonzero().squeeze(1)

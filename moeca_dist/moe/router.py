@@ -93,7 +93,7 @@ class SigmoidRouter(TopKRouter):
         return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self.routed_scaling_factor
 
     def _within_best_groups(self, choice_TE: Tensor) -> Tensor:
-        """Zero the choice scores outside the ``topk_group`` groups whose two best experts score highest."""
+        """Set to zero the choice scores outside the ``topk_group`` groups whose two best experts score highest."""
         if self.topk_group == self.n_group:
             return choice_TE
         grouped_TGE = choice_TE.unflatten(-1, (self.n_group, -1))

@@ -119,7 +119,7 @@ class Collectives:
         return Handle(finish)
 
     def _start(self, arriving: Tensor, rows: Tensor, sent: list[int], received: list[int]) -> list[Callable[[], Any]]:
-        """What waits for all of it; what is sent stays alive until then."""
+        """Start all transfers and return the calls that wait for them. Sent tensors stay alive until then."""
         if self.device.type != "cpu":
             options = {"output_split_sizes": received, "input_split_sizes": sent, "group": self.group}
             return [dist.all_to_all_single(arriving, rows, **options, async_op=True).wait]

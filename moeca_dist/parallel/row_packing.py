@@ -170,13 +170,13 @@ def send_back(
 
 
 def _others(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
-    """Of rows grouped by rank, return those of all ranks but this one."""
+    """Return the rows of all ranks but this one, from rows grouped by rank."""
     start = sum(counts[:rank])
     return torch.cat([rows[:start], rows[start + counts[rank] :]])
 
 
 def _own(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
-    """Of rows grouped by rank, return those of this one."""
+    """Return the rows of this rank, from rows grouped by rank."""
     return rows.narrow(0, sum(counts[:rank]), counts[rank])
 
 

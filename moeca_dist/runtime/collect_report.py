@@ -42,7 +42,7 @@ class RunCounters:
 
 @dataclass(frozen=True)
 class _RankResult:
-    """What one rank tells the others at the end of a run."""
+    """The results that one rank tells the others at the end of a run."""
 
     cache: CacheStatistics
     denoise_s: float

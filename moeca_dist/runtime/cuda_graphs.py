@@ -50,7 +50,7 @@ class GraphedModel:
         self._graphs: dict[torch.Size, tuple[tuple[Tensor, ...], Recording]] = {}
 
     def __call__(self, x_NCHW: Tensor, t_N: Tensor, y_N: Tensor, timer: Timer = UNTIMED) -> Tensor:
-        """Return what the model returns; the first call with a shape captures it."""
+        """Return what the model returns. The first call with a shape captures it."""
         with timer.section("graph"):
             if x_NCHW.shape not in self._graphs:
                 self._graphs[x_NCHW.shape] = self._capture(x_NCHW, t_N, y_N)

@@ -51,10 +51,13 @@ class Engine:
         decoder: LatentDecoder | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        """Plan runs of ``model``; ``calibration``: of this cache and network, if there is no file of it.
+        """Plan runs of ``model``.
 
         A collective of the world. Raises UserError, on all ranks alike, as ``RunPlan.resolve`` does, and for a
         calibration of another run.
+
+        Args:
+            calibration: of this cache and network, if there is no file of it.
         """
         self.mesh = mesh
         self.decoder = decoder

@@ -106,9 +106,12 @@ class OutputFolder:
     def __init__(
         self, path: str | os.PathLike[str], num_images: int, *, overwrite: bool = False, compare: bool = False
     ) -> None:
-        """Check the place and open a partial folder beside it; with ``compare`` it also takes uncached samples.
+        """Check the place and open a partial folder beside it.
 
         Raises UserError for a non-empty folder without ``overwrite``, and for a place that cannot be written.
+
+        Args:
+            compare: whether the folder also takes uncached samples.
         """
         self.path = Path(os.path.abspath(path))
         _refuse_occupied(self.path, overwrite)
@@ -207,7 +210,7 @@ def picture(pixels_HWC: NDArray[np.generic]) -> Image.Image:
 
 
 def _grid(pictures_NHWC: NDArray[np.generic]) -> Image.Image:
-    """Pictures in rows of ten (fewer where there are fewer), small ones enlarged by whole factors."""
+    """Put pictures in rows of ten, or fewer if there are fewer. Small ones are enlarged by whole factors."""
     count, height, width, channels = pictures_NHWC.shape
     columns = min(10, count)
     rows = math.ceil(count / columns)
@@ -220,7 +223,7 @@ def _grid(pictures_NHWC: NDArray[np.generic]) -> Image.Image:
 
 
 def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Uncached left, cached right, a grey bar between."""
+    """Put the uncached pictures left and the cached ones right, with a grey bar between."""
     bar = 8
     sheet = Image.new(left.mode, (left.width + bar + right.width, left.height), 128 if left.mode == "L" else "grey")
     sheet.paste(left, (0, 0))

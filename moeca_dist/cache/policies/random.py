@@ -43,7 +43,7 @@ def uniform(step: StepContext, view: LayerView) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 in wrapping int64 arithmetic, with logical shifts."""
+    """Apply the finaliser of splitmix64 in wrapping int64 arithmetic, with logical shifts."""
     x = (x ^ _shifted(x, 30)) * -4658895280553007687
     x = (x ^ _shifted(x, 27)) * -7723592293110705685
     return x ^ _shifted(x, 31)

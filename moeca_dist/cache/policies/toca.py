@@ -62,7 +62,7 @@ class Toca(Scheduled, ModulePolicy):
 
 
 def _blocks_of_two(tokens: int, device: torch.device) -> Tensor:
-    """The 2 x 2 block of each token of a square image, in row-major order."""
+    """Return the 2 x 2 block of each token of a square image, in row-major order."""
     side = math.isqrt(tokens)
     assert side * side == tokens, "images are square"
     half_S = torch.arange(side, device=device) // 2
