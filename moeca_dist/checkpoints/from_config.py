@@ -12,7 +12,6 @@ from moeca_dist.config import ModelConfig
 from moeca_dist.errors import UserError
 from moeca_dist.kernels.select import kernels_of
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.parallelize import use_kernels
 from moeca_dist.models.registry import build_model, override, published_spec
 from moeca_dist.models.spec import ModelSpec
 from moeca_dist.parallel.expert_placement import PlacementTable
@@ -54,14 +53,14 @@ def load_weights(config: ModelConfig, mesh: Mesh, table: PlacementTable | None =
     Raises UserError as ``check_weights`` does, and for a table of another network or number of ranks. Raises UserError
     also for kernels that cannot run on the device.
     """
-    spec, kernels = check_weights(config), kernels_of(config.kernels, mesh.device)
+    spec = check_weights(config)
+    kernels_of(config.kernels, mesh.device)  # refused before weights are read; the engine puts them to use
     if config.checkpoint is not None:
-        model = load_model(config.checkpoint, mesh=mesh, placement=table, dtype=config.dtype, **_stated(config))
-        return use_kernels(model, kernels)
+        return load_model(config.checkpoint, mesh=mesh, placement=table, dtype=config.dtype, **_stated(config))
     with torch.device("meta"):
         model = build_model(spec)
     shard_for(model, mesh, table)
-    return use_kernels(randomise(model, mesh.device, parse_dtype(config.dtype)), kernels)
+    return randomise(model, mesh.device, parse_dtype(config.dtype))
 
 
 def _random_spec(config: ModelConfig) -> ModelSpec:
