@@ -8,6 +8,7 @@ reference. It shows that the adapter works, not what a cache does to pictures. P
 Shape suffixes: B images, C channels, H and W pixels.
 """
 
+import argparse
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -108,6 +109,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = small_hidream()
     expected = sample(model, exact)
     adapter = adapt_hidream(model)
