@@ -79,8 +79,8 @@ def summarise(
             "cores_used_by_others": max(record["cores_used_by_others"] for record in mine),
             "reference_s": median(record["reference_s"] for record in mine),
         }
-        # Placement owner forecasts sums in place of branches where nothing is refreshed: other images by design.
-        # With random weights routes lie near ties: noise of 1e-3 moves samples as far as codes do (rows.py).
+        # Location owner forecasts sums in place of branches where nothing is refreshed: other images by design.
+        # With random weights routes lie near ties: noise of 1e-3 moves samples as far as codes do (int8_rows.py).
         comparable = trained if cell in CODED else cell not in AT_OWNERS
         row["agrees_with_one_rank"] = agrees(row) if comparable else None
         row["line"] = (
@@ -149,7 +149,7 @@ HEADER = (
     "x one rank",
     "payload",
     "interface",
-    "collectives (elided)",
+    "collectives (skipped)",
     "link, s",
     "exchange + wait, s",
     "to one rank",

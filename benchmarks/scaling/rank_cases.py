@@ -22,7 +22,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("uncached, int8 rows", {"policy": "none"}, {"row_dtype": "int8"}),
     Cell("network_forecast, int8 rows", {"policy": "network_forecast"}, {"row_dtype": "int8"}),
 )
-# On one rank there is nothing to place and nothing travels: what stands for these cells there.
+# On one rank all values are at home and nothing travels: what stands for these cells there.
 ON_ONE_RANK = {
     "moeca_forecast, owner": BRANCHES,
     "uncached, int8 rows": UNCACHED,

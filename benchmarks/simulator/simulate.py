@@ -29,8 +29,9 @@ from benchmarks.scaling.rank_cases import AT_OWNERS, BRANCHES, CELLS, CODED, DEF
 from benchmarks.simulator.cpu import CpuMachine, available_cores
 from benchmarks.simulator.measure import measure, record
 from benchmarks.simulator.report import validation_markdown
-from benchmarks.simulator.step import Placement, StepTime, simulate_step, traffic_of_steps
+from benchmarks.simulator.step import StepTime, simulate_step, traffic_of_steps
 from moeca_dist.errors import UserError
+from moeca_dist.moe.value_location import Location
 from moeca_dist.parallel.expert_placement import PlacementTable
 from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.tuning.experts.traffic import RowBytes
@@ -127,10 +128,10 @@ def predict_run(
     """Every step of a run on CPU ranks; experts in equal runs unless ``placed``."""
     machine = CpuMachine(table, policy, trace, num_ranks, cores, link, probe_mbit)
     placed = placed or PlacementTable.contiguous(trace.blocks, trace.num_experts, num_ranks)
-    placement: Placement = "owner" if policy in AT_OWNERS else "home"
+    location: Location = "owner" if policy in AT_OWNERS else "home"
     # The configurations that are simulated on CPU compute in fp32.
     row = RowBytes.int8(trace.row_bytes // torch.float32.itemsize) if policy in CODED else None
-    steps = traffic_of_steps(trace, placed, num_ranks, placement, row)
+    steps = traffic_of_steps(trace, placed, num_ranks, location, row)
     full_S = trace.refreshed_SLHBTK.reshape(trace.num_steps, -1).min(1)
     return [simulate_step(step, layers, machine, full=bool(full_S[step])) for step, layers in enumerate(steps)]
 

@@ -10,17 +10,16 @@ Shape suffixes: P ranks, O owners among them, L MoE layers, E experts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeca_dist.moe.value_location import Location
 from moeca_dist.parallel.expert_placement import PlacementTable
 from moeca_dist.tuning.experts.assign import homes
 from moeca_dist.tuning.experts.trace import RoutingTrace
 from moeca_dist.tuning.experts.traffic import LayerTraffic, Returns, RowBytes, layer_traffic
-
-Placement = Literal["home", "owner"]
 
 
 class Machine(Protocol):
@@ -88,13 +87,13 @@ def traffic_of_steps(
     trace: RoutingTrace,
     table: PlacementTable,
     num_ranks: int,
-    placement: Placement,
+    location: Location,
     row: RowBytes | None = None,
 ) -> Iterator[list[LayerTraffic | None]]:
     """By step: the traffic of each MoE layer, None where no router ran. ``row`` None: rows travel as they are."""
     row = row or RowBytes.exact(trace.row_bytes)
     home_N = homes(trace, num_ranks)
-    returns: Returns = "sums" if not trace.keeps_branches else "branches" if placement == "home" else "owner"
+    returns: Returns = "sums" if not trace.keeps_branches else "branches" if location == "home" else "owner"
     for step in range(trace.num_steps):
         found: list[LayerTraffic | None] = []
         for place, block in enumerate(trace.blocks):
