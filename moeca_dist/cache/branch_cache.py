@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeca_dist.cache.policy import BranchScores
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage
-from moeca_dist.kernels.reference import slopes
+from moeca_dist.kernels.reference import store_rows
 from moeca_dist.kernels.types import BranchesToServe, FreshRows, Kernels, StoredBranches
 from moeca_dist.types import Routing
 
@@ -78,13 +78,7 @@ class BranchCache:
         """Keep every branch of a full step: ``values_ND`` in the order of the routing."""
         if self._row_TE is None:
             self._allocate(routing.num_tokens, values_ND)
-        if self.forecast:
-            assert self._slopes_ND is not None
-            gap_N = step - self._step_N[match.row_N]
-            before_ND = self._values_ND.rows(match.row_N)
-            self._slopes_ND.put(match.row_N, slopes(values_ND, before_ND, gap_N, match.found_N))
-        self._values_ND.put(match.row_N, values_ND)
-        self._step_N.index_fill_(0, match.row_N, step)
+        store_rows(self._stored, match.row_N, match.found_N, values_ND, step)
         self._note(match)
         if self.scored:
             self._gate_N[match.row_N] = routing.gate_N.float()
@@ -95,11 +89,10 @@ class BranchCache:
 
         ``fresh`` holds the branches of ``refresh_N``, and is kept.
         """
-        stored = StoredBranches(self._values_ND, self._slopes_ND, self._step_N)
         wanted = BranchesToServe(
             routing.token_N, routing.start_T, routing.gate_N, match.row_N, match.found_N, refresh_N
         )
-        total_TD = self.kernels.serve_branches(stored, wanted, fresh, step)
+        total_TD = self.kernels.serve_branches(self._stored, wanted, fresh, step)
         self._note(match)
         if self.scored:
             row_N = match.row_N.index_select(0, fresh.branch_M)
@@ -123,6 +116,10 @@ class BranchCache:
         tensors = [self._row_TE, self._step_N, *([self._gate_N, self._norm_N] if self.scored else [])]
         packed = [self._values_ND, *([] if self._slopes_ND is None else [self._slopes_ND])]
         return sum(tensor.nbytes for tensor in tensors) + sum(rows.num_bytes for rows in packed)
+
+    @property
+    def _stored(self) -> StoredBranches:
+        return StoredBranches(self._values_ND, self._slopes_ND, self._step_N)
 
     def _note(self, match: Match) -> None:
         """Record which branches the rows now stand for."""

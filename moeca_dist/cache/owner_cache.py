@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from moeca_dist.cache.branch_cache import EMPTY, Match
 from moeca_dist.cache.storage import AS_COMPUTED, Packed, Storage, stretched
-from moeca_dist.kernels.reference import slopes
+from moeca_dist.kernels.reference import store_rows
+from moeca_dist.kernels.types import StoredBranches
 from moeca_dist.types import Routing
 
 _GROWTH = 16  # a store that is too small grows by one part of so many at least, because growing copies it
@@ -215,11 +216,8 @@ class OwnerBranchStore:
             found_N: bool, whether the row holds an older value of the same branch.
         """
         assert self._values_RD is not None
-        if self.forecast:
-            gap_N = step - self._step_R[row_N]
-            self._slopes_RD.put(row_N, slopes(values_ND, self._values_RD.rows(row_N), gap_N, found_N))
-        self._values_RD.put(row_N, values_ND)
-        self._step_R[row_N] = step
+        slopes_RD = self._slopes_RD if self.forecast else None
+        store_rows(StoredBranches(self._values_RD, slopes_RD, self._step_R), row_N, found_N, values_ND, step)
 
     def weighted_sums(
         self, row_N: Tensor, gates_N: Tensor, starts_S: Tensor, step: int, fresh: tuple[Tensor, Tensor]

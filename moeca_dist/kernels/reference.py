@@ -42,8 +42,10 @@ class ReferenceKernels:
             ahead_N = weights_N * (step - stored.step_N.index_select(0, branches.row_N))
             total_TD += _weighted_rows(branches, stored.slopes_ND, ahead_N)
         if fresh.branch_M.shape[0]:
-            _add_fresh(total_TD, branches, fresh)
-            _keep(stored, branches, fresh, step)
+            values_MD = fresh.rows_RD.index_select(0, fresh.row_M)
+            _add_fresh(total_TD, branches, fresh.branch_M, values_MD)
+            found_M = branches.found_N.index_select(0, fresh.branch_M)
+            store_rows(stored, branches.row_N.index_select(0, fresh.branch_M), found_M, values_MD, step)
         return total_TD
 
     def gated_residual(self, x_BTD: Tensor, gate_BD: Tensor, forecast: Forecast, after_BTD: Tensor) -> None:
@@ -62,13 +64,17 @@ class ReferenceKernels:
 REFERENCE: Final[Kernels] = ReferenceKernels()
 
 
-def slopes(values_ND: Tensor, before_ND: Tensor, gap_N: Tensor, found_N: Tensor) -> Tensor:
-    """Return the change per step [N, D].
+def store_rows(stored: StoredBranches, row_M: Tensor, found_M: Tensor, values_MD: Tensor, step: int) -> None:
+    """Store values that were computed in ``step``, and their change per step since they were last computed.
 
-    It is zero if ``before_ND`` holds no value, or that of another branch.
+    The change is zero unless ``found_M``: the row then holds another branch's value, or none.
     """
-    inverse_N = torch.where(found_N, gap_N.to(values_ND.dtype).reciprocal(), 0.0)
-    return (values_ND - before_ND) * inverse_N[:, None]
+    if stored.slopes_ND is not None:
+        gap_M = (step - stored.step_N.index_select(0, row_M)).to(values_MD.dtype)
+        per_step_M = torch.where(found_M, gap_M.reciprocal(), 0.0)
+        stored.slopes_ND.put(row_M, (values_MD - stored.values_ND.rows(row_M)) * per_step_M[:, None])
+    stored.values_ND.put(row_M, values_MD)
+    stored.step_N.index_fill_(0, row_M, step)
 
 
 def inverse(order_N: Tensor) -> Tensor:
@@ -84,20 +90,7 @@ def _weighted_rows(branches: BranchesToServe, stored_ND: RowStore, weights_N: Te
     )
 
 
-def _add_fresh(total_TD: Tensor, branches: BranchesToServe, fresh: FreshRows) -> None:
-    """Add gate x row, in the order of the branches."""
-    gate_M = branches.gate_N.index_select(0, fresh.branch_M).to(total_TD.dtype)
-    weighted_MD = fresh.rows_RD.index_select(0, fresh.row_M) * gate_M[:, None]
-    total_TD.index_add_(0, branches.token_N.index_select(0, fresh.branch_M), weighted_MD)
-
-
-def _keep(stored: StoredBranches, branches: BranchesToServe, fresh: FreshRows, step: int) -> None:
-    """Store fresh branches, and how they changed since they were last computed."""
-    at_M = branches.row_N.index_select(0, fresh.branch_M)
-    values_MD = fresh.rows_RD.index_select(0, fresh.row_M)
-    if stored.slopes_ND is not None:
-        gap_M = step - stored.step_N[at_M]
-        found_M = branches.found_N[fresh.branch_M]
-        stored.slopes_ND.put(at_M, slopes(values_MD, stored.values_ND.rows(at_M), gap_M, found_M))
-    stored.values_ND.put(at_M, values_MD)
-    stored.step_N.index_fill_(0, at_M, step)
+def _add_fresh(total_TD: Tensor, branches: BranchesToServe, branch_M: Tensor, values_MD: Tensor) -> None:
+    """Add gate x value, in the order of the branches."""
+    gate_M = branches.gate_N.index_select(0, branch_M).to(total_TD.dtype)
+    total_TD.index_add_(0, branches.token_N.index_select(0, branch_M), values_MD * gate_M[:, None])

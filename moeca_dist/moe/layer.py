@@ -10,6 +10,7 @@ from moeca_dist.cache.module_cache import TokenIndex
 from moeca_dist.moe.experts import Experts
 from moeca_dist.moe.router import Router
 from moeca_dist.parallel.dispatcher import Dispatcher, LocalDispatcher
+from moeca_dist.types import Routing
 
 
 class MoELayer(nn.Module):
@@ -49,11 +50,7 @@ class MoELayer(nn.Module):
 
     def plan(self, x_BTD: Tensor, cache: LayerCache) -> RefreshPlan:
         """Route, and decide which branches are computed now. Rows of attention may be refreshed before ``cached``."""
-        x_TD = x_BTD.flatten(0, 1)
-        cache.count("router", x_TD)
-        routing = self.gate(x_TD)
-        self.dispatcher.count_exact(routing, x_TD)
-        return cache.plan(routing)
+        return cache.plan(self._route(x_BTD, cache))
 
     def cached(self, x_BTD: Tensor, plan: RefreshPlan, cache: LayerCache, tokens: TokenIndex | None = None) -> Tensor:
         """Return [B, T, D] with the branches of ``plan`` computed and the others served.
@@ -72,6 +69,13 @@ class MoELayer(nn.Module):
         else:
             routed_TD = cache.merge(plan, rows_ND, arrived.slot_of_branch_N)
         return (routed_TD + shared_BTD.flatten(0, 1)).view_as(x_BTD)
+
+    def _route(self, x_BTD: Tensor, cache: LayerCache) -> Routing:
+        x_TD = x_BTD.flatten(0, 1)
+        cache.count("router", x_TD)
+        routing = self.gate(x_TD)
+        self.dispatcher.count_exact(routing, x_TD)
+        return routing
 
     def _shared(self, x: Tensor) -> Tensor:
         # A layer whose shared expert is disabled adds its own input in its place.

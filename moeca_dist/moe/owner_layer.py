@@ -25,10 +25,7 @@ class OwnerMoELayer(MoELayer):
     """
 
     def plan(self, x_BTD: Tensor, cache: LayerCache) -> RefreshPlan:
-        x_TD = x_BTD.flatten(0, 1)
-        cache.count("router", x_TD)
-        routing = self.gate(x_TD)
-        self.dispatcher.count_exact(routing, x_TD)
+        routing = self._route(x_BTD, cache)
         with cache.timer.section("bookkeeping"):
             match = _kept(cache).table.match(routing)
             refresh_N = cache.decide(routing, match)
