@@ -41,34 +41,33 @@ def shard_experts(
     return model
 
 
-def use_kernels(model: DiffusionTransformer, kernels: Kernels) -> DiffusionTransformer:
-    """Let all parts of ``model`` use ``kernels``, in place."""
-    model.kernels = kernels
-    for block in model.adaln_blocks():
-        block.kernels = kernels
-    for _, layer in model.moe_layers():
-        layer.dispatcher.kernels = kernels
-    return model
-
-
-def arrange_layers(model: DiffusionTransformer, location: Location | None, row_dtype: RowDtype) -> DiffusionTransformer:
-    """Return ``model`` with branch values kept at ``location`` and rows that travel as ``row_dtype``.
+def arrange_layers(
+    model: DiffusionTransformer, location: Location | None, row_dtype: RowDtype, kernels: Kernels
+) -> DiffusionTransformer:
+    """Return ``model`` with branch values kept at ``location``, rows that travel as ``row_dtype``, and ``kernels``.
 
     The model is left alone, and shares all parameters with what is returned: runs that differ can use one network.
     """
     layer_class = OwnerMoELayer if location == "owner" else MoELayer
     layers = dict(model.moe_layers())
-    if all(type(layer) is layer_class and layer.dispatcher.row_dtype == row_dtype for layer in layers.values()):
+    is_arranged = all(
+        type(layer) is layer_class and layer.dispatcher.row_dtype == row_dtype for layer in layers.values()
+    )
+    if is_arranged and model.kernels is kernels:
         return model
+    # Layers that share a dispatcher go on sharing one, and with it the tables on the device.
+    dispatchers = {layer.dispatcher: layer.dispatcher.arranged(row_dtype, kernels) for layer in layers.values()}
     arranged = _shallow(model)
-    arranged.blocks = nn.ModuleList(model.blocks)
+    arranged.kernels = kernels
+    arranged.blocks = nn.ModuleList([_shallow(block) for block in model.adaln_blocks()])
+    for block in arranged.adaln_blocks():
+        block.kernels = kernels
     for index, layer in layers.items():
-        block = _shallow(model.adaln_blocks()[index])
         new_layer = layer_class(layer.gate, layer.experts, layer.shared_experts, layer.num_experts)
         new_layer.local_expert_ids = layer.local_expert_ids
-        new_layer.dispatcher = layer.dispatcher.with_row_dtype(row_dtype)
+        new_layer.dispatcher = dispatchers[layer.dispatcher]
+        block = arranged.adaln_blocks()[index]
         setattr(block, block.feed_forward_name, new_layer)
-        arranged.blocks[index] = block
     return arranged
 
 

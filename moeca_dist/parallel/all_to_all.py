@@ -63,8 +63,8 @@ class AllToAllDispatcher:
         self.num_ranks = placement.num_ranks
         self.num_local = len(placement.experts_of(collectives.rank))
 
-    def with_row_dtype(self, row_dtype: RowDtype) -> "AllToAllDispatcher":
-        return AllToAllDispatcher(self.collectives, self.placement, row_dtype, self.kernels)
+    def arranged(self, row_dtype: RowDtype, kernels: Kernels) -> "AllToAllDispatcher":
+        return AllToAllDispatcher(self.collectives, self.placement, row_dtype, kernels)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         owner_E, _ = self.owners.on(routing.token_N.device)

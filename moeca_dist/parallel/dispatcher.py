@@ -68,8 +68,8 @@ class Dispatcher(Protocol):
     row_dtype: RowDtype
     kernels: Kernels
 
-    def with_row_dtype(self, row_dtype: RowDtype) -> "Dispatcher":
-        """Return a dispatcher of the same experts whose rows travel as ``row_dtype``."""
+    def arranged(self, row_dtype: RowDtype, kernels: Kernels) -> "Dispatcher":
+        """Return a dispatcher of the same experts whose rows travel as ``row_dtype``, with ``kernels``."""
         ...
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
@@ -101,8 +101,8 @@ class LocalDispatcher:
         self.row_dtype: RowDtype = row_dtype
         self.kernels = kernels
 
-    def with_row_dtype(self, row_dtype: RowDtype) -> "LocalDispatcher":
-        return LocalDispatcher(self.num_experts, row_dtype, self.kernels)
+    def arranged(self, row_dtype: RowDtype, kernels: Kernels) -> "LocalDispatcher":
+        return LocalDispatcher(self.num_experts, row_dtype, kernels)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         pass  # nothing travels

@@ -19,7 +19,7 @@ from moeca_dist.checkpoints.from_config import load_weights
 from moeca_dist.config import CacheConfig, Config, TelemetryConfig, load_config, validate_world
 from moeca_dist.kernels.select import kernels_of
 from moeca_dist.models.backbone import DiffusionTransformer
-from moeca_dist.models.parallelize import arrange_layers, use_kernels
+from moeca_dist.models.parallelize import arrange_layers
 from moeca_dist.parallel.agreement import on_all_ranks
 from moeca_dist.parallel.mesh import LauncherEnv, Mesh
 from moeca_dist.report.schema import FlopsReport, Report
@@ -66,7 +66,7 @@ class Engine:
         self.plan = on_all_ranks(mesh, partial(RunPlan.resolve, config, mesh.world_size, model.spec, calibration))
         on_all_ranks(mesh, partial(self.plan.check_calibration, model))
         kernels = kernels_of(self.config.model.kernels, mesh.device)
-        self.model = use_kernels(arrange_layers(model, self.plan.location, self.config.parallel.row_dtype), kernels)
+        self.model = arrange_layers(model, self.plan.location, self.config.parallel.row_dtype, kernels)
         self.graphed_model = graphed_model(self.plan.config, self.model, mesh)
         self._gpu = open_gpu_monitor(config.telemetry, mesh)
 

@@ -1,7 +1,7 @@
 """A resolved run: what a configuration means for one network and its ranks, decided and validated in one place.
 
-A plan is made twice in a run. The command line resolves a plan before weights are read, so that mistakes are refused at
-once. The engine resolves its own, for callers of the library.
+The command line and ``Engine.from_config`` resolve a plan before weights are read, so that mistakes are refused at
+once. An engine resolves its own for the network that it is given.
 """
 
 from collections.abc import Sequence

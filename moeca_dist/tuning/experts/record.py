@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeca_dist.cache.policy import BranchPolicy, ModulePolicy
 from moeca_dist.errors import UserError
+from moeca_dist.kernels.types import Kernels
 from moeca_dist.models.backbone import DiffusionTransformer
 from moeca_dist.parallel.collectives import Handle
 from moeca_dist.parallel.dispatcher import DispatchedRows, Dispatcher
@@ -156,8 +157,8 @@ class _RecordingDispatcher:
         self._inner, self._recorder, self._block = inner, recorder, block
         self.row_dtype, self.kernels = inner.row_dtype, inner.kernels
 
-    def with_row_dtype(self, row_dtype: RowDtype) -> "_RecordingDispatcher":
-        return _RecordingDispatcher(self._inner.with_row_dtype(row_dtype), self._recorder, self._block)
+    def arranged(self, row_dtype: RowDtype, kernels: Kernels) -> "_RecordingDispatcher":
+        return _RecordingDispatcher(self._inner.arranged(row_dtype, kernels), self._recorder, self._block)
 
     def count_exact(self, routing: Routing, x_TD: Tensor) -> None:
         self._recorder.note_routing(self._block, routing)
